@@ -1,0 +1,6 @@
+"""``python -m sparsekit`` is the command ``sparsekit``."""
+
+from .cli import main
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,384 @@
+"""Model folders: in and out, dense or compressed.
+
+A compressed folder is a Hugging Face folder whose safetensors hold, for a 2:4 linear P, ``P.values`` and ``P.meta`` (the canonical
+format of sparsekit/format.py) in place of ``P.weight``. Its ``__metadata__`` carries, under "sparsekit", the JSON object
+``{"version": 1, "linears": {P: [out_features, in_features], ...}}``. config.json names the quantisation method "sparsekit", so
+that a loader that does not know the format refuses the folder rather than filling it with random weights.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .errors import SparsekitError, listed
+from .format import FORMAT_VERSION
+from .linear import SparseLinear, is_linear
+from .report import PruneReport
+
+MAX_SHARD_BYTES = 4 << 30
+FORMATS = ("compressed", "dense")
+_SAFETENSORS_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+# ---- writing ----
+
+
+def save(
+    model: nn.Module,
+    folder: str | Path,
+    *,
+    format: str = "compressed",
+    tokenizer=None,
+    overwrite: bool = False,
+    report: PruneReport | None = None,
+) -> None:
+    """Writes the model, and tokenizer and report.json where given, as a folder that ``load`` and, for "dense", transformers read.
+
+    "compressed" stores each SparseLinear as it is; "dense" writes its zeros out and needs no sparsekit to load.
+    The folder appears whole or not at all. Raises SparsekitError where it exists and is not empty, unless overwrite."""
+    check_format(format)
+    if not hasattr(model, "config"):
+        raise SparsekitError(f"only a transformers model can be saved, got {type(model).__name__}; use its state_dict")
+    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)} if format == "compressed" else {}
+    with new_folder(folder, overwrite) as parts:
+        model.config.save_pretrained(parts)
+        config = json.loads((parts / "config.json").read_text())
+        config.pop("quantization_config", None)
+        if sparse:
+            config["quantization_config"] = {"quant_method": "sparsekit", "version": FORMAT_VERSION}
+        (parts / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
+        if getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(parts)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(parts)
+        if report is not None:
+            (parts / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
+        metadata = {"format": "pt"}
+        if sparse:
+            shapes = {name: [m.out_features, m.in_features] for name, m in sparse.items()}
+            metadata["sparsekit"] = json.dumps({"version": FORMAT_VERSION, "linears": shapes})
+        _write_tensors(parts, _tensors(model, format), metadata)
+
+
+def check_format(format: str) -> None:
+    """Raises SparsekitError, listing the known ones, for a format that ``save`` does not write."""
+    if format not in FORMATS:
+        raise SparsekitError(f"the format must be {listed(FORMATS).replace(' and ', ' or ')}, got {format!r}")
+
+
+def check_new_folder(folder: str | Path, overwrite: bool = False) -> Path:
+    """The folder's path. Raises SparsekitError where something is there already that may not be replaced."""
+    folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise SparsekitError(f"the output must be a folder, got the file {folder}")
+    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
+        raise SparsekitError(f"the output folder {folder} exists and is not empty; give another, or --overwrite")
+    return folder
+
+
+@contextmanager
+def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
+    """A folder to fill beside the one asked for, which it replaces in one rename at the end; removed where anything fails."""
+    folder = check_new_folder(folder, overwrite).absolute()
+    parts, old = (folder.with_name(f"{folder.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
+    parts.mkdir(parents=True)
+    try:
+        yield parts
+        if folder.is_dir():
+            folder.rename(old)
+        parts.rename(folder)
+    except BaseException:
+        if old.is_dir() and not folder.exists():
+            old.rename(folder)
+        raise
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _tensors(model: nn.Module, format: str) -> dict[str, Callable[[], Tensor]]:
+    """What to write, by name, each made when its turn comes; a tensor tied to an earlier one is left out."""
+    expanded = {}
+    if format == "dense":
+        expanded = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    made: dict[str, Callable[[], Tensor]] = {}
+    seen: set[tuple] = set()
+    for name, tensor in model.state_dict().items():
+        parent, _, leaf = name.rpartition(".")
+        if parent in expanded and leaf in ("values", "meta"):
+            if leaf == "values":
+                made[f"{parent}.weight"] = lambda m=expanded[parent]: m.to_linear().weight.detach()
+            continue
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        if tensor.numel() and place in seen:
+            continue
+        seen.add(place)
+        made[name] = lambda tensor=tensor: tensor
+    return made
+
+
+def _write_tensors(folder: Path, tensors: dict[str, Callable[[], Tensor]], metadata: dict[str, str]) -> None:
+    """model.safetensors, or numbered shards and their index where the tensors fill more than one."""
+    shards: list[dict[str, Tensor]] = [{}]
+    names: list[list[str]] = []
+    paths: list[Path] = []
+
+    def flush() -> None:
+        paths.append(folder / f"shard-{len(paths)}.safetensors")
+        save_file(shards[0], paths[-1], metadata)
+        names.append(list(shards[0]))
+        shards[0] = {}
+
+    filled = total = 0
+    for name, make in tensors.items():
+        tensor = make().detach().cpu().contiguous()
+        if filled and filled + tensor.nbytes > MAX_SHARD_BYTES:
+            flush()
+            filled = 0
+        shards[0][name] = tensor
+        filled += tensor.nbytes
+        total += tensor.nbytes
+    flush()
+    if len(paths) == 1:
+        paths[0].rename(folder / "model.safetensors")
+        return
+    files = [f"model-{i + 1:05d}-of-{len(paths):05d}.safetensors" for i in range(len(paths))]
+    for path, file in zip(paths, files):
+        path.rename(folder / file)
+    index = {
+        "metadata": {"total_size": total},
+        "weight_map": {name: f for f, held in zip(files, names) for name in held},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+
+
+# ---- reading ----
+
+
+def load(folder: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The causal language model of a folder that ``save`` wrote or of any ordinary Hugging Face folder, in eval mode.
+
+    device: "auto" is CUDA where torch has it, else the CPU. dtype: of activations and dense weights, "auto" the stored one;
+    the values of a SparseLinear stay in the dtype they are stored in.
+    Raises SparsekitError where the folder, its config or its weights are missing, broken or of a newer format."""
+    folder = check_model_folder(folder)
+    linears = compressed_linears(folder)
+    device = resolve_device(device)
+    model = _load_compressed(folder, linears, dtype) if linears is not None else _load_dense(folder, dtype)
+    return model.to(device).eval()
+
+
+def load_tokenizer(folder: str | Path):
+    """The tokenizer of a model folder. Raises SparsekitError where there is none."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise SparsekitError(f"the folder {folder} must hold a tokenizer: {_first_line(error)}") from error
+
+
+def resolve_device(device: str | torch.device) -> torch.device:
+    """The device named, "auto" being CUDA where torch has it. Raises SparsekitError where torch cannot use it."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise SparsekitError(f"the device must be one torch can use here, got {device!r}: {_first_line(error)}") from error
+
+
+def check_model_folder(folder: str | Path) -> Path:
+    """The folder's path. Raises SparsekitError where it is no model folder or its weights cannot be read to the end."""
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise SparsekitError(f"the model folder {folder} does not exist")
+    if not (folder / "config.json").is_file():
+        raise SparsekitError(f"the folder {folder} must hold a config.json, and has none; give a Hugging Face model folder")
+    try:
+        json.loads((folder / "config.json").read_text())
+    except ValueError as error:
+        raise SparsekitError(f"{folder / 'config.json'} is not JSON: {_first_line(error)}") from None
+    for _ in weight_files(folder):
+        pass
+    return folder
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The dtype that most floating-point bytes of the folder's weights are stored in."""
+    held: dict[torch.dtype, int] = {}
+    for _, tensors in weight_files(folder):
+        for name in tensors.keys():
+            part = tensors.get_slice(name)
+            dtype = _SAFETENSORS_DTYPE.get(part.get_dtype())
+            if dtype is not None:
+                held[dtype] = held.get(dtype, 0) + math.prod(part.get_shape())
+    return max(held, key=held.__getitem__) if held else torch.float32
+
+
+def weight_files(folder: Path) -> Iterator[tuple[Path, safe_open]]:
+    """Each safetensors file of the folder, opened. Raises SparsekitError where there is none or one is broken."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            paths = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
+        except (ValueError, KeyError, AttributeError):
+            raise SparsekitError(f"{index} must be the index of the weight files, and cannot be read as one") from None
+    else:
+        paths = [folder / "model.safetensors"]
+    for path in paths:
+        if not path.is_file():
+            raise SparsekitError(f"the weights must be safetensors files, and {path} is missing; save them as safetensors first")
+        try:
+            with safe_open(path, framework="pt") as tensors:
+                yield path, tensors
+        except SafetensorError as error:
+            raise SparsekitError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
+
+
+def compressed_linears(folder: Path) -> dict[str, tuple[int, int]] | None:
+    """Shape by name of the linears a folder holds compressed; None for an ordinary folder.
+
+    Raises SparsekitError for a format version newer than this package's."""
+    linears: dict[str, tuple[int, int]] | None = None
+    for path, tensors in weight_files(folder):
+        if text := (tensors.metadata() or {}).get("sparsekit"):
+            try:
+                header = json.loads(text)
+                version, shapes = int(header["version"]), header["linears"]
+                linears = {**(linears or {}), **{name: (int(n), int(k)) for name, (n, k) in shapes.items()}}
+            except (ValueError, KeyError, TypeError, AttributeError):
+                raise SparsekitError(f"{path} must say how it is compressed, and its metadata cannot be read") from None
+            if version > FORMAT_VERSION:
+                raise SparsekitError(
+                    f"{path} is written in format version {version}, this sparsekit reads up to {FORMAT_VERSION}; upgrade sparsekit"
+                )
+    return linears
+
+
+def _load_dense(folder: Path, dtype: torch.dtype | str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with _quiet_transformers():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise SparsekitError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+    absent = [*info["missing_keys"], *info["mismatched_keys"]]
+    if absent:
+        raise SparsekitError(f"the weights in {folder} must be those of its config, and {absent[0]} is missing or of another shape")
+    return model
+
+
+def _load_compressed(folder: Path, linears: dict[str, tuple[int, int]], dtype: torch.dtype | str) -> nn.Module:
+    from transformers import GenerationConfig
+
+    model = skeleton(folder, dtype)
+    dtype = model.dtype
+    for name, shape in linears.items():
+        try:
+            linear = model.get_submodule(name)
+        except AttributeError:
+            raise SparsekitError(f"{folder} holds a compressed {name}, which its config does not have") from None
+        found = SparseLinear.empty(linear, dtype) if is_linear(linear) else None
+        if found is None or (found.out_features, found.in_features) != tuple(shape):
+            raise SparsekitError(f"{name} must be the linear of its config, got one of shape {tuple(shape)} in {folder}")
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, found)
+    for path, tensors in weight_files(folder):
+        for name in tensors.keys():
+            _assign(model, name, tensors.get_tensor(name), dtype, path)
+    model.tie_weights()
+    absent = [name for name, p in model.named_parameters() if p.is_meta] + [n for n, b in model.named_buffers() if b.is_meta]
+    if absent:
+        raise SparsekitError(f"the weights in {folder} must be those of its config, and {absent[0]} is missing")
+    for name in linears:
+        try:
+            model.get_submodule(name).weight24.validate()
+        except ValueError as error:
+            raise SparsekitError(f"{name} in {folder} is damaged: {error}") from error
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    return model
+
+
+def skeleton(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The model of a folder's config with every parameter on the meta device: names and shapes, no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config.__dict__.pop("quantization_config", None)
+        with _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype)
+    except (OSError, ValueError, KeyError) as error:
+        raise SparsekitError(f"the config in {folder} must name a causal language model: {_first_line(error)}") from error
+
+
+def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> None:
+    """Puts a tensor read from ``path`` in its place, in the model's dtype unless it belongs to a SparseLinear's storage."""
+    parent, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(parent)
+        place = getattr(module, leaf)
+    except AttributeError:
+        raise SparsekitError(f"{path} holds {name}, which the model of its config does not have") from None
+    if place.shape != tensor.shape:
+        raise SparsekitError(f"{name} must be of shape {tuple(place.shape)}, got {tuple(tensor.shape)} in {path}")
+    stored = isinstance(module, SparseLinear) and leaf in ("values", "meta")
+    if tensor.is_floating_point() and not stored:
+        tensor = tensor.to(dtype)
+    if isinstance(place, nn.Parameter):
+        tensor = nn.Parameter(tensor, requires_grad=place.requires_grad)
+    setattr(module, leaf, tensor)
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Modules built inside take no memory for parameters; buffers, such as rotary frequencies, are real."""
+    register = nn.Module.register_parameter
+
+    def on_meta(self: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:
+            parameter = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+        register(self, name, parameter)
+
+    nn.Module.register_parameter = on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """No progress bars and no table of missing weights: what is missing is raised instead."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

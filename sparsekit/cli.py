@@ -1,0 +1,231 @@
+"""The command line: arguments in, one table or one JSON object out, one sentence and exit code 2 for input that cannot be used."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from .errors import SparsekitError
+
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+errors = Console(stderr=True, highlight=False)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
+SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence; by default 2048, or the model's context if shorter.")]
+Device = Annotated[str, typer.Option(help='"auto" (CUDA where torch has it), "cpu", "cuda", "cuda:1", ...')]
+DType = Annotated[
+    str,
+    typer.Option(help='Dtype to compute in: "auto" (fp32 on a CPU, else as stored), "float32", "bfloat16", "float16".'),
+]
+
+
+def command(function: Callable) -> Callable:
+    """Registers a subcommand; its user's mistakes become one sentence on stderr and exit code 2."""
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        try:
+            function(*args, **kwargs)
+        except SparsekitError as error:
+            errors.print(f"sparsekit: {error}", soft_wrap=True, markup=False)
+            raise typer.Exit(2) from None
+        except OSError as error:  # a full disk, a folder that may not be written
+            errors.print(f"sparsekit: {error}; nothing was written", soft_wrap=True, markup=False)
+            raise typer.Exit(2) from None
+        except KeyboardInterrupt:
+            errors.print("sparsekit: interrupted; nothing was written")
+            raise typer.Exit(130) from None
+
+    return app.command()(run)
+
+
+@contextmanager
+def progress_bar(text: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A rich progress bar on stderr, as a function of what is under way, how much is done, and of how much."""
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=errors, transient=True) as bar:
+        task = bar.add_task(text, total=None)
+
+        def advance(what: str, done: int, total: int) -> None:
+            bar.update(task, description=f"{text} {what}".strip(), completed=done, total=total)
+
+        yield advance
+
+
+def compute_dtype(dtype: str, device: str):
+    """The torch dtype to load with: what was asked for, or fp32 on a CPU and as stored elsewhere."""
+    import torch
+
+    from .checkpoint import resolve_device
+
+    if dtype == "auto":
+        return torch.float32 if resolve_device(device).type == "cpu" else "auto"
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype not in known:
+        raise SparsekitError(f"the dtype must be auto, float32, bfloat16 or float16, got {dtype!r}")
+    return known[dtype]
+
+
+def sequence_length(asked: int | None, model) -> int:
+    """The length asked for, or 2048, within the model's context."""
+    context = getattr(model.config, "max_position_embeddings", None) or 2048
+    if asked is not None and asked > context:
+        raise SparsekitError(f"--seq-len must be at most the model's context of {context} tokens, got {asked}")
+    return asked or min(2048, context)
+
+
+@command
+def prune(
+    model_dir: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
+    calib: Annotated[Path, typer.Option(help="A UTF-8 text file to calibrate on.")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")],
+    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
+    pattern: Annotated[str, typer.Option(help='N kept of M, such as "2:4", or the share removed, such as "50%".')] = "2:4",
+    format: Annotated[
+        str, typer.Option(help="compressed, or dense: zeros written out, loads in plain transformers.")
+    ] = "compressed",
+    samples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 128,
+    seq_len: SeqLen = None,
+    seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="A linear to leave alone, by name or shell pattern; may be repeated.")
+    ] = None,
+    device: Device = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder where it is not empty.")] = False,
+    json_out: Json = False,
+) -> None:
+    """Prune a model, check that every linear holds the pattern, and write it."""
+    from . import checkpoint, data, linear, pipeline
+    from .patterns import Pattern
+    from .prune import method_named
+
+    # What is cheap to refuse is refused before the model is read.
+    (
+        method_named(method),
+        Pattern.parse(pattern),
+        checkpoint.check_format(format),
+        checkpoint.check_new_folder(out, overwrite),
+    )
+    checkpoint.check_model_folder(model_dir)
+    tokenizer = checkpoint.load_tokenizer(model_dir)
+    tokens = data.read_tokens(calib, tokenizer)
+    model = checkpoint.load(model_dir, device=device, dtype=compute_dtype("auto", device))
+    batches = data.calibration_batches(tokens, samples, sequence_length(seq_len, model), seed)
+    with progress_bar(f"{method} {pattern}") as progress:
+        report = pipeline.prune(model, batches, method, pattern, skip=skip or (), progress=progress)
+    model.to(checkpoint.stored_dtype(model_dir))
+    if format == "compressed" and not linear.compress(model):
+        errors.print(f"sparsekit: no linear holds 2:4 after pruning to {pattern}; the weights are stored dense", highlight=False)
+    checkpoint.save(model, out, format=format, tokenizer=tokenizer, overwrite=overwrite, report=report)
+    if json_out:
+        print(json.dumps({"out": str(out), **report.to_dict()}))
+    else:
+        table = Table("linear", "shape", "sparsity", "output error", title=f"{out}: {method} {pattern}, {report.seconds:.1f} s")
+        for row in report.linears:
+            error = "" if row.output_error is None else f"{row.output_error:.4f}"
+            table.add_row(row.name, "x".join(map(str, row.shape)), f"{row.sparsity:.1%}", error)
+        console = Console()
+        console.print(table)
+        for name, reason in report.skipped.items():
+            console.print(f"not pruned: {name} ({reason})", highlight=False)
+
+
+@command
+def eval(
+    folder: Annotated[Path, typer.Argument(help="A model folder, compressed or ordinary.")],
+    text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
+    seq_len: SeqLen = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Read no more than this many tokens of the text.")] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    json_out: Json = False,
+) -> None:
+    """Perplexity on a text."""
+    from . import checkpoint, data, evaluate
+
+    checkpoint.check_model_folder(folder)
+    tokens = data.read_tokens(text, checkpoint.load_tokenizer(folder))
+    model = checkpoint.load(folder, device=device, dtype=compute_dtype(dtype, device))
+    with progress_bar("evaluating") as progress:
+        result = evaluate.perplexity(
+            model,
+            tokens,
+            sequence_length(seq_len, model),
+            max_tokens,
+            progress=lambda done, total: progress("", done, total),
+        )
+    if json_out:
+        print(json.dumps(result))
+    else:
+        print(f"perplexity {result['perplexity']:.4f} over {result['tokens']} tokens in {result['seconds']:.1f} s")
+
+
+@command
+def inspect(folder: Annotated[Path, typer.Argument(help="A model folder.")], json_out: Json = False) -> None:
+    """What each linear of a model folder holds, and its bytes."""
+    from .inspection import inspect as read
+
+    found = read(folder)
+    if json_out:
+        print(json.dumps(found))
+        return
+    table = Table("linear", "shape", "pattern", "sparsity", "bytes", "of dense", title=f"{folder}: {found['format']}")
+    for row in found["linears"]:
+        share = f"{row['bytes'] / row['dense_bytes']:.4f}"
+        table.add_row(
+            row["name"],
+            "x".join(map(str, row["shape"])),
+            row["pattern"],
+            f"{row['sparsity']:.1%}",
+            f"{row['bytes']:,}",
+            share,
+        )
+    Console().print(table)
+    print(f"{found['bytes']:,} bytes of weight files")
+
+
+@command
+def generate(
+    folder: Annotated[Path, typer.Argument(help="A model folder, compressed or ordinary.")],
+    prompt: Annotated[str, typer.Option(help="What to say to the model.")],
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to decode.")] = 64,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    json_out: Json = False,
+) -> None:
+    """Greedy text from a model, and how fast it came."""
+    from . import checkpoint, evaluate
+
+    model = checkpoint.load(folder, device=device, dtype=compute_dtype(dtype, device))
+    result = evaluate.generate(model, checkpoint.load_tokenizer(folder), prompt, max_new_tokens)
+    print(json.dumps(result) if json_out else f"{result['text']}\n[{result['tokens_per_second']:.1f} tokens/s]")
+
+
+@command
+def demo(
+    model: Annotated[str, typer.Option(help="tiny (shipped with the package) or smollm2 (downloaded once, 93 MB).")] = "tiny",
+    out: Annotated[Path, typer.Option(help="Where to put what is made; a second run reuses it.")] = Path("sparsekit-demo"),
+    json_out: Json = False,
+) -> None:
+    """Prune a real language model, store it compressed, reload it in a new process, and show what came of it."""
+    from .demo import run
+
+    run(model, out, json_out, errors, progress_bar)
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,60 @@
+"""Text into token windows, for calibration and for evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import SparsekitError
+
+
+def read_tokens(path: str | Path, tokenizer) -> Tensor:
+    """The tokens (count,) of a UTF-8 text file, without special tokens. Raises SparsekitError where it cannot be read."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise SparsekitError(f"the text {path} must be UTF-8, and byte {error.start} is not; convert it first") from None
+    except OSError as error:
+        raise SparsekitError(f"the text {path} cannot be read: {error.strerror}") from None
+    if not text.strip():
+        raise SparsekitError(f"the text {path} is empty; give one with words in it")
+    verbose, tokenizer.verbose = (
+        getattr(tokenizer, "verbose", True),
+        False,
+    )  # no warning that the text exceeds the context
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    tokenizer.verbose = verbose
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def calibration_batches(tokens: Tensor, samples: int, seq_len: int, seed: int = 0, batch: int = 4) -> list[Tensor]:
+    """``samples`` windows of seq_len consecutive tokens at random places, as batches (<= batch, seq_len).
+
+    The same seed gives the same windows. Raises SparsekitError where the text is shorter than one window."""
+    for name, value in (("samples", samples), ("seq_len", seq_len)):
+        if value < 1:
+            raise SparsekitError(f"{name} must be at least 1, got {value}")
+    if len(tokens) < seq_len:
+        raise SparsekitError(
+            f"the calibration text must hold at least one sequence of {seq_len} tokens, got {len(tokens)}; "
+            f"give a longer text or a smaller --seq-len"
+        )
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(0, len(tokens) - seq_len + 1, (samples,), generator=generator).tolist()
+    windows = torch.stack([tokens[start : start + seq_len] for start in starts])
+    return list(windows.split(batch))
+
+
+def evaluation_windows(tokens: Tensor, seq_len: int, max_tokens: int | None = None) -> Tensor:
+    """Consecutive windows (count, seq_len) that do not overlap; what is left over at the end is dropped."""
+    if seq_len < 2:
+        raise SparsekitError(f"seq_len must be at least 2, got {seq_len}")
+    count = min(len(tokens), max_tokens or len(tokens)) // seq_len
+    if count == 0:
+        raise SparsekitError(
+            f"the text must hold at least one sequence of {seq_len} tokens, got {min(len(tokens), max_tokens or len(tokens))}; "
+            f"give a longer text, a smaller --seq-len or a larger --max-tokens"
+        )
+    return tokens[: count * seq_len].view(count, seq_len)

@@ -1,0 +1,11 @@
+"""The one exception that a user's mistake raises: the command line turns it into one sentence and exit code 2."""
+
+
+class SparsekitError(ValueError):
+    """Input that cannot be used. The text is one sentence: what must hold, what came, what to do."""
+
+
+def listed(names) -> str:
+    """The names as a person would list them: ``a, b and c``."""
+    names = [str(name) for name in names]
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"

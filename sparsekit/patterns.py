@@ -1,0 +1,137 @@
+"""What may be removed: value objects, read from and printed as text.
+
+N:M counts the weights **kept**, as NVIDIA does. A tail of t < M columns is a group whose missing columns count as zeros: it keeps
+min(N, t). Masks are exact: k kept is k kept, and a tie goes to the lower column.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import SparsekitError
+
+_KNOWN = 'N:M with N kept of M, such as "2:4", "4:8" or "1:4", or the share removed, such as "50%"'
+
+
+class Pattern:
+    """A shape that a weight (n, k) can be pruned to. ``Pattern.parse`` reads one; ``str`` gives the text back.
+
+    ``rowwise`` compares and counts each row (output feature) by itself; it matters to unstructured patterns alone."""
+
+    @staticmethod
+    def parse(text: str | Pattern) -> Pattern:
+        """Reads "2:4" or "50%". Raises SparsekitError, listing what is known, for any other text."""
+        if isinstance(text, Pattern):
+            return text
+        if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text)):
+            return NM(int(match[1]), int(match[2]))
+        if match := re.fullmatch(r"\s*(-?\d+(?:\.\d*)?|-?\.\d+)\s*%\s*", str(text)):
+            return Unstructured(float(match[1]) / 100)
+        raise SparsekitError(f"a pattern must be {_KNOWN}, got {text!r}")
+
+    def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
+        """The bool mask (n, k) of what is kept: the highest scores. Raises ValueError for NaN."""
+        raise NotImplementedError
+
+    def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
+        """None where the weight holds the pattern, else one phrase that says where it does not."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class NM(Pattern):
+    """n kept of each m neighbours in a row."""
+
+    n: int
+    m: int
+
+    def __post_init__(self):
+        if not 0 <= self.n <= self.m or self.m < 1:
+            raise SparsekitError(f"N:M must keep 0 <= N <= M weights of M >= 1, got {self.n}:{self.m}")
+
+    @classmethod
+    def pruned(cls, n: int, m: int) -> NM:
+        """From the other convention, where n of m are removed."""
+        return cls(m - n, m)
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m}"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
+        rows, k = scores.shape
+        padded = -(-k // self.m) * self.m
+        groups = scores.new_full((rows, padded), -math.inf)  # a missing column loses to every real one
+        groups[:, :k] = scores
+        return keep_top(groups.view(rows, -1, self.m), self.n).view(rows, padded)[:, :k]
+
+    def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
+        rows, k = weight.shape
+        nonzero = torch.zeros(rows, -(-k // self.m) * self.m, dtype=torch.bool, device=weight.device)
+        nonzero[:, :k] = weight != 0
+        count = nonzero.view(rows, -1, self.m).sum(-1)
+        if not (count > self.n).any():
+            return None
+        row, group = (count > self.n).nonzero()[0].tolist()
+        return f"row {row}, columns {group * self.m} to {group * self.m + self.m - 1} hold {int(count[row, group])} non-zeros"
+
+
+@dataclass(frozen=True)
+class Unstructured(Pattern):
+    """A share of all weights removed, anywhere. The number removed is rounded down."""
+
+    share: float
+
+    def __post_init__(self):
+        if not 0 <= self.share <= 1:
+            raise SparsekitError(f"sparsity must lie in 0% to 100%, got {self}")
+
+    def __str__(self) -> str:
+        return f"{self.share * 100:.10g}%"
+
+    @property
+    def sparsity(self) -> float:
+        return self.share
+
+    def removed(self, numel: int) -> int:
+        """How many of numel weights go. 1e-9 absorbs the rounding of a share such as 0.29 * 100."""
+        return math.floor(numel * self.share + 1e-9 * numel)
+
+    def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
+        line = scores if rowwise else scores.reshape(1, -1)
+        return keep_top(line, line.shape[-1] - self.removed(line.shape[-1])).view(scores.shape)
+
+    def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
+        line = weight if rowwise else weight.reshape(1, -1)
+        zeros, wanted = (line == 0).sum(-1), self.removed(line.shape[-1])
+        if not (zeros < wanted).any():
+            return None
+        row = int((zeros < wanted).nonzero()[0])
+        return f"{f'row {row}' if rowwise else 'the weight'} has {int(zeros[row])} zeros, {wanted} are asked for"
+
+
+def keep_top(scores: Tensor, kept: int) -> Tensor:
+    """The bool mask of the ``kept`` highest scores along the last dimension, exactly; a tie goes to the lower index.
+
+    scores (..., k), 0 <= kept <= k. Raises ValueError for NaN. No sort: a selection of the threshold, then the ties in order."""
+    if torch.isnan(scores).any():
+        raise ValueError("scores must hold no NaN")
+    k = scores.shape[-1]
+    if kept >= k or scores.numel() == 0:
+        return torch.ones_like(scores, dtype=torch.bool)
+    if kept == 0:
+        return torch.zeros_like(scores, dtype=torch.bool)
+    if k <= 64:  # short groups: one batched stable sort is faster than a selection a group
+        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :kept]
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    threshold = scores.kthvalue(k - kept + 1, dim=-1, keepdim=True).values
+    above, tied = scores > threshold, scores == threshold
+    return above | (tied & (tied.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))

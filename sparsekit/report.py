@@ -1,0 +1,39 @@
+"""What a pruning run did, a linear at a time."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+
+
+@dataclass
+class LinearReport:
+    """One pruned linear. shape is (out_features, in_features); output_error and damping as in PruneResult."""
+
+    name: str
+    shape: tuple[int, int]
+    sparsity: float
+    output_error: float | None
+    damping: float | None
+    seconds: float
+
+
+@dataclass
+class PruneReport:
+    """skipped maps each module with a weight matrix that was not pruned to the reason."""
+
+    method: str
+    pattern: str
+    tokens: int = 0
+    seconds: float = 0.0
+    linears: list[LinearReport] = field(default_factory=list)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros over all pruned linears."""
+        weights = [linear.shape[0] * linear.shape[1] for linear in self.linears]
+        zeros = sum(linear.sparsity * n for linear, n in zip(self.linears, weights))
+        return zeros / sum(weights) if weights else 0.0
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "sparsity": self.sparsity}
