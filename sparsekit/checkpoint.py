@@ -2,8 +2,9 @@
 
 A compressed folder is a Hugging Face folder whose safetensors hold, for a 2:4 linear P, ``P.values`` and ``P.meta`` (the canonical
 format of sparsekit/format.py) in place of ``P.weight``. Its ``__metadata__`` carries, under "sparsekit", the JSON object
-``{"version": 1, "linears": {P: [out_features, in_features], ...}}``. config.json names the quantisation method "sparsekit", so
-that a loader that does not know the format refuses the folder rather than filling it with random weights.
+``{"version": 1, "linears": {P: [out_features, in_features], ...}}``, and config.json names the quantisation method "sparsekit".
+To transformers an unknown method is worth a warning, and a missing weight a random one. So ``P.weight`` is there too, of shape
+(0,): a loader that does not know the format stops at it.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .errors import SparsekitError, listed
-from .format import FORMAT_VERSION
+from .format import FORMAT_VERSION, Sparse24
 from .linear import SparseLinear, is_linear
 from .report import PruneReport
 
@@ -55,6 +56,8 @@ def save(
         model.config.save_pretrained(parts)
         config = json.loads((parts / "config.json").read_text())
         config.pop("quantization_config", None)
+        # Of the model as it is now, not of the file it was once read from.
+        config.update(architectures=[type(model).__name__], dtype=str(model.dtype).removeprefix("torch."))
         if sparse:
             config["quantization_config"] = {"quant_method": "sparsekit", "version": FORMAT_VERSION}
         (parts / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -84,13 +87,17 @@ def check_new_folder(folder: str | Path, overwrite: bool = False) -> Path:
         raise SparsekitError(f"the output must be a folder, got the file {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise SparsekitError(f"the output folder {folder} exists and is not empty; give another, or --overwrite")
+    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise SparsekitError(f"the output folder {folder} must be in a folder that can be written, and {parent} is not one")
     return folder
 
 
 @contextmanager
 def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     """A folder to fill beside the one asked for, which it replaces in one rename at the end; removed where anything fails."""
-    folder = check_new_folder(folder, overwrite).absolute()
+    folder = check_new_folder(folder, overwrite).resolve()
+    missing = [parent for parent in folder.parents if not parent.exists()]
     parts, old = (folder.with_name(f"{folder.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
     parts.mkdir(parents=True)
     try:
@@ -101,26 +108,29 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     except BaseException:
         if old.is_dir() and not folder.exists():
             old.rename(folder)
+        shutil.rmtree(parts, ignore_errors=True)
+        for parent in missing:
+            with suppress(OSError):  # somebody else may have put something there
+                parent.rmdir()
         raise
     finally:
-        shutil.rmtree(parts, ignore_errors=True)
         if folder.exists():
             shutil.rmtree(old, ignore_errors=True)
 
 
 def _tensors(model: nn.Module, format: str) -> dict[str, Callable[[], Tensor]]:
     """What to write, by name, each made when its turn comes; a tensor tied to an earlier one is left out."""
-    expanded = {}
-    if format == "dense":
-        expanded = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
+    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
     made: dict[str, Callable[[], Tensor]] = {}
     seen: set[tuple] = set()
     for name, tensor in model.state_dict().items():
         parent, _, leaf = name.rpartition(".")
-        if parent in expanded and leaf in ("values", "meta"):
-            if leaf == "values":
-                made[f"{parent}.weight"] = lambda m=expanded[parent]: m.to_linear().weight.detach()
+        linear = sparse.get(parent) if leaf in ("values", "meta") else None
+        if linear is not None and format == "dense":
+            made[f"{parent}.weight"] = lambda linear=linear: linear.to_linear().weight.detach()
             continue
+        if linear is not None:
+            made[f"{parent}.weight"] = lambda: torch.empty(0)  # what stops other loaders, see above
         place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
         if tensor.numel() and place in seen:
             continue
@@ -137,7 +147,11 @@ def _write_tensors(folder: Path, tensors: dict[str, Callable[[], Tensor]], metad
 
     def flush() -> None:
         paths.append(folder / f"shard-{len(paths)}.safetensors")
-        save_file(shards[0], paths[-1], metadata)
+        try:
+            save_file(shards[0], paths[-1], metadata)
+        except SafetensorError as error:
+            raise OSError(f"the weights cannot be written: {_first_sentence(error)}") from error
+        shutil.copymode(folder / "config.json", paths[-1])  # safetensors makes files that their owner alone can read
         names.append(list(shards[0]))
         shards[0] = {}
 
@@ -185,9 +199,10 @@ def load_tokenizer(folder: str | Path):
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise SparsekitError(f"the folder {folder} must hold a tokenizer: {_first_line(error)}") from error
+        with _quiet_transformers():
+            return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # a broken file raises whatever its reader trips over
+        raise SparsekitError(f"the folder {folder} must hold a tokenizer that can be read: {_first_sentence(error)}") from error
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -195,22 +210,27 @@ def resolve_device(device: str | torch.device) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise SparsekitError(f"the device must be one torch can use here, got {device!r}: {_first_line(error)}") from error
+        found = torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise SparsekitError(f"the device must be one torch can use here, got {device!r}: {_first_sentence(error)}") from error
+    if found.type == "meta":
+        raise SparsekitError("the device must be one that computes, got 'meta'")
+    return found
 
 
 def check_model_folder(folder: str | Path) -> Path:
     """The folder's path. Raises SparsekitError where it is no model folder or its weights cannot be read to the end."""
     folder = Path(folder)
     if not folder.is_dir():
-        raise SparsekitError(f"the model folder {folder} does not exist")
+        raise SparsekitError(f"the model must be a folder, and {folder} {'is a file' if folder.exists() else 'does not exist'}")
     if not (folder / "config.json").is_file():
         raise SparsekitError(f"the folder {folder} must hold a config.json, and has none; give a Hugging Face model folder")
     try:
-        json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SparsekitError(f"{folder / 'config.json'} is not JSON: {_first_line(error)}") from None
+        raise SparsekitError(f"{folder / 'config.json'} is not JSON: {_first_sentence(error)}") from None
+    if not isinstance(config, dict):
+        raise SparsekitError(f"{folder / 'config.json'} must be a JSON object, got a {type(config).__name__}")
     for _ in weight_files(folder):
         pass
     return folder
@@ -230,14 +250,15 @@ def stored_dtype(folder: Path) -> torch.dtype:
 
 def weight_files(folder: Path) -> Iterator[tuple[Path, safe_open]]:
     """Each safetensors file of the folder, opened. Raises SparsekitError where there is none or one is broken."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    paths = [single]
+    if index.is_file() and not single.is_file():  # where there are both, transformers reads the one file
         try:
             paths = [folder / file for file in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        except (ValueError, KeyError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise SparsekitError(f"{index} must be the index of the weight files, and cannot be read as one") from None
-    else:
-        paths = [folder / "model.safetensors"]
+        if not paths:
+            raise SparsekitError(f"{index} must be the index of the weight files, and holds no tensor")
     for path in paths:
         if not path.is_file():
             raise SparsekitError(f"the weights must be safetensors files, and {path} is missing; save them as safetensors first")
@@ -245,7 +266,7 @@ def weight_files(folder: Path) -> Iterator[tuple[Path, safe_open]]:
             with safe_open(path, framework="pt") as tensors:
                 yield path, tensors
         except SafetensorError as error:
-            raise SparsekitError(f"{path} is not a whole safetensors file: {_first_line(error)}") from error
+            raise SparsekitError(f"{path} is not a whole safetensors file: {_first_sentence(error)}") from error
 
 
 def compressed_linears(folder: Path) -> dict[str, tuple[int, int]] | None:
@@ -257,27 +278,39 @@ def compressed_linears(folder: Path) -> dict[str, tuple[int, int]] | None:
         if text := (tensors.metadata() or {}).get("sparsekit"):
             try:
                 header = json.loads(text)
-                version, shapes = int(header["version"]), header["linears"]
-                linears = {**(linears or {}), **{name: (int(n), int(k)) for name, (n, k) in shapes.items()}}
+                newer = int(header["version"]) > FORMAT_VERSION
+                shapes = {} if newer else {name: (int(n), int(k)) for name, (n, k) in header["linears"].items()}
             except (ValueError, KeyError, TypeError, AttributeError):
                 raise SparsekitError(f"{path} must say how it is compressed, and its metadata cannot be read") from None
-            if version > FORMAT_VERSION:
+            if newer:
                 raise SparsekitError(
-                    f"{path} is written in format version {version}, this sparsekit reads up to {FORMAT_VERSION}; upgrade sparsekit"
+                    f"{path} is written in format version {header['version']}, this sparsekit reads up to {FORMAT_VERSION}; "
+                    f"upgrade sparsekit"
                 )
+            linears = {**(linears or {}), **shapes}
     return linears
+
+
+def check_stored(name: str, weight: Sparse24, folder: Path) -> None:
+    """Raises SparsekitError where what the folder holds for the linear ``name`` is not in the canonical format."""
+    try:
+        weight.validate()
+    except (ValueError, TypeError) as error:
+        raise SparsekitError(f"{name} in {folder} is damaged: {error}") from error
 
 
 def _load_dense(folder: Path, dtype: torch.dtype | str) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
+    options = dict(local_files_only=True, trust_remote_code=False, use_safetensors=True, output_loading_info=True)
+    config = read_config(folder)
+    if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "sparsekit":
+        raise SparsekitError(f"the config in {folder} says sparsekit, and the metadata of the weights that would tell how is gone")
     try:
         with _quiet_transformers():
-            model, info = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise SparsekitError(f"the model in {folder} cannot be loaded: {_first_line(error)}") from error
+            model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
+    except Exception as error:  # a config of another's making raises whatever the model's code trips over
+        raise SparsekitError(f"the model in {folder} cannot be loaded: {_first_sentence(error)}") from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise SparsekitError(f"the weights in {folder} must be those of its config, and {absent[0]} is missing or of another shape")
@@ -307,26 +340,35 @@ def _load_compressed(folder: Path, linears: dict[str, tuple[int, int]], dtype: t
     if absent:
         raise SparsekitError(f"the weights in {folder} must be those of its config, and {absent[0]} is missing")
     for name in linears:
-        try:
-            model.get_submodule(name).weight24.validate()
-        except ValueError as error:
-            raise SparsekitError(f"{name} in {folder} is damaged: {error}") from error
+        check_stored(name, model.get_submodule(name).weight24, folder)
     if (folder / "generation_config.json").is_file():
         model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
     return model
 
 
-def skeleton(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
-    """The model of a folder's config with every parameter on the meta device: names and shapes, no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def read_config(folder: Path):
+    """The transformers config of a model folder. Code that it may name is never run."""
+    from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        config.__dict__.pop("quantization_config", None)
-        with _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, dtype=(config.dtype or torch.float32) if dtype == "auto" else dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise SparsekitError(f"the config in {folder} must name a causal language model: {_first_line(error)}") from error
+        with _quiet_transformers():
+            return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # any value of it may be wrong, each with an exception of its own
+        raise SparsekitError(f"the config in {folder} must name a causal language model: {_first_sentence(error)}") from error
+
+
+def skeleton(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
+    """The model of a folder's config with every parameter on the meta device: names and shapes, no weights."""
+    from transformers import AutoModelForCausalLM
+
+    config = read_config(folder)
+    config.__dict__.pop("quantization_config", None)
+    dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
+    try:
+        with _quiet_transformers(), _parameters_on_meta():
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise SparsekitError(f"the config in {folder} must name a causal language model: {_first_sentence(error)}") from error
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> None:
@@ -334,9 +376,13 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, pat
     parent, _, leaf = name.rpartition(".")
     try:
         module = model.get_submodule(parent)
-        place = getattr(module, leaf)
-    except AttributeError:
-        raise SparsekitError(f"{path} holds {name}, which the model of its config does not have") from None
+        if isinstance(module, SparseLinear) and leaf == "weight" and tensor.numel() == 0:
+            return
+        place = {**module._parameters, **module._buffers}[leaf]
+    except (AttributeError, KeyError):
+        place = None  # absent, or a bias that the config does without
+    if place is None:
+        raise SparsekitError(f"{path} holds {name}, which the model of its config does not have")
     if place.shape != tensor.shape:
         raise SparsekitError(f"{name} must be of shape {tuple(place.shape)}, got {tuple(tensor.shape)} in {path}")
     stored = isinstance(module, SparseLinear) and leaf in ("values", "meta")
@@ -380,5 +426,8 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+def _first_sentence(error: Exception) -> str:
+    """What the error says first, in one line without its full stop."""
+    lines = f"{'no such thing as ' if isinstance(error, KeyError) else ''}{error}".split("\n")
+    text = " ".join(lines[: 2 if lines[0].rstrip().endswith(":") else 1])
+    return " ".join(text.split()).partition(". ")[0].rstrip(".") or type(error).__name__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from .errors import SparsekitError
 
@@ -37,29 +38,51 @@ def command(function: Callable) -> Callable:
         try:
             function(*args, **kwargs)
         except SparsekitError as error:
-            errors.print(f"sparsekit: {error}", soft_wrap=True, markup=False)
+            say(f"{error}")
             raise typer.Exit(2) from None
-        except OSError as error:  # a full disk, a folder that may not be written
-            errors.print(f"sparsekit: {error}; nothing was written", soft_wrap=True, markup=False)
+        except BrokenPipeError:  # the reader of stdout has seen enough
+            raise
+        except OSError as error:  # a full disk, a folder that may not be read or written
+            say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; nothing was written")
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            errors.print("sparsekit: interrupted; nothing was written")
+            say("interrupted; nothing was written")
             raise typer.Exit(130) from None
 
     return app.command()(run)
 
 
+def say(text: str) -> None:
+    """One line on stderr, as it is: not wrapped, and no part of a path taken for markup or an emoji."""
+    errors.print(f"sparsekit: {text}", soft_wrap=True, markup=False, emoji=False)
+
+
 @contextmanager
 def progress_bar(text: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A rich progress bar on stderr, as a function of what is under way, how much is done, and of how much."""
+    """A rich progress bar on stderr where that is a terminal, as a function of what is under way, how much is done, of how much."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=errors, transient=True) as bar:
+    times = (TimeElapsedColumn(), TimeRemainingColumn())
+    # Elsewhere rich would leave an empty line behind.
+    with Progress(*columns, *times, console=errors, transient=True, disable=not errors.is_terminal) as bar:
         task = bar.add_task(text, total=None)
 
         def advance(what: str, done: int, total: int) -> None:
             bar.update(task, description=f"{text} {what}".strip(), completed=done, total=total)
 
         yield advance
+
+
+def show(title: str, columns: Iterable[str], rows: Iterable[Iterable[str]]) -> None:
+    """One table on stdout; in a pipe as wide as its cells, so that every name stays in one piece."""
+    table = Table(title=Text(title))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console = Console()
+    if not console.is_terminal:
+        console.width = 10_000
+    console.print(table)
 
 
 def compute_dtype(dtype: str, device: str):
@@ -76,19 +99,22 @@ def compute_dtype(dtype: str, device: str):
     return known[dtype]
 
 
-def sequence_length(asked: int | None, model) -> int:
-    """The length asked for, or 2048, within the model's context."""
-    context = getattr(model.config, "max_position_embeddings", None) or 2048
-    if asked is not None and asked > context:
-        raise SparsekitError(f"--seq-len must be at most the model's context of {context} tokens, got {asked}")
-    return asked or min(2048, context)
+def sequence_length(asked: int | None, folder: Path) -> int:
+    """The length asked for, or 2048, within the context of the folder's model."""
+    from .checkpoint import read_config
+    from .data import context_length
+
+    context = context_length(read_config(folder))
+    if asked is not None and not 1 <= asked <= context:
+        raise SparsekitError(f"--seq-len must be 1 to the model's context of {context} tokens, got {asked}")
+    return min(2048, context) if asked is None else asked
 
 
 @command
 def prune(
     model_dir: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
-    calib: Annotated[Path, typer.Option(help="A UTF-8 text file to calibrate on.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
+    calib: Annotated[Path | None, typer.Option(help="A UTF-8 text file to calibrate on; magnitude needs none.")] = None,
     method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
     pattern: Annotated[str, typer.Option(help='N kept of M, such as "2:4", or the share removed, such as "50%".')] = "2:4",
     format: Annotated[
@@ -110,34 +136,35 @@ def prune(
     from .prune import method_named
 
     # What is cheap to refuse is refused before the model is read.
-    (
-        method_named(method),
-        Pattern.parse(pattern),
-        checkpoint.check_format(format),
-        checkpoint.check_new_folder(out, overwrite),
-    )
+    if method_named(method).needs_inputs and calib is None:
+        raise SparsekitError(f"--calib must name a text for {method} to calibrate on; magnitude alone needs none")
+    Pattern.parse(pattern)
+    checkpoint.check_format(format)
+    checkpoint.check_new_folder(out, overwrite)
+    for path in (model_dir, calib):
+        if path and out.resolve() in path.resolve().parents:
+            raise SparsekitError(f"the output folder {out} would be replaced, and must not hold the input {path}")
     checkpoint.check_model_folder(model_dir)
+    dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
     tokenizer = checkpoint.load_tokenizer(model_dir)
-    tokens = data.read_tokens(calib, tokenizer)
-    model = checkpoint.load(model_dir, device=device, dtype=compute_dtype("auto", device))
-    batches = data.calibration_batches(tokens, samples, sequence_length(seq_len, model), seed)
+    batches = data.calibration_batches(data.read_tokens(calib, tokenizer), samples, length, seed) if calib else ()
+    model = checkpoint.load(model_dir, device=device, dtype=dtype)
     with progress_bar(f"{method} {pattern}") as progress:
         report = pipeline.prune(model, batches, method, pattern, skip=skip or (), progress=progress)
     model.to(checkpoint.stored_dtype(model_dir))
     if format == "compressed" and not linear.compress(model):
-        errors.print(f"sparsekit: no linear holds 2:4 after pruning to {pattern}; the weights are stored dense", highlight=False)
+        say(f"no linear holds 2:4 after pruning to {pattern}; the weights are stored dense")
     checkpoint.save(model, out, format=format, tokenizer=tokenizer, overwrite=overwrite, report=report)
     if json_out:
         print(json.dumps({"out": str(out), **report.to_dict()}))
     else:
-        table = Table("linear", "shape", "sparsity", "output error", title=f"{out}: {method} {pattern}, {report.seconds:.1f} s")
+        rows = []
         for row in report.linears:
             error = "" if row.output_error is None else f"{row.output_error:.4f}"
-            table.add_row(row.name, "x".join(map(str, row.shape)), f"{row.sparsity:.1%}", error)
-        console = Console()
-        console.print(table)
+            rows.append((row.name, "x".join(map(str, row.shape)), f"{row.sparsity:.1%}", error))
+        show(f"{out}: {method} {pattern}, {report.seconds:.1f} s", ("linear", "shape", "sparsity", "output error"), rows)
         for name, reason in report.skipped.items():
-            console.print(f"not pruned: {name} ({reason})", highlight=False)
+            print(f"not pruned: {name} ({reason})")
 
 
 @command
@@ -154,16 +181,12 @@ def eval(
     from . import checkpoint, data, evaluate
 
     checkpoint.check_model_folder(folder)
+    compute, length = compute_dtype(dtype, device), sequence_length(seq_len, folder)
     tokens = data.read_tokens(text, checkpoint.load_tokenizer(folder))
-    model = checkpoint.load(folder, device=device, dtype=compute_dtype(dtype, device))
+    data.evaluation_windows(tokens, length, max_tokens)  # refuses a short text before the model is read
+    model = checkpoint.load(folder, device=device, dtype=compute)
     with progress_bar("evaluating") as progress:
-        result = evaluate.perplexity(
-            model,
-            tokens,
-            sequence_length(seq_len, model),
-            max_tokens,
-            progress=lambda done, total: progress("", done, total),
-        )
+        result = evaluate.perplexity(model, tokens, length, max_tokens, progress=lambda done, total: progress("", done, total))
     if json_out:
         print(json.dumps(result))
     else:
@@ -179,18 +202,18 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A model folder.")], jso
     if json_out:
         print(json.dumps(found))
         return
-    table = Table("linear", "shape", "pattern", "sparsity", "bytes", "of dense", title=f"{folder}: {found['format']}")
-    for row in found["linears"]:
-        share = f"{row['bytes'] / row['dense_bytes']:.4f}"
-        table.add_row(
+    rows = [
+        (
             row["name"],
             "x".join(map(str, row["shape"])),
             row["pattern"],
             f"{row['sparsity']:.1%}",
             f"{row['bytes']:,}",
-            share,
+            f"{row['bytes'] / row['dense_bytes']:.4f}",
         )
-    Console().print(table)
+        for row in found["linears"]
+    ]
+    show(f"{folder}: {found['format']}", ("linear", "shape", "pattern", "sparsity", "bytes", "of dense"), rows)
     print(f"{found['bytes']:,} bytes of weight files")
 
 

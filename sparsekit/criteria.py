@@ -80,7 +80,8 @@ class Gram:
         """|X (W - W_pruned)'|^2 / |X W'|^2 over the tokens seen; weights (n, k)."""
         difference, weight = weight.float() - pruned.float(), weight.float()
         whole = (weight @ self.sum * weight).sum().item()
-        return (difference @ self.sum * difference).sum().item() / whole if whole > 0 else 0.0
+        lost = max((difference @ self.sum * difference).sum().item(), 0.0)  # rounding can take a small one below zero
+        return lost / whole if whole > 0 else 0.0
 
 
 def magnitude(weight: Tensor) -> Tensor:

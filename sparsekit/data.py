@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .errors import SparsekitError
 
@@ -20,13 +20,26 @@ def read_tokens(path: str | Path, tokenizer) -> Tensor:
         raise SparsekitError(f"the text {path} cannot be read: {error.strerror}") from None
     if not text.strip():
         raise SparsekitError(f"the text {path} is empty; give one with words in it")
-    verbose, tokenizer.verbose = (
-        getattr(tokenizer, "verbose", True),
-        False,
-    )  # no warning that the text exceeds the context
+    # No warning that the text exceeds the context.
+    verbose, tokenizer.verbose = getattr(tokenizer, "verbose", True), False
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     tokenizer.verbose = verbose
     return torch.tensor(ids, dtype=torch.long)
+
+
+def context_length(config) -> int:
+    """Tokens that a model of this transformers config can see at once; 2048 where the config does not say."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2048
+
+
+def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
+    """Raises SparsekitError where a token id lies outside the model's embedding: on a GPU that would end the process."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    count = getattr(embedding, "num_embeddings", None)
+    if count is not None and ids.numel() and ids.max() >= count:
+        raise SparsekitError(
+            f"token ids must be below the model's vocabulary of {count}, got {int(ids.max())}; use the model's own tokenizer"
+        )
 
 
 def calibration_batches(tokens: Tensor, samples: int, seq_len: int, seed: int = 0, batch: int = 4) -> list[Tensor]:
@@ -51,10 +64,13 @@ def evaluation_windows(tokens: Tensor, seq_len: int, max_tokens: int | None = No
     """Consecutive windows (count, seq_len) that do not overlap; what is left over at the end is dropped."""
     if seq_len < 2:
         raise SparsekitError(f"seq_len must be at least 2, got {seq_len}")
-    count = min(len(tokens), max_tokens or len(tokens)) // seq_len
+    if max_tokens is not None and max_tokens < 1:
+        raise SparsekitError(f"max_tokens must be at least 1, got {max_tokens}")
+    read = len(tokens) if max_tokens is None else min(len(tokens), max_tokens)
+    count = read // seq_len
     if count == 0:
         raise SparsekitError(
-            f"the text must hold at least one sequence of {seq_len} tokens, got {min(len(tokens), max_tokens or len(tokens))}; "
+            f"the text must hold at least one sequence of {seq_len} tokens, got {read}; "
             f"give a longer text, a smaller --seq-len or a larger --max-tokens"
         )
     return tokens[: count * seq_len].view(count, seq_len)

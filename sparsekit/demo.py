@@ -6,7 +6,6 @@ repeats only what is missing.
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import platform
 import subprocess
@@ -21,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .assets import asset
 from .errors import SparsekitError
 
 Bar = Callable[[str], AbstractContextManager[Callable[[str, int, int], None]]]
@@ -131,10 +131,6 @@ def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).is_file() else []
 
 
-def _asset(package: str, file: str) -> Path:
-    return Path(str(importlib.resources.files(f"sparsekit.assets.{package}").joinpath(file)))
-
-
 def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file()
 
@@ -142,7 +138,7 @@ def _is_model(folder: Path) -> bool:
 def _model(name: str, out: Path, bar: Bar) -> Path:
     """The dense model's folder: the shipped one, or the one fetched at the first run."""
     if name == "tiny":
-        return _asset("kjv1m", "config.json").parent
+        return asset("kjv1m")
     folder = out / "dense"
     if not _is_model(folder):
         from .integrations.gguf import fetch_smollm2
@@ -158,7 +154,7 @@ def _evaluate(folder: Path, settings: Settings, bar: Bar, what: str, model=None)
 
     from . import checkpoint, data, evaluate
 
-    tokens = data.read_tokens(_asset("text", "kjv.test.txt"), checkpoint.load_tokenizer(folder))
+    tokens = data.read_tokens(asset("text", "kjv.test.txt"), checkpoint.load_tokenizer(folder))
     if model is None:
         model = checkpoint.load(folder, dtype="auto" if torch.cuda.is_available() else torch.float32)
     with bar(f"evaluating {what}") as progress:
@@ -175,7 +171,7 @@ def _prune_and_evaluate(model_dir: Path, method: str, settings: Settings, out: P
 
     model = checkpoint.load(model_dir, dtype="auto" if torch.cuda.is_available() else torch.float32)
     tokenizer = checkpoint.load_tokenizer(model_dir)
-    tokens = data.read_tokens(_asset("text", "kjv.calib.txt"), tokenizer)
+    tokens = data.read_tokens(asset("text", "kjv.calib.txt"), tokenizer)
     batches = data.calibration_batches(tokens, settings.samples, settings.seq_len)
     with bar(f"pruning, {method}") as progress:
         report = pipeline.prune(model, batches, method, "2:4", progress=progress)
@@ -187,7 +183,7 @@ def _prune_and_evaluate(model_dir: Path, method: str, settings: Settings, out: P
     linear.compress(model)
     checkpoint.save(model, out / "compressed", tokenizer=tokenizer, overwrite=True, report=report)
     del model
-    text = str(_asset("text", "kjv.test.txt"))
+    text = str(asset("text", "kjv.test.txt"))
     size = ("--seq-len", str(settings.seq_len), "--max-tokens", str(settings.max_tokens))
     return _new_process("eval", str(out / "compressed"), "--text", text, *size)
 

@@ -20,7 +20,7 @@ def _positive(name: str) -> int | None:
     text = os.environ.get(name)
     if text is None:
         return None
-    if not text.isdigit() or int(text) == 0:
+    if not text.isdecimal() or int(text) == 0:
         raise SparsekitError(f"{name} must be a positive integer, got {text!r}")
     return int(text)
 

@@ -4,14 +4,27 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import evaluation_windows
+from .data import check_vocabulary, context_length, evaluation_windows
 from .errors import SparsekitError
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """The model without dropout and the like; afterwards each of its modules in the mode it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 @torch.no_grad()
@@ -26,22 +39,26 @@ def perplexity(
     """exp of the mean negative log-likelihood of each token given those before it in its window.
 
     tokens (count,), cut into windows of seq_len that do not overlap; the first token of each is given, not predicted.
-    Returns perplexity, tokens (predicted ones) and seconds. progress is told (windows done, windows in all)."""
+    Returns perplexity, tokens (predicted ones) and seconds. progress is told (windows done, windows in all).
+    Raises SparsekitError where the text is too short or not of the model's vocabulary, and where the logits are broken."""
     windows = evaluation_windows(tokens, seq_len, max_tokens)
+    check_vocabulary(windows, model)
     device = next(model.parameters()).device
     begin, total, count = time.perf_counter(), 0.0, 0
-    for done in range(0, len(windows), batch):
-        ids = windows[done : done + batch].to(device)
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
-        total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
-        count += ids[:, 1:].numel()
-        if progress:
-            progress(min(done + batch, len(windows)), len(windows))
+    with eval_mode(model):
+        for done in range(0, len(windows), batch):
+            ids = windows[done : done + batch].to(device)
+            logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float()
+            total += F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum").item()
+            count += ids[:, 1:].numel()
+            if progress:
+                progress(min(done + batch, len(windows)), len(windows))
     mean = total / count
-    if math.isnan(mean):
-        raise SparsekitError("the model's logits hold NaN; its weights are broken")
-    value = math.exp(mean) if mean < 700 else math.inf
-    return {"perplexity": value, "tokens": count, "seconds": time.perf_counter() - begin}
+    if not mean < 700:  # NaN, Inf, or beyond what exp can take
+        raise SparsekitError(
+            f"a token's negative log-likelihood must be a sane number, got {mean:g}; the model's weights are broken"
+        )
+    return {"perplexity": math.exp(mean), "tokens": count, "seconds": time.perf_counter() - begin}
 
 
 @torch.no_grad()
@@ -49,12 +66,20 @@ def generate(model: nn.Module, tokenizer, prompt: str, max_new_tokens: int = 64)
     """Greedy text after the prompt (through the tokenizer's chat template where it has one), and the speed of decoding.
 
     Returns text, tokens, seconds and tokens_per_second; the prompt's own pass is not in them. Every run decodes
-    max_new_tokens, so that two models are timed over the same work; the text ends where the model ended it."""
+    max_new_tokens, so that two models are timed over the same work; the text ends where the model ended it.
+    Raises SparsekitError where the prompt has no token, or the model no context left for so many new ones."""
     device = next(model.parameters()).device
     if getattr(tokenizer, "chat_template", None):
         chat = [{"role": "user", "content": prompt}]
         prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
-    ids = tokenizer(prompt, add_special_tokens=False, return_tensors="pt")["input_ids"].to(device)
+    ids = torch.tensor([tokenizer(prompt, add_special_tokens=False)["input_ids"]], dtype=torch.long, device=device)
+    if ids.numel() == 0:
+        raise SparsekitError("the prompt must hold at least one token, and is empty")
+    if ids.shape[1] + max_new_tokens > (context := context_length(model.config)):
+        raise SparsekitError(
+            f"the prompt and the new tokens must fit the model's context of {context}, got {ids.shape[1]} and {max_new_tokens}"
+        )
+    check_vocabulary(ids, model)
     out = model(input_ids=ids, use_cache=True)
     new = [out.logits[:, -1].argmax(-1, keepdim=True)]
     if device.type == "cuda":

@@ -89,6 +89,8 @@ def check_layout(op: str, values: Tensor, meta: Tensor, k: int) -> None:
         raise TypeError(f"{op}: values must be one of {', '.join(str(d) for d in DTYPES)}, got {values.dtype}")
     if meta.dtype != torch.uint8:
         raise TypeError(f"{op}: meta must be torch.uint8, got {meta.dtype}")
+    if k < 0:
+        raise ValueError(f"{op}: k must not be negative, got {k}")
     kp = padded_columns(k)
     if values.dim() != 2 or meta.dim() != 2 or values.shape[1] != kp // 2 or meta.shape != (values.shape[0], kp // 8):
         raise ValueError(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from .errors import SparsekitError
 from .format import Sparse24, nbytes24, padded_columns
 from .patterns import NM
 
@@ -66,7 +69,8 @@ class SparseLinear(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.requires_grad and torch.is_grad_enabled():
+        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if trained and torch.is_grad_enabled():
             return F.linear(x, ops.expand24(self.weight24).to(x.dtype), self.bias)  # the op itself has no gradient
         return ops.linear24(x, self.weight24, self.bias)
 
@@ -98,12 +102,13 @@ def dense_weight(linear: nn.Module) -> Tensor:
 def compress(model: nn.Module) -> list[str]:
     """Swaps, in place, every linear of the model whose weight holds 2:4 for a SparseLinear; returns their names.
 
-    Left alone: a weight that does not hold 2:4 or that another module shares (a tied output layer), and one so narrow that it
-    would take more bytes stored 2:4."""
-    owners: dict[int, int] = {}
-    for module in model.modules():
-        for parameter in module.parameters(recurse=False):
-            owners[id(parameter)] = owners.get(id(parameter), 0) + 1
+    Left alone: a weight that does not hold 2:4 or that stands in two places (a tied output layer), and one so narrow that it
+    would take more bytes stored 2:4. Raises SparsekitError for a model that is a linear itself."""
+    if is_linear(model):
+        raise SparsekitError(
+            f"compress needs a model that holds linears, got a {type(model).__name__}; use SparseLinear.from_linear"
+        )
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     swapped = []
     for name, linear in [(name, module) for name, module in model.named_modules() if is_linear(module)]:
         weight = dense_weight(linear)

@@ -111,7 +111,7 @@ def _check_linear24(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tenso
 
 def _rows(x: Tensor) -> Tensor:
     """x as (m, k) with unit stride along k: a view where one exists, else a copy."""
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x
+    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.dim() != 2 else x
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
@@ -171,7 +171,8 @@ def _linear24_fake(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor
     return x.new_empty(*x.shape[:-1], values.shape[0])
 
 
-lib.define("linear24(Tensor x, Tensor values, Tensor meta, SymInt k, Tensor? bias=None, str? activation=None) -> Tensor")
+# No defaults: the dispatcher would not pass on an argument that equals its default.
+lib.define("linear24(Tensor x, Tensor values, Tensor meta, SymInt k, Tensor? bias, str? activation) -> Tensor")
 lib.impl("linear24", _linear24_cpu, "CPU")
 lib.impl("linear24", _linear24_cuda, "CUDA")
 torch.library.register_fake("sparsekit::linear24", _linear24_fake, lib=lib)

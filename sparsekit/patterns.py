@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
+from decimal import Decimal
+from fractions import Fraction
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ class Pattern:
         if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text)):
             return NM(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"\s*(-?\d+(?:\.\d*)?|-?\.\d+)\s*%\s*", str(text)):
-            return Unstructured(float(match[1]) / 100)
+            return Unstructured(float(Decimal(match[1]).scaleb(-2)))
         raise SparsekitError(f"a pattern must be {_KNOWN}, got {text!r}")
 
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
@@ -71,17 +73,18 @@ class NM(Pattern):
         padded = -(-k // self.m) * self.m
         groups = scores.new_full((rows, padded), -math.inf)  # a missing column loses to every real one
         groups[:, :k] = scores
-        return keep_top(groups.view(rows, -1, self.m), self.n).view(rows, padded)[:, :k]
+        return keep_top(groups.view(rows, padded // self.m, self.m), self.n).view(rows, padded)[:, :k].contiguous()
 
     def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
         rows, k = weight.shape
         nonzero = torch.zeros(rows, -(-k // self.m) * self.m, dtype=torch.bool, device=weight.device)
         nonzero[:, :k] = weight != 0
-        count = nonzero.view(rows, -1, self.m).sum(-1)
+        count = nonzero.view(rows, nonzero.shape[1] // self.m, self.m).sum(-1)
         if not (count > self.n).any():
             return None
         row, group = (count > self.n).nonzero()[0].tolist()
-        return f"row {row}, columns {group * self.m} to {group * self.m + self.m - 1} hold {int(count[row, group])} non-zeros"
+        first, last = group * self.m, min(group * self.m + self.m, k) - 1
+        return f"row {row}, columns {first} to {last} hold {int(count[row, group])} non-zeros"
 
 
 @dataclass(frozen=True)
@@ -95,15 +98,15 @@ class Unstructured(Pattern):
             raise SparsekitError(f"sparsity must lie in 0% to 100%, got {self}")
 
     def __str__(self) -> str:
-        return f"{self.share * 100:.10g}%"
+        return f"{Decimal(repr(float(self.share))).scaleb(2):f}%"  # the point moves, no digit does: parse gives the same share back
 
     @property
     def sparsity(self) -> float:
         return self.share
 
     def removed(self, numel: int) -> int:
-        """How many of numel weights go. 1e-9 absorbs the rounding of a share such as 0.29 * 100."""
-        return math.floor(numel * self.share + 1e-9 * numel)
+        """How many of numel weights go, exactly: 0.29 stands for 29/100, and not for the float a hair below it."""
+        return math.floor(numel * Fraction(self.share).limit_denominator(10**9))
 
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
         line = scores if rowwise else scores.reshape(1, -1)

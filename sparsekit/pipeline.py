@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from fnmatch import fnmatch
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .data import check_vocabulary
 from .errors import SparsekitError
+from .evaluate import eval_mode
 from .linear import SparseLinear, dense_weight, is_linear
 from .patterns import Pattern
 from .prune import Pruner, method_named
@@ -22,7 +25,7 @@ Progress = Callable[[str, int, int], None]  # what is under way, blocks done, bl
 @torch.no_grad()
 def prune(
     model: nn.Module,
-    batches: Iterable[Tensor | dict[str, Tensor]] = (),
+    batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
     method: str = "sparsegpt",
     pattern: str | Pattern = "2:4",
     *,
@@ -32,38 +35,39 @@ def prune(
 ) -> PruneReport:
     """Prunes every linear of the model's decoder blocks, in place, on the device that the model is on.
 
-    batches: token ids (batch, tokens), or dicts of the model's keyword arguments; not needed by "magnitude".
+    batches: token ids (batch, tokens), or dicts of the model's keyword arguments; not needed by "magnitude". Tokens that an
+    attention_mask of such a dict leaves out are not calibrated on.
     method: "magnitude", "wanda" or "sparsegpt". pattern: a Pattern or its text.
-    skip: names, or shell patterns of names, of linears to leave alone; embeddings and the output layer always are.
+    skip: names, or shell patterns of names, of modules whose linears to leave alone; embeddings and the output layer always are.
     blocks: the decoder blocks in order; by default the largest ModuleList of the model.
     Returns a PruneReport. Raises SparsekitError for what cannot be pruned, among it NaN in weights or activations (named), and
     where a linear does not hold the pattern at the end. The model is then left part pruned: load it again."""
-    pattern, kind = Pattern.parse(pattern), method_named(method)
+    pattern, kind, skip = Pattern.parse(pattern), method_named(method), tuple(skip)
     begin = time.perf_counter()
+    if any(isinstance(module, SparseLinear) for module in model.modules()):
+        raise SparsekitError("the model must be dense, got one that is compressed already; prune the model it was made from")
     blocks = find_blocks(model) if blocks is None else blocks
     names = {module: name for name, module in model.named_modules()}
-    targets = _targets(model, blocks, names, tuple(skip))
-    report = PruneReport(method, str(pattern), skipped=_skipped(model, targets, names))
+    targets = _targets(blocks, names, skip)
+    report = PruneReport(method, str(pattern), skipped=_skipped(model, targets, names, skip))
     for linear in (linear for group in targets for linear in group):
         if not torch.isfinite(linear.weight).all():
             raise SparsekitError(f"weights must be finite, got NaN or Inf in {names[linear]}")
-    training = model.training
-    model.eval()
-    stream = _Stream(model, blocks, batches) if kind.needs_inputs else None
-    for i, (block, linears) in enumerate(zip(blocks, targets)):
-        if progress:
-            progress(names[block], i, len(blocks))
-        pruners = {linear: kind(dense_weight(linear).shape[1], pattern, linear.weight.device) for linear in linears}
-        if stream:
-            stream.observe(block, pruners)
-        for linear in linears:
-            report.linears.append(_prune_linear(linear, names[linear], pruners.pop(linear)))
-        if stream and i + 1 < len(blocks):
-            stream.advance(block)
+    with eval_mode(model):
+        stream = _Stream(model, blocks, batches) if kind.needs_inputs else None
+        for i, (block, linears) in enumerate(zip(blocks, targets)):
+            if progress:
+                progress(names[block], i, len(blocks))
+            pruners = {linear: kind(dense_weight(linear).shape[1], pattern, linear.weight.device) for linear in linears}
+            if stream:
+                stream.observe(block, pruners)
+            for linear in linears:
+                report.linears.append(_prune_linear(linear, names[linear], pruners.pop(linear)))
+            if stream and i + 1 < len(blocks):
+                stream.advance(block)
     if progress:
         progress("verifying", len(blocks), len(blocks))
     verify(targets, names, pattern, kind)
-    model.train(training)
     report.tokens = stream.tokens if stream else 0
     report.seconds = time.perf_counter() - begin
     return report
@@ -88,35 +92,47 @@ def verify(targets: list[list[nn.Module]], names: dict[nn.Module, str], pattern:
             raise SparsekitError(f"every pruned linear must hold {pattern}, got {names[linear]}, where {broken}")
 
 
-def _targets(model: nn.Module, blocks: nn.ModuleList, names: dict[nn.Module, str], skip: tuple[str, ...]) -> list[list[nn.Module]]:
+def _asked(name: str, skip: tuple[str, ...]) -> bool:
+    """Whether the module, or one that holds it, is named by ``skip``."""
+    return any(fnmatchcase(name, text) or fnmatchcase(name, f"{text}.*") for text in skip)
+
+
+def _targets(blocks: nn.ModuleList, names: dict[nn.Module, str], skip: tuple[str, ...]) -> list[list[nn.Module]]:
     """The linears to prune, block by block."""
-    unused = [text for text in skip if not any(fnmatch(name, text) for name in names.values())]
+    unused = [text for text in skip if not any(fnmatchcase(name, text) for name in names.values())]
     if unused:
         raise SparsekitError(f"every skipped name must be a module of the model, got {unused[0]!r}")
-    if any(isinstance(module, SparseLinear) for module in blocks.modules()):
-        raise SparsekitError("the model must be dense, got one that is compressed already; prune the model it was made from")
-    targets = [
-        [m for m in block.modules() if is_linear(m) and not any(fnmatch(names[m], text) for text in skip)] for block in blocks
-    ]
+    targets = [[m for m in block.modules() if is_linear(m) and not _asked(names[m], skip)] for block in blocks]
     if not any(targets):
         raise SparsekitError("there must be a linear to prune, and every one is skipped")
+    held: set[int] = set()
+    for linear in (linear for group in targets for linear in group):
+        if id(linear.weight) in held:
+            raise SparsekitError(
+                f"the weight of {names[linear]} must be used once, and another linear or block uses it too; skip it"
+            )
+        held.add(id(linear.weight))
     return targets
 
 
-def _skipped(model: nn.Module, targets: list[list[nn.Module]], names: dict[nn.Module, str]) -> dict[str, str]:
-    """Every module with a weight matrix that will not be pruned, with the reason."""
+def _skipped(
+    model: nn.Module, targets: list[list[nn.Module]], names: dict[nn.Module, str], skip: tuple[str, ...]
+) -> dict[str, str]:
+    """Every module with a weight matrix of its own that will not be pruned, with the reason."""
     pruned = {linear for group in targets for linear in group}
+    output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     skipped = {}
     for module, name in names.items():
-        weight = getattr(module, "weight", None)
-        if module in pruned or not isinstance(weight, Tensor) or weight.dim() < 2:
+        if module in pruned or all(weight.dim() < 2 for weight in module.parameters(recurse=False)):
             continue
         if isinstance(module, nn.Embedding):
             skipped[name] = "embedding"
-        elif module is getattr(model, "get_output_embeddings", lambda: None)():
+        elif module is output:
             skipped[name] = "output layer"
+        elif not is_linear(module):
+            skipped[name] = f"{type(module).__name__}, not a linear"
         else:
-            skipped[name] = "asked for or outside the blocks" if is_linear(module) else f"{type(module).__name__}, not a linear"
+            skipped[name] = "asked for" if _asked(name, skip) else "outside the blocks"
     return skipped
 
 
@@ -139,19 +155,25 @@ class _Captured(Exception):
 class _Stream:
     """The hidden states of all batches, carried from block to block, with the other arguments each block is called with."""
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Tensor | dict[str, Tensor]]):
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Tensor | Mapping[str, Tensor]]):
         device = next(model.parameters()).device
         self.hidden: list[Tensor] = []
+        self.masks: list[Tensor | None] = []  # of each batch: which of its tokens count, (batch * tokens,) bool, or all
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = []  # [batch][block]: arguments, keyword arguments
         self.tokens = 0
         self._index = {block: i for i, block in enumerate(blocks)}
         for batch in batches:
-            inputs = batch if isinstance(batch, dict) else {"input_ids": batch}
-            inputs = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in inputs.items()}
-            hidden, calls = _capture(model, blocks, inputs)
+            args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch.to(device),), {})
+            kwargs = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
+            if (ids := args[0] if args else kwargs.get("input_ids")) is not None:
+                check_vocabulary(ids, model)
+            hidden, calls = _capture(model, blocks, args, kwargs)
+            mask = kwargs.get("attention_mask")
+            padded = mask is not None and mask.dim() == 2 and not mask.bool().all()
+            self.masks.append(mask.bool().flatten() if padded else None)
             self.hidden.append(hidden)
             self.calls.append(calls)
-            self.tokens += hidden.shape[:-1].numel()
+            self.tokens += int(mask.count_nonzero()) if padded else hidden.shape[:-1].numel()
         if not self.hidden:
             raise SparsekitError("this method needs calibration batches, got none")
 
@@ -160,30 +182,36 @@ class _Stream:
 
         Linears that receive the same tensor (q, k and v; gate and up) share one statistic, gathered once."""
         leaders: dict[nn.Module, nn.Module] = {}
-        seen: list[tuple[Tensor, nn.Module]] = []  # of the batch under way; holding the tensors keeps their identity unique
+        calls: Counter[nn.Module] = Counter()
+        # Of the batch under way: input, its version and who got it first. Holding the tensors keeps their identity unique.
+        seen: list[tuple[Tensor, int, nn.Module]] = []
+        mask: Tensor | None = None
 
         def look(linear: nn.Module, args: tuple) -> None:
             x = args[0]
-            first = next((other for tensor, other in seen if tensor is x and tensor._version == x._version), None)
-            if first is None:
-                seen.append((x, linear))
-                leader = linear
-            else:
-                leader = leaders[first]
+            calls[linear] += 1
+            leader = next((first for tensor, version, first in seen if tensor is x and version == x._version), linear)
+            if leader is linear:
+                seen.append((x, x._version, linear))
             if leaders.setdefault(linear, leader) is not leader:
                 raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
             if leader is linear:
-                pruners[linear].observe(x)
+                # An expert sees some of the tokens, in an order of its own: there the mask says nothing.
+                whole = mask is None or mask.numel() != x.shape[:-1].numel()
+                pruners[linear].observe(x if whole else x.reshape(-1, x.shape[-1])[mask])
 
         hooks = [linear.register_forward_pre_hook(look) for linear in pruners]
         try:
             for b in range(len(self.hidden)):
+                mask = self.masks[b]
                 self._run(block, b)
                 seen.clear()
         finally:
             for hook in hooks:
                 hook.remove()
         for linear, leader in leaders.items():
+            if calls[linear] != calls[leader]:
+                raise SparsekitError("linears that share an input must be called alike, and one of a block is called more often")
             pruners[linear].statistics = pruners[leader].statistics
 
     def advance(self, block: nn.Module) -> None:
@@ -198,7 +226,9 @@ class _Stream:
         return out if isinstance(out, Tensor) else out[0]
 
 
-def _capture(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Any]) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+def _capture(
+    model: nn.Module, blocks: nn.ModuleList, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
     """The hidden states that enter the first block, and the other arguments of every block, from one call of the model.
 
     The blocks themselves do not run: each passes its hidden states on, in whatever form the first one returns. So masks,
@@ -209,6 +239,8 @@ def _capture(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Any]) ->
 
     def stub(block: nn.Module, original: Callable):
         def forward(*args, **kwargs):
+            if len(calls) == len(blocks) or block is not blocks[len(calls)]:
+                raise SparsekitError("the blocks must run once each, in their order in the model")
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if block is blocks[0]:
                 first_hidden.append(hidden)
@@ -221,15 +253,20 @@ def _capture(model: nn.Module, blocks: nn.ModuleList, inputs: dict[str, Any]) ->
 
         return forward
 
+    if hasattr(model, "config"):
+        kwargs = {"use_cache": False, **kwargs}
+    patched = [(block, block.__dict__.get("forward")) for block in blocks]  # one may be patched by somebody else already
     try:
         for block in blocks:
             block.forward = stub(block, block.forward)
-        model(**inputs, **({} if "use_cache" in inputs or not hasattr(model, "config") else {"use_cache": False}))
+        model(*args, **kwargs)
     except _Captured:
         pass
     finally:
-        for block in blocks:
+        for block, forward in patched:
             del block.forward
+            if forward is not None:
+                block.forward = forward
     if len(calls) != len(blocks):
         raise SparsekitError(f"each block must run once in a forward pass, got {len(calls)} calls of {len(blocks)} blocks")
     return first_hidden[0], calls

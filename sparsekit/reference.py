@@ -42,7 +42,7 @@ def compress24(w: Tensor) -> tuple[Tensor, Tensor]:
         row, group = (nibble == 0).nonzero()[0].tolist()
         raise ValueError(
             f"compress24: every group of four columns must hold at most two non-zeros, got {int(bits[row, group]).bit_count()} "
-            f"in row {row}, columns {4 * group} to {4 * group + 3}; prune to 2:4 first"
+            f"in row {row}, columns {4 * group} to {min(4 * group + 4, k) - 1}; prune to 2:4 first"
         )
     kept = torch.stack((nibble & 3, nibble >> 2), dim=-1).long()  # [n, kp/4, 2]
     # gather has no fp8 kernel, and moves bytes all the same.

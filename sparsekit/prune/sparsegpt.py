@@ -37,7 +37,7 @@ class SparseGPT:
             raise ValueError("sparsegpt needs the linear's inputs, and observed none")
         factor = self.statistics.factor
         # Columns of the weight are rows of w: a step then reads and writes whole lines.
-        w = weight.float().T.contiguous()  # [k, n]
+        w = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # [k, n], not the memory of weight
         w[factor.dead] = 0
         kept = torch.ones_like(w, dtype=torch.bool)
         group = self.pattern.m if isinstance(self.pattern, NM) else 1
@@ -63,9 +63,10 @@ class SparseGPT:
             if isinstance(self.pattern, NM) and j % self.pattern.m == 0:
                 scores = _saliency(w[j : j + self.pattern.m], upper, j)
                 kept[j : j + self.pattern.m] = self.pattern.mask(scores.T).T
-            torch.mul(w[j], ~kept[j], out=errors[j]).div_(diagonal[j])
+            gone = ~kept[j]
+            torch.mul(w[j], gone, out=errors[j]).div_(diagonal[j])
             w[j:].addr_(upper[j, j:], errors[j], alpha=-1)
-            w[j].mul_(kept[j])  # an exact zero, not the rounding of w - w
+            w[j].masked_fill_(gone, 0)  # an exact zero, neither the rounding of w - w nor -0.0
         return errors
 
 

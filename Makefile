@@ -1,0 +1,47 @@
+# The project's commands. `make setup` is the first of each; call it alone to get the environment without running anything.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := setup.py pyproject.toml $(shell find csrc kernels sparsekit tests/data examples/data -type f -not -name '*.so' -not -path '*/__pycache__/*')
+
+.PHONY: setup demo test lint format clean
+
+setup: $(VENV)/installed
+
+# A torch that sees a GPU is used as it is. Else torch comes first and by itself: a range in a later command could take another build.
+$(VENV)/torch:
+	if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+	    $(PYTHON) -m venv --system-site-packages $(VENV); \
+	else \
+	    $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet "$(TORCH)" numpy; \
+	fi
+	touch $@
+
+$(VENV)/installed: $(VENV)/torch $(SOURCES)
+	$(BIN)/pip install --quiet ".[gguf]"
+	touch $@
+
+# The main job: SmolLM2-135M-Instruct to 2:4 and back, in one table. DEMO_MODEL=tiny takes the shipped model instead.
+DEMO_MODEL ?= smollm2
+demo: setup
+	$(BIN)/sparsekit demo --model $(DEMO_MODEL)
+
+$(VENV)/test: $(VENV)/installed
+	$(BIN)/pip install --quiet ".[test]"
+	touch $@
+
+test: setup $(VENV)/test
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+lint: $(VENV)/test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info sparsekit/_C*.so

@@ -1,0 +1,93 @@
+"""N:M masks: of every M neighbouring columns (or pairs of columns) of a row exactly N are kept, those with the highest scores.
+
+A program owns a tile of whole groups. A last group of t < M columns keeps the best min(N, t).
+Memory floor for scores of b bytes: b read, rows * cols written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .bits import FP32_LARGEST, FP64_LARGEST, as_bits, is_nan, largest, lowest, order, to_float, widen
+from .select import keep_by_cut, keep_by_rank
+from .tiles import foldable, new_status, report, tile_origin, tiling
+
+
+@triton.jit
+def mask_nm_kernel(
+    scores_ptr,  # [rows, cols] bits, any strides
+    mask_ptr,  # [rows, cols] uint8
+    status_ptr,  # [1] int64: first group with a NaN
+    rows, cols, groups,
+    row_stride, col_stride,
+    N, M: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns a member of a group has: 1, or 2 for pairs
+    LARGEST: tl.constexpr, LOWEST: tl.constexpr,  # see bits.py
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, PLACES: tl.constexpr,
+):  # fmt: skip
+    # A tile's columns are slots; a group takes SPAN of them, the power of two that holds its M * WIDTH columns.
+    SPAN: tl.constexpr = PLACES * WIDTH
+    GROUPS: tl.constexpr = BLOCK_COLS // SPAN
+    row0, slot0 = tile_origin(BLOCK_ROWS, BLOCK_COLS)
+    group0 = slot0 // SPAN
+    row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
+    slot = tl.arange(0, BLOCK_COLS)
+    if PLACES == M:
+        col = (slot0 + slot)[None, :]
+        inside = (row < rows) & (col < cols)
+    else:
+        col = (group0 * (M * WIDTH) + slot // SPAN * (M * WIDTH) + slot % SPAN)[None, :]
+        inside = (row < rows) & (col < cols) & (slot % SPAN < M * WIDTH)[None, :]
+    ptrs = scores_ptr + row * row_stride + col * col_stride
+    if WIDTH == 1:
+        wide = widen(tl.load(ptrs, mask=inside, other=LOWEST))  # the last places of a group: they lose every tie
+        key, nan = order(wide, LARGEST), is_nan(wide, LARGEST)
+        BITS: tl.constexpr = scores_ptr.dtype.element_ty.primitive_bitwidth
+    else:
+        score = to_float(tl.load(ptrs, mask=inside, other=0), LARGEST)
+        left, right = tl.split(tl.reshape(score, [BLOCK_ROWS, BLOCK_COLS // 2, 2]))
+        BITS: tl.constexpr = score.dtype.primitive_bitwidth
+        INTEGER: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
+        SUM_LARGEST: tl.constexpr = FP64_LARGEST if BITS == 64 else FP32_LARGEST
+        wide = (left + right).to(INTEGER, bitcast=True)  # a column past the end adds nothing to its pair
+        exists, _ = tl.split(tl.reshape(inside, [BLOCK_ROWS, BLOCK_COLS // 2, 2]))
+        key = tl.where(exists, order(wide, SUM_LARGEST), -(1 << (BITS - 1)))
+        nan = is_nan(wide, SUM_LARGEST)
+    key = tl.reshape(key, [BLOCK_ROWS, GROUPS, PLACES])
+    if PLACES <= 8:
+        kept = keep_by_rank(key, N, PLACES)
+    else:
+        kept = keep_by_cut(key, N, 2, BITS)
+    if WIDTH == 2:
+        kept = tl.join(kept, kept)
+    kept = tl.reshape(kept, [BLOCK_ROWS, BLOCK_COLS])
+    tl.store(mask_ptr + row * cols + col, kept.to(tl.uint8), mask=inside)
+    bad = tl.max(tl.reshape(nan, [BLOCK_ROWS, GROUPS, PLACES]).to(tl.int32), 2) != 0
+    report(status_ptr, bad, row0, group0, groups, BLOCK_ROWS, GROUPS)
+
+
+def mask_nm(scores: torch.Tensor, n: int, m: int, pairs: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores (rows, cols) -> mask (rows, cols) bool, status (1,) int64. Keeps exactly n of each m columns; 0 <= n <= m <= 32.
+
+    scores: fp64, fp32, fp16, bf16, fp8 or int8, any strides; the higher score is kept, a tie goes to the lower column.
+    pairs: a group is m pairs of columns and n pairs are kept whole; the score of a pair is the sum of its two in fp32 (fp64 for fp64).
+    A last group that is not full keeps min(n, what it has). status[0] is the flat index (row * groups a row + group) of the first
+    group with a NaN (or with a pair whose sum is one), tiles.NOTHING where there is none.
+    """
+    rows, cols = scores.shape
+    mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device)
+    status = new_status(1, scores.device)
+    if rows == 0 or cols == 0:
+        return mask, status
+    width = 2 if pairs else 1
+    if foldable(m * width, scores):
+        rows, cols = 1, rows * cols
+    groups = triton.cdiv(cols, m * width)
+    places = triton.next_power_of_2(m)
+    tile = tiling(rows, groups * places * width, scores)
+    mask_nm_kernel[tile.grid](
+        as_bits(scores), mask.view(torch.uint8), status, rows, cols, groups, *scores.stride(), n,
+        M=m, WIDTH=width, LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype),
+        BLOCK_ROWS=tile.block_rows, BLOCK_COLS=max(tile.block_cols, places * width), PLACES=places,
+    )  # fmt: skip
+    return mask, status

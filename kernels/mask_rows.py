@@ -1,0 +1,106 @@
+"""Unstructured masks: exactly k columns of every row are kept, those with the highest scores.
+
+A program owns whole rows. A row that fits in registers is read once; the k-th highest score is found bit by bit, counting.
+A longer row, or rows that lie across memory, is read once for each bit, which the caches serve.
+Memory floor for scores of b bytes: b read, rows * cols written.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .bits import as_bits, is_nan, largest, lowest, order, widen
+from .select import count, keep_by_cut
+from .tiles import new_status, report
+
+_RESIDENT_COLS = 32768  # 32 keys a thread for 1024 threads
+
+
+@triton.jit
+def load_keys(ptrs, inside, LARGEST: tl.constexpr, LOWEST: tl.constexpr):
+    wide = widen(tl.load(ptrs, mask=inside, other=LOWEST))  # places past the end are the last: they lose every tie
+    return order(wide, LARGEST), is_nan(wide, LARGEST)
+
+
+@triton.jit
+def mask_rows_kernel(
+    scores_ptr,  # [rows, cols] bits, any strides
+    mask_ptr,  # [rows, cols] uint8
+    status_ptr,  # [1] int64: first row with a NaN
+    rows, cols,
+    row_stride, col_stride,
+    k,
+    LARGEST: tl.constexpr, LOWEST: tl.constexpr,  # see bits.py
+    RESIDENT: tl.constexpr,  # BLOCK_COLS covers the row
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    BITS: tl.constexpr = scores_ptr.dtype.element_ty.primitive_bitwidth
+    WIDTH: tl.constexpr = 64 if BITS == 64 else 32
+    row0 = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
+    row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
+    place = tl.arange(0, BLOCK_COLS)[None, :].to(tl.int64)
+    scores_ptrs = scores_ptr + row * row_stride + place * col_stride
+    mask_ptrs = mask_ptr + row * cols + place
+    if RESIDENT:
+        inside = (row < rows) & (place < cols)
+        key, nan = load_keys(scores_ptrs, inside, LARGEST, LOWEST)
+        kept = keep_by_cut(key, k, 1, BITS)
+        tl.store(mask_ptrs, kept.to(tl.uint8), mask=inside)
+        bad = count(nan, 1) > 0
+    else:
+        # As keep_by_cut, with the row read again for each bit.
+        INTEGER: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
+        cut = tl.full([BLOCK_ROWS, 1], -(1 << (WIDTH - 1)), INTEGER)
+        bad = tl.full([BLOCK_ROWS, 1], 0, tl.int1)
+        for bit in range(BITS):
+            step = tl.full([BLOCK_ROWS, 1], 1, INTEGER) << (WIDTH - 1 - bit)
+            higher = cut + step  # the first step wraps from the lowest integer to zero
+            hits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
+            for start in range(0, cols, BLOCK_COLS):
+                inside = (row < rows) & (start + place < cols)
+                key, nan = load_keys(scores_ptrs + start * col_stride, inside, LARGEST, LOWEST)
+                hits += (inside & (key >= higher)).to(tl.int32)
+                bad |= count(nan, 1) > 0
+            cut = tl.where(tl.sum(hits, 1, keep_dims=True) >= k, higher, cut)
+        hits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
+        for start in range(0, cols, BLOCK_COLS):
+            inside = (row < rows) & (start + place < cols)
+            key, _ = load_keys(scores_ptrs + start * col_stride, inside, LARGEST, LOWEST)
+            hits += (inside & (key > cut)).to(tl.int32)
+        room = k - tl.sum(hits, 1, keep_dims=True)
+        for start in range(0, cols, BLOCK_COLS):
+            inside = (row < rows) & (start + place < cols)
+            key, _ = load_keys(scores_ptrs + start * col_stride, inside, LARGEST, LOWEST)
+            tie = (inside & (key == cut)).to(tl.int32)
+            kept = (key > cut) | ((tie != 0) & (tl.cumsum(tie, 1) <= room))
+            tl.store(mask_ptrs + start, kept.to(tl.uint8), mask=inside)
+            room -= tl.sum(tie, 1, keep_dims=True)
+    report(status_ptr, bad, row0, 0, 1, BLOCK_ROWS, 1)
+
+
+def mask_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """scores (rows, cols) -> mask (rows, cols) bool, status (1,) int64. Keeps exactly k columns of each row; 0 <= k <= cols.
+
+    scores: fp64, fp32, fp16, bf16, fp8 or int8, any strides, rows of any length; the higher score is kept, a tie goes to the lower
+    column. status[0] is the first row with a NaN, tiles.NOTHING where there is none.
+    """
+    rows, cols = scores.shape
+    mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device)
+    status = new_status(1, scores.device)
+    if rows == 0 or cols == 0:
+        return mask, status
+    across = rows > 1 and scores.stride(0) < scores.stride(1)
+    resident = not across and cols <= _RESIDENT_COLS
+    if resident:
+        block_cols = triton.next_power_of_2(cols)
+        block_rows = max(1, 2048 // block_cols)
+    else:  # across: one 32-byte sector of a column of memory
+        block_rows = 32 // scores.element_size() if across else 1
+        block_cols = 4096 // block_rows
+    mask_rows_kernel[(triton.cdiv(rows, block_rows),)](
+        as_bits(scores), mask.view(torch.uint8), status, rows, cols, *scores.stride(), k,
+        LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype),
+        RESIDENT=resident, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols,
+        num_warps=min(32, max(4, block_rows * block_cols // 1024)),
+    )  # fmt: skip
+    return mask, status

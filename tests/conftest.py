@@ -1,0 +1,34 @@
+"""What the tests share: hypothesis without chance, the devices, and weights that hold 2:4."""
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("sparsekit", deadline=None, derandomize=True, database=None)
+settings.load_profile("sparsekit")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def weight24():
+    """A function (n, k, dtype, seed, integers) -> a dense weight (n, k) with at most two non-zeros in each group of four."""
+
+    def make(n: int, k: int, dtype: torch.dtype = torch.float32, seed: int = 0, integers: bool = False) -> torch.Tensor:
+        g = torch.Generator().manual_seed(seed)
+        groups = -(-k // 4)
+        kept = torch.rand(n, groups, 4, generator=g).argsort(-1) < 2
+        dense = torch.randint(-4, 5, (n, groups, 4), generator=g).float() if integers else torch.randn(n, groups, 4, generator=g)
+        return (dense * kept).view(n, 4 * groups)[:, :k].to(dtype).contiguous()
+
+    return make

@@ -1,0 +1,1 @@
+#include "cuda_host.h" // stands in for the toolkit's header of this name

@@ -1,0 +1,48 @@
+// What tests/test_cuda_emulated.py calls through ctypes: the machine's controls, every launcher, single instructions.
+#include "../../csrc/launch.h"
+#include "ptx_host.h"
+
+using emulator::machine;
+
+extern "C" {
+
+void emulator_seed(uint64_t seed) { machine.seed(seed); }
+void emulator_forget_memory() { machine.ranges.clear(); }
+void emulator_allow(const void *pointer, size_t bytes, int writable) {
+    const auto begin = reinterpret_cast<uintptr_t>(pointer);
+    machine.ranges.push_back({begin, begin + bytes, writable != 0});
+}
+long emulator_bank_conflicts() { return std::exchange(machine.bank_conflicts, 0); }
+const char *emulator_error() { return machine.error.c_str(); }
+
+int emulated_linear24_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y, int m, int n,
+                           int k, int64_t ldx, int dtype, int activation) {
+    return sparsekit::launch_linear24_sm80(x, values, meta, bias, y, m, n, k, ldx, dtype, activation, nullptr);
+}
+
+// One warp, one instruction, registers as arrays over lanes: d[32][4] += a[32][4] * b[32][4].
+int emulated_mma_sp_m16n8k32(float (*d)[4], const uint32_t (*a)[4], const uint32_t (*b)[4], const uint32_t *metadata,
+                             int dtype, int selector) {
+    cudaLaunchConfig_t config = {};
+    config.blockDim = dim3(32);
+    struct Operands {
+        float (*d)[4];
+        const uint32_t (*a)[4], (*b)[4];
+        const uint32_t *metadata;
+    } operands{d, a, b, metadata};
+    const auto run = [&](auto zero, auto selector_constant) {
+        void (*kernel)(Operands) = [](Operands o) {
+            const unsigned lane = threadIdx.x;
+            sparsekit::ptx::mma_sp_m16n8k32<decltype(zero), decltype(selector_constant)::value>(
+                o.d[lane], o.a[lane], o.b[lane], o.metadata[lane]);
+        };
+        return cudaLaunchKernelEx(&config, kernel, operands);
+    };
+    const auto with = [&](auto zero) {
+        return selector == 0 ? run(zero, std::integral_constant<int, 0>())
+                             : run(zero, std::integral_constant<int, 1>());
+    };
+    return dtype == sparsekit::kFloat16 ? with(__half()) : with(__nv_bfloat16());
+}
+
+} // extern "C"

@@ -1,0 +1,116 @@
+"""What the compiler made of the CUDA kernels, read in the machine code: sparse tensor-core instructions, asynchronous 16-byte
+copies, no spill, and registers that let the promised number of blocks share a multiprocessor. Needs nvcc, no GPU."""
+
+import importlib.util
+import pathlib
+import re
+import shutil
+import subprocess
+
+import pytest
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ["80", "90a", "120"]  # Ampere, Hopper, consumer Blackwell
+REGISTERS_A_MULTIPROCESSOR = 65536
+
+
+def find_cuobjdump():
+    triton = importlib.util.find_spec("triton")
+    own = pathlib.Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
+    return shutil.which("cuobjdump") or (str(own) if own and own.exists() else None)
+
+
+CUOBJDUMP = find_cuobjdump()
+pytestmark = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="needs nvcc and cuobjdump")
+
+
+def compile_sass(source, arch, folder):
+    """(compiler's notes, {mangled kernel name: machine code}, {name: resource line}) of a .cu file."""
+    cubin = folder / "kernel.cubin"
+    flags = ["-std=c++17", "-O3", "-DSPARSEKIT_CUDA", f"-I{ROOT / 'csrc/cuda'}", "-Xptxas", "-v", "-cubin"]
+    flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
+    built = subprocess.run([NVCC, *flags, "-o", cubin, source], capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    sass, usage = (
+        subprocess.run([CUOBJDUMP, what, cubin], capture_output=True, text=True, check=True).stdout
+        for what in ("-sass", "-res-usage")
+    )
+    functions = re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S)
+    return built.stderr, dict(functions), dict(re.findall(r"Function (\S+):\n\s*(.*)", usage))
+
+
+@pytest.fixture(scope="session", params=ARCHITECTURES, ids=[f"sm_{a}" for a in ARCHITECTURES])
+def linear24_sm80(request, tmp_path_factory):
+    return compile_sass(ROOT / "csrc/cuda/linear24_sm80.cu", request.param, tmp_path_factory.mktemp("sass"))
+
+
+EVERY_INSTRUCTION = """
+#include "ptx.cuh"
+using namespace sparsekit::ptx;
+__global__ void every_instruction(const char *in, float *out, int bytes) {
+    char *shared = dynamic_shared_memory();
+    cp_async<4>(shared, in, bytes), cp_async<8>(shared + 16, in, bytes), cp_async<16>(shared + 32, in, bytes);
+    cp_async_commit();
+    cp_async_wait<0>();
+    const uint4 v = ld_global_streaming(in);
+    uint32_t a[4], b[4] = {v.x, v.y, v.z, v.w}, two[2];
+    ldmatrix_x4(a, shared);
+    ldmatrix_x2(two, shared);
+    float d[4] = {};
+    mma_sp_m16n8k32<__half, 0>(d, a, b, two[0]);
+    mma_sp_m16n8k32<__nv_bfloat16, 1>(d, a, b, two[1]);
+    for (int i = 0; i < 4; ++i)
+        out[i] = d[i];
+}
+"""
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_instruction_assembles(arch, tmp_path):
+    """Also those that no kernel uses yet: text inside asm is only read where it is called."""
+    source = tmp_path / "every_instruction.cu"
+    source.write_text(EVERY_INSTRUCTION)
+    _, sass, _ = compile_sass(source, arch, tmp_path)
+    (code,) = sass.values()
+    found = set(re.findall(r"(?:LDGSTS|LDG\b|LDSM|HMMA)\S*", code))
+    for pattern in (
+        r"LDGSTS\.E\.ZFILL", r"LDGSTS\.E\.64\.ZFILL", r"LDGSTS\.E\.BYPASS\.128\.ZFILL", r"LDG\.E\.NA\..*128.*",
+        r"LDSM\.16\.M88\.4", r"LDSM\.16\.M88\.2", r"HMMA\.SP\.16832\.F32", r"HMMA\.SP\.16832\.F32\.BF16",
+    ):  # fmt: skip
+        assert any(re.fullmatch(pattern, f) for f in found), f"no {pattern} in {sorted(found)}"
+
+
+def test_every_instance_is_there(linear24_sm80):
+    """Four tile classes, two dtypes, one kernel each."""
+    _, sass, usage = linear24_sm80
+    tiles = sorted(re.findall(r"13linear24_sm80I(6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELi(\d+)E", " ".join(sass)))
+    assert len(tiles) == len(set(tiles)) == len(sass) == len(usage) == 8
+    assert {t[1:3] for t in tiles} == {("32", "8"), ("32", "16"), ("64", "64"), ("128", "128")}
+
+
+def test_products_are_sparse_and_copies_are_wide(linear24_sm80):
+    _, sass, _ = linear24_sm80
+    for name, code in sass.items():
+        products = re.findall(r"HMMA\S*", code)
+        kind = "HMMA.SP.16832.F32" + (".BF16" if "bfloat16" in name else "")
+        assert products and set(products) == {kind}, f"{name}: {sorted(set(products))}"
+        tile_n, tile_m = (int(v) for v in re.search(r"Li(\d+)ELi(\d+)E", name).groups())
+        warp_n, warp_m = (64 if tile_n == 128 else 32), min(tile_m, 64)
+        assert len(products) == 2 * (warp_n // 16) * (warp_m // 8), f"{name}: {len(products)} products in a step"
+        copies = re.findall(r"LDGSTS\S*", code)
+        assert any(".BYPASS" in c and ".128" in c for c in copies), f"{name}: {sorted(set(copies))}"
+        assert {re.search(r"\.(64|128)\b", c)[1] for c in copies} == {"64", "128"}, f"{name}: {sorted(set(copies))}"
+        assert set(re.findall(r"LDSM\S*", code)) == {"LDSM.16.M88.4"}, name
+
+
+def test_nothing_spills_and_two_blocks_fit(linear24_sm80):
+    notes, sass, usage = linear24_sm80
+    assert "warning" not in notes.lower(), notes
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", notes)
+    assert len(spills) == len(sass) and set(spills) == {("0", "0", "0")}
+    for name, code in sass.items():
+        assert not re.search(r"\b(STL|LDL)\b", code), f"{name} uses local memory"
+        registers = int(re.search(r"REG:(\d+)", usage[name])[1])
+        allocated = -(-registers // 8) * 8  # a warp's registers come in eights
+        assert 2 * 128 * allocated <= REGISTERS_A_MULTIPROCESSOR, f"{name}: {registers} registers"

@@ -1,0 +1,133 @@
+"""The Triton kernels compile, without a GPU, for the chips they are meant for, and to the code they are meant to become.
+
+What is compiled is what the launchers launch: a child process, in which Triton compiles instead of interpreting, calls them with
+tensors of a model's shapes and records each launch instead of making it. What is asserted is in the machine code: 16-byte loads,
+and nothing in local memory. Nothing here has run on hardware.
+"""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+pytest.importorskip("triton")
+
+ARCHS = (80, 90, 100)
+# name: launch, least width in bytes of its widest load of a tensor it streams
+STREAMING = {
+    "prune_compress24 bf16": "prune_compress24(dense(bf16))",
+    "prune_compress24 fp16": "prune_compress24(dense(fp16))",
+    "prune_compress24 fp32": "prune_compress24(dense(fp32))",
+    "prune_compress24 int8": "prune_compress24(dense(int8))",
+    "prune_compress24 fp8": "prune_compress24(dense(fp8))",
+    "prune_compress24 transposed": "prune_compress24(dense(bf16).t())",
+    "prune_compress24 rows of a wider matrix": "prune_compress24(dense(bf16)[:, :2048])",
+    "prune_compress24 by fp32 scores": "prune_compress24(dense(bf16), scores=dense(fp32))",
+    "prune_compress24 by mask": "prune_compress24(dense(bf16), mask=dense(torch.bool))",
+    "compress24 bf16": "compress24(dense(bf16))",
+    "compress24 fp32": "compress24(dense(fp32))",
+    "mask_nm 2:4 bf16": "mask_nm(dense(bf16), 2, 4)",
+    "mask_nm 4:8 fp32": "mask_nm(dense(fp32), 4, 8)",
+    "mask_nm 16:32 bf16": "mask_nm(dense(bf16), 16, 32)",
+    "mask_nm 2:4 pairs fp16": "mask_nm(dense(fp16), 2, 4, pairs=True)",
+    "mask_rows bf16": "mask_rows(dense(bf16), 2048)",
+    "mask_rows 32768 columns fp32": "mask_rows(dense(fp32, 32768), 16384)",
+    "mask_rows 53248 columns fp32": "mask_rows(dense(fp32, 53248), 16384)",
+    "mask_rows transposed": "mask_rows(dense(bf16).t(), 2048)",
+}
+# expand24 reads half of what it writes, so its wide access is the store.
+WRITING = {
+    "expand24 bf16": "expand24(dense(bf16, 2048), dense(torch.uint8, 512))",
+    "expand24 fp32": "expand24(dense(fp32, 2048), dense(torch.uint8, 512))",
+    "expand24 fp8": "expand24(dense(fp8, 2048), dense(torch.uint8, 512))",
+    "expand24 without the last columns": "expand24(dense(bf16, 2048), dense(torch.uint8, 512), 4080)",
+}
+
+CHILD = r"""
+import json, re, subprocess, sys, tempfile
+from pathlib import Path
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from sparsekit.kernels.compress24 import compress24, compress24_kernel
+from sparsekit.kernels.expand24 import expand24, expand24_kernel
+from sparsekit.kernels.mask_nm import mask_nm, mask_nm_kernel
+from sparsekit.kernels.mask_rows import mask_rows, mask_rows_kernel
+from sparsekit.kernels.prune_compress24 import prune_compress24, prune_compress24_kernel
+
+bf16, fp16, fp32, fp8, int8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8
+NAMES = {torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+OPTIONS = ("num_warps", "num_stages", "num_ctas")
+dense = lambda dtype, cols=4096: torch.empty((4096, cols), dtype=dtype)
+launches = []
+
+def record(kernel):
+    # As the just-in-time compiler does: 1 is a constant, and a multiple of 16 is known to be one.
+    def run(*args, grid, warmup, **kwargs):
+        options = {k: v for k, v in kwargs.items() if k in OPTIONS}
+        constants = {k: v for k, v in kwargs.items() if k not in OPTIONS}
+        signature, hints = {}, {}
+        for i, (name, arg) in enumerate(zip(kernel.arg_names, args)):
+            if isinstance(arg, torch.Tensor):
+                signature[name], aligned = NAMES[arg.dtype], arg.data_ptr() % 16 == 0
+            elif arg == 1:
+                constants[name], aligned = 1, False
+            else:
+                signature[name], aligned = "i32" if abs(arg) < 2**31 else "i64", arg % 16 == 0
+            if aligned:
+                hints[(i,)] = [["tt.divisibility", 16]]
+        order = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+        launches.append((ASTSource(kernel, order, constants, hints), options))
+    kernel.run = run
+
+for kernel in (prune_compress24_kernel, compress24_kernel, expand24_kernel, mask_nm_kernel, mask_rows_kernel):
+    record(kernel)
+
+def compile(call, arch):
+    launches.clear()
+    eval(call)
+    ((source, options),) = launches
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    widths = {"ld": [], "st": []}
+    for op, vector, bits in re.findall(r"\b(ld|st)\.global\S*?\.(?:v(\d)\.)?[bsuf](\d+)\b", built.asm["ptx"]):
+        widths[op].append(int(vector or 1) * int(bits) // 8)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(built.asm["cubin"])
+        file.flush()
+        sass = subprocess.run([CUOBJDUMP, "-sass", file.name], capture_output=True, text=True, check=True).stdout
+        use = subprocess.run([CUOBJDUMP, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    code = [line for line in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", sass) if "NOP" not in line]
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", use.stdout + use.stderr).groups()
+    return dict(
+        loads=widths["ld"], stores=widths["st"], local=[line for line in code if re.search(r"\b(LDL|STL)\b", line)],
+        stack=int(stack), registers=int(registers), instructions=len(code), shared=built.metadata.shared, **options,
+    )
+
+json.dump([compile(call, arch) for call, arch in json.load(sys.stdin)], sys.stdout)
+"""
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """{(name, arch): what the machine code holds}, compiled by two processes that share nothing with this one."""
+    cases = [(name, call, arch) for name, call in (STREAMING | WRITING).items() for arch in ARCHS]
+    folder = tmp_path_factory.mktemp("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
+    halves, children = (cases[::2], cases[1::2]), []
+    for half in halves:
+        child = subprocess.Popen(
+            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=folder
+        )
+        child.stdin.write(json.dumps([(call, arch) for _, call, arch in half]))
+        child.stdin.close()
+        child.stdin = None
+        children.append(child)
+    found = {}
+    for half, child in zip(halves, children):
+        out, err = child.communicate()
+        assert child.returncode == 0, err[-4000:]
+        found |= {(name, arch): result for (name, _, arch), result in zip(half, json.loads(out))}
+    return found

@@ -1,0 +1,342 @@
+"""SparseLinear beside the dense layer it stands for."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from sparsekit import SparsekitError, SparseLinear, compress, ops
+from sparsekit.format import nbytes24
+from sparsekit.linear import dense_weight, is_conv1d, is_linear
+
+SIZES = pytest.mark.parametrize("k, n", [(16, 6), (13, 6), (13, 5), (1, 3)], ids=["even", "ragged k", "odd", "one input"])
+DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+
+
+@pytest.fixture
+def dense24(weight24):
+    """A function that makes an nn.Linear, or a Conv1D, whose weight holds 2:4."""
+
+    def make(k: int, n: int, bias: bool = True, dtype: torch.dtype = torch.float32, conv1d: bool = False, integers: bool = False):
+        layer = Conv1D(n, k) if conv1d else nn.Linear(k, n, bias=bias)
+        weight = weight24(n, k, dtype, integers=integers)
+        layer.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(torch.arange(n).sub(2).to(dtype))
+        return layer
+
+    return make
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def integers(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randint(-8, 9, shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+# ---- there and back ----
+
+
+@SIZES
+@DTYPES
+@pytest.mark.parametrize("kind", ["bias", "no bias", "conv1d"])
+def test_round_trip(kind, k, n, dtype, dense24):
+    layer = dense24(k, n, kind != "no bias", dtype, kind == "conv1d")
+    before = copy.deepcopy(layer.state_dict())
+    sparse = SparseLinear.from_linear(layer)
+    back = sparse.to_linear()
+    assert type(back) is type(layer) and (sparse.in_features, sparse.out_features) == (k, n)
+    assert back.state_dict().keys() == before.keys()
+    for state in (back.state_dict(), layer.state_dict()):  # the layer itself is left as it was
+        assert all(torch.equal(state[name], t) and state[name].dtype == t.dtype for name, t in before.items())
+    assert all(not t.is_meta and t.requires_grad for t in back.parameters())
+    x = normal(3, k, dtype=dtype)
+    assert torch.equal(back(x), layer(x))
+    shapes = [(m.nf, m.nx) if kind == "conv1d" else (m.out_features, m.in_features) for m in (back, layer)]
+    assert shapes[0] == shapes[1] == (n, k)
+
+
+def test_the_copies_share_no_memory(dense24):
+    layer = dense24(16, 6)
+    sparse = SparseLinear.from_linear(layer)
+    back = sparse.to_linear()
+    with torch.no_grad():
+        layer.bias += 1
+        back.bias += 1
+        back.weight += 1
+    assert torch.equal(sparse.bias, torch.arange(6).float() - 2) and torch.equal(sparse.to_linear().weight, layer.weight)
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_training_mode_is_kept(conv1d, dense24):
+    for training in (True, False):
+        sparse = SparseLinear.from_linear(dense24(16, 6, conv1d=conv1d).train(training))
+        assert sparse.training == training == sparse.to_linear().training
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_a_weight_that_is_not_24_is_refused_by_place(conv1d, dense24):
+    layer = dense24(16, 6, conv1d=conv1d)
+    with torch.no_grad():
+        dense_weight(layer)[4, 8:11] = 1
+        dense_weight(layer)[4, 11] = 0
+    with pytest.raises(ValueError, match="got 3 in row 4, columns 8 to 11; prune to 2:4 first"):
+        SparseLinear.from_linear(layer)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_empty_has_the_shapes_of_the_real_one(bias, dense24):
+    for layer in (dense24(13, 5, bias, torch.bfloat16), *([dense24(13, 5, dtype=torch.bfloat16, conv1d=True)] if bias else [])):
+        real, empty = SparseLinear.from_linear(layer.eval()), SparseLinear.empty(layer, torch.bfloat16)
+        assert all(t.is_meta for t in empty.state_dict().values())
+        assert [(name, t.shape, t.dtype) for name, t in empty.state_dict().items()] == [
+            (name, t.shape, t.dtype) for name, t in real.state_dict().items()
+        ]
+        empty.load_state_dict(real.state_dict(), assign=True)
+        x = normal(3, 13, dtype=torch.bfloat16)
+        assert torch.equal(empty(x), real(x)) and empty.conv1d == real.conv1d and not empty.training
+        assert not any(p.requires_grad for p in empty.parameters())
+
+
+# ---- forward and backward ----
+
+
+@SIZES
+@DTYPES
+@pytest.mark.parametrize("kind", ["bias", "no bias", "conv1d"])
+def test_forward_is_exact_on_integers(kind, k, n, dtype, dense24):
+    layer = dense24(k, n, kind != "no bias", dtype, kind == "conv1d", integers=True)
+    sparse = SparseLinear.from_linear(layer)
+    for shape in ((k,), (3, k), (2, 3, k), (0, k)):
+        x = integers(*shape, dtype=dtype)
+        want = F.linear(x.double(), dense_weight(layer).double(), None if layer.bias is None else layer.bias.double())
+        with torch.no_grad():
+            assert torch.equal(sparse(x), want.to(dtype)) and sparse(x).dtype == dtype
+
+
+def test_forward_within_the_rounding_of_fp32(dense24):
+    layer = dense24(514, 65)
+    sparse, x = SparseLinear.from_linear(layer), normal(9, 514)
+    want = layer.double()(x.double())
+    magnitude = x.double().abs() @ layer.weight.abs().T + layer.bias.abs()
+    assert ((sparse(x).double() - want).abs() <= 260 * 2.0**-24 * magnitude).all()
+
+
+def test_16_bit_storage_under_fp32_activations(dense24):
+    layer = dense24(16, 6, bias=False, dtype=torch.bfloat16)
+    sparse, x = SparseLinear.from_linear(layer), integers(3, 16)
+    y = sparse(x)
+    assert y.dtype == torch.float32
+    assert torch.allclose(y.double(), x.double() @ layer.weight.double().T, rtol=1e-6, atol=1e-5)
+    x.requires_grad_()
+    assert torch.equal(torch.autograd.grad(sparse(x).sum(), x)[0], layer.weight.float().sum(0).expand(3, 16))
+
+
+@SIZES
+@DTYPES
+@pytest.mark.parametrize("kind", ["bias", "no bias", "conv1d"])
+def test_the_gradient_of_x_is_the_dense_one(kind, k, n, dtype, dense24):
+    layer = dense24(k, n, kind != "no bias", dtype, kind == "conv1d", integers=True)
+    sparse = SparseLinear.from_linear(layer)
+    x = integers(2, 3, k, dtype=dtype).requires_grad_()
+    upstream = integers(2, 3, n, dtype=dtype)
+    y = sparse(x)
+    assert torch.equal(y, layer(x))
+    (gradient,) = torch.autograd.grad(y, x, upstream)
+    assert torch.equal(gradient, torch.autograd.grad(layer(x), x, upstream)[0])
+    assert torch.equal(gradient.double(), (upstream.double() @ dense_weight(layer).double()).to(dtype).double())
+    assert all(p.grad is None and not p.requires_grad for p in sparse.parameters())
+
+
+def test_a_bias_can_be_trained(dense24):
+    sparse = SparseLinear.from_linear(dense24(16, 6))
+    sparse.bias.requires_grad_()
+    sparse(normal(5, 16)).sum().backward()
+    assert torch.equal(sparse.bias.grad, torch.full((6,), 5.0))
+
+
+def test_no_gradient_is_asked_for_and_none_is_kept(dense24):
+    sparse, x = SparseLinear.from_linear(dense24(16, 6)), normal(5, 16).requires_grad_()
+    with torch.no_grad():
+        y = sparse(x)
+    assert not y.requires_grad and torch.equal(y, sparse(x.detach()))
+    with torch.inference_mode():
+        assert torch.equal(sparse(x), y)
+
+
+# ---- as a module ----
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_copies_and_files(bias, dense24):
+    sparse, x = SparseLinear.from_linear(dense24(13, 5, bias)), normal(3, 13)
+    file = io.BytesIO()
+    torch.save(sparse, file)
+    file.seek(0)
+    loaded = SparseLinear.from_linear(dense24(13, 5, bias, integers=True))  # another weight of the same shape
+    assert not torch.equal(loaded(x), sparse(x))
+    assert str(loaded.load_state_dict(sparse.state_dict())) == "<All keys matched successfully>"
+    others = (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse)), torch.load(file, weights_only=False), loaded)
+    for other in others:
+        assert type(other) is SparseLinear and torch.equal(other(x), sparse(x))
+        assert other.values.data_ptr() != sparse.values.data_ptr() and other.meta.data_ptr() != sparse.meta.data_ptr()
+        assert other.weight24.shape == (5, 13)
+        other.weight24.validate()
+
+
+def test_the_state_dict_is_the_format(dense24):
+    layer = dense24(13, 5)
+    sparse, s = SparseLinear.from_linear(layer), ops.compress24(layer.weight.detach())
+    state = sparse.state_dict()
+    assert list(state) == ["values", "bias", "meta"]
+    assert torch.equal(state["values"], s.values) and torch.equal(state["meta"], s.meta) and torch.equal(state["bias"], layer.bias)
+    assert list(SparseLinear.from_linear(dense24(13, 5, bias=False)).state_dict()) == ["values", "meta"]
+
+
+def test_a_state_dict_of_another_size_is_refused(dense24):
+    with pytest.raises(RuntimeError, match="size mismatch for values"):
+        SparseLinear.from_linear(dense24(16, 6)).load_state_dict(SparseLinear.from_linear(dense24(24, 6)).state_dict())
+
+
+@pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16()], ids=["to", "bfloat16"])
+def test_a_cast_leaves_the_metadata(cast, dense24):
+    sparse = cast(SparseLinear.from_linear(dense24(16, 6, integers=True)))
+    assert (sparse.values.dtype, sparse.bias.dtype, sparse.meta.dtype) == (torch.bfloat16, torch.bfloat16, torch.uint8)
+    want = SparseLinear.from_linear(dense24(16, 6, dtype=torch.bfloat16, integers=True))
+    x = integers(3, 16, dtype=torch.bfloat16)
+    assert torch.equal(sparse(x), want(x))
+
+
+def test_to_meta(dense24):
+    sparse = SparseLinear.from_linear(dense24(16, 6)).to("meta")
+    y = sparse(torch.empty(2, 3, 16, device="meta"))
+    assert y.is_meta and y.shape == (2, 3, 6)
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
+def test_compiles_whole(bias, dense24):
+    sparse = SparseLinear.from_linear(dense24(13, 5, bias))
+    torch.compiler.reset()
+    whole = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    for x in (normal(3, 13), normal(4, 13), normal(2, 4, 13)):
+        assert torch.equal(whole(x), sparse(x))
+    x = normal(3, 13).requires_grad_()
+    assert torch.equal(torch.autograd.grad(whole(x).sum(), x)[0], torch.autograd.grad(sparse(x).sum(), x)[0])
+    torch.compiler.reset()
+
+
+def test_repr(dense24):
+    assert repr(SparseLinear.from_linear(dense24(13, 5, False, torch.float16))) == (
+        "SparseLinear(in_features=13, out_features=5, bias=False, dtype=float16, 2:4)"
+    )
+    assert "bias=True, dtype=float32" in repr(SparseLinear.from_linear(dense24(13, 5)))
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_memory_is_nine_sixteenths(conv1d, dense24):
+    layer = dense24(64, 48, dtype=torch.float16, conv1d=conv1d)
+    sparse = SparseLinear.from_linear(layer)
+    held = sum(t.untyped_storage().nbytes() for t in (sparse.values, sparse.meta))
+    assert held * 16 == layer.weight.nbytes * 9 and held == nbytes24(48, 64, torch.float16)
+
+
+# ---- compress ----
+
+
+class Model(nn.Module):
+    def __init__(self, dense24):
+        super().__init__()
+        self.embed = nn.Embedding(6, 16)
+        self.body = nn.ModuleList([nn.ModuleDict({"up": dense24(16, 8), "down": dense24(8, 16)}) for _ in range(2)])
+        self.head = nn.Linear(16, 6, bias=False)
+
+    def forward(self, ids):
+        x = self.embed(ids)
+        for block in self.body:
+            x = x + block["down"](block["up"](x).relu())
+        return self.head(x)
+
+
+def kinds(model: nn.Module) -> dict[str, type]:
+    return {name: type(m) for name, m in model.named_modules() if is_linear(m) or isinstance(m, SparseLinear)}
+
+
+def test_compress_swaps_what_holds_24(dense24):
+    model, ids = Model(dense24).requires_grad_(False), torch.arange(6)
+    with torch.no_grad():
+        model.body[1]["down"].weight[3, 4:8] = 1  # not 2:4 any more
+        before = model(ids)
+    others = dict(model.named_modules())
+    swapped = compress(model)
+    assert swapped == ["body.0.up", "body.0.down", "body.1.up"]
+    assert kinds(model) == dict.fromkeys(swapped, SparseLinear) | {"body.1.down": nn.Linear, "head": nn.Linear}
+    assert all(m is others[name] for name, m in model.named_modules() if name not in swapped)
+    assert torch.allclose(model(ids), before, rtol=1e-5, atol=1e-5)
+    assert compress(model) == []  # nothing is left to swap
+
+
+def test_compress_swaps_conv1d(dense24):
+    model = nn.Sequential(dense24(16, 8, conv1d=True), nn.GELU(), dense24(8, 16, conv1d=True))
+    x = normal(3, 16)
+    with torch.no_grad():
+        before = model(x)
+        assert compress(model) == ["0", "2"] and torch.allclose(model(x), before, rtol=1e-5, atol=1e-5)
+    assert all(model[i].conv1d for i in (0, 2)) and is_conv1d(model[0].to_linear())
+
+
+def test_compress_leaves_a_tied_weight(dense24, weight24):
+    model = Model(dense24)
+    model.embed.weight = nn.Parameter(weight24(6, 16))
+    model.head.weight = model.embed.weight
+    assert "head" not in compress(model) and model.head.weight is model.embed.weight
+
+
+def test_compress_leaves_a_layer_that_stands_in_two_places(dense24):
+    shared = dense24(16, 16)
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": dense24(16, 16)})
+    assert compress(model) == ["c"]
+    assert model["a"] is shared and model["b"][0] is shared
+
+
+def test_compress_leaves_two_layers_with_one_weight(dense24):
+    model = nn.Sequential(dense24(16, 16), dense24(16, 16), dense24(16, 16))
+    model[2].weight = model[0].weight
+    assert compress(model) == ["1"]
+
+
+@pytest.mark.parametrize(
+    "k, dtype, saves", [(4, torch.float32, False), (5, torch.float32, True), (4, torch.float16, False), (5, torch.float16, True)]
+)
+def test_compress_leaves_what_would_grow(k, dtype, saves, dense24):
+    # Eight columns are the least that is stored: 4 values and a byte of metadata, 17 bytes in fp32, 9 in 16 bits.
+    with torch.no_grad():
+        layer = dense24(k, 6, dtype=dtype)
+        layer.weight[:, 2:] = 0
+    assert (nbytes24(6, k, dtype) < layer.weight.nbytes) == saves
+    assert compress(nn.Sequential(layer)) == (["0"] if saves else [])
+
+
+def test_compress_leaves_subclasses(dense24):
+    class Quantised(nn.Linear):
+        pass
+
+    layer = Quantised(16, 8)
+    layer.weight = dense24(16, 8).weight
+    assert compress(nn.Sequential(layer)) == [] and not is_linear(layer)
+
+
+@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
+def test_compress_cannot_replace_the_model_itself(conv1d, dense24):
+    layer = dense24(16, 8, conv1d=conv1d)
+    with pytest.raises(
+        SparsekitError, match=f"a model that holds linears, got a {type(layer).__name__}; use SparseLinear.from_linear"
+    ):
+        compress(layer)
+    assert list(layer.named_children()) == []
