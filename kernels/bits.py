@@ -88,6 +88,16 @@ def is_nan(wide, LARGEST: tl.constexpr):
 
 
 @triton.jit
+def any_nan(wide0, wide1, wide2, wide3, LARGEST: tl.constexpr):
+    if LARGEST < 0:
+        return wide0 != wide0
+    else:
+        size01 = tl.maximum(magnitude(wide0, LARGEST), magnitude(wide1, LARGEST))
+        size23 = tl.maximum(magnitude(wide2, LARGEST), magnitude(wide3, LARGEST))
+        return tl.maximum(size01, size23) > LARGEST
+
+
+@triton.jit
 def to_float(bits, LARGEST: tl.constexpr):
     """The numbers themselves: fp64 stays, every other dtype becomes fp32, exactly."""
     WIDTH: tl.constexpr = bits.dtype.primitive_bitwidth

@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .bits import as_bits, is_nan, largest, magnitude, widen
-from .pack24 import keep_two, more_than_two, pack_groups, split_groups, store_groups
+from .bits import any_nan, as_bits, largest, magnitude, widen
+from .pack24 import more_than_two, pack_groups, split_groups, store_groups
 from .tiles import foldable, new_status, report, tile_origin, tiling
 
 
@@ -30,15 +30,16 @@ def compress24_kernel(
     w = tl.load(w_ptr + row * w_row_stride + col * w_col_stride, mask=(row < rows) & (col < cols), other=0)
     w0, w1, w2, w3 = split_groups(w)  # [BLOCK_ROWS, BLOCK_COLS // 8, 2] each
     w0, w1, w2, w3 = widen(w0), widen(w1), widen(w2), widen(w3)
-    on0, on1 = magnitude(w0, LARGEST) != 0, magnitude(w1, LARGEST) != 0  # -0.0 is zero
-    on2, on3 = magnitude(w2, LARGEST) != 0, magnitude(w3, LARGEST) != 0
-    keep0, keep1, keep2, keep3 = keep_two(on0.to(tl.int32), on1.to(tl.int32), on2.to(tl.int32), on3.to(tl.int32))
-    first, second, nibble = pack_groups(w0, w1, w2, w3, keep0, keep1, keep2, keep3, LARGEST)
+    k0, k1 = magnitude(w0, LARGEST), magnitude(w1, LARGEST)  # -0.0 is zero
+    k2, k3 = magnitude(w2, LARGEST), magnitude(w3, LARGEST)
+    # The two largest are the non-zeros, and zeros tie: the lowest free columns follow.
+    first, second, nibble = pack_groups(w0, w1, w2, w3, k0, k1, k2, k3, LARGEST)
     store_groups(values_ptr, meta_ptr, first, second, nibble, rows, blocks, row0, col0, RUN)
-    nan = is_nan(w0, LARGEST) | is_nan(w1, LARGEST) | is_nan(w2, LARGEST) | is_nan(w3, LARGEST)
-    report(status_ptr, nan, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
-    over = more_than_two(on0, on1, on2, on3)
+    over = more_than_two(k0, k1, k2, k3)
     report(status_ptr + 1, over, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
+    if LARGEST >= 0:
+        nan = any_nan(w0, w1, w2, w3, LARGEST)
+        report(status_ptr, nan, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
 
 
 def compress24(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -57,7 +57,7 @@ def mask_nm_kernel(
     if PLACES <= 8:
         kept = keep_by_rank(key, N, PLACES)
     else:
-        kept = keep_by_cut(key, N, 2, BITS)
+        kept = keep_by_cut(key, tl.arange(0, PLACES)[None, None, :], N, 2, BITS)
     if WIDTH == 2:
         kept = tl.join(kept, kept)
     kept = tl.reshape(kept, [BLOCK_ROWS, BLOCK_COLS])

@@ -38,13 +38,13 @@ def mask_rows_kernel(
     WIDTH: tl.constexpr = 64 if BITS == 64 else 32
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
-    place = tl.arange(0, BLOCK_COLS)[None, :].to(tl.int64)
-    scores_ptrs = scores_ptr + row * row_stride + place * col_stride
+    place = tl.arange(0, BLOCK_COLS)[None, :]
+    scores_ptrs = scores_ptr + row * row_stride + place.to(tl.int64) * col_stride
     mask_ptrs = mask_ptr + row * cols + place
     if RESIDENT:
         inside = (row < rows) & (place < cols)
         key, nan = load_keys(scores_ptrs, inside, LARGEST, LOWEST)
-        kept = keep_by_cut(key, k, 1, BITS)
+        kept = keep_by_cut(key, place, k, 1, BITS)
         tl.store(mask_ptrs, kept.to(tl.uint8), mask=inside)
         bad = count(nan, 1) > 0
     else:

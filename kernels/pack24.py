@@ -22,34 +22,29 @@ def split_groups(x):
 
 
 @triton.jit
-def keep_two(k0, k1, k2, k3):
-    """Whether each column of a group is among its two highest keys; a tie goes to the lower column. Exactly two are."""
-    ge01, ge02, ge03 = k0 >= k1, k0 >= k2, k0 >= k3
-    ge12, ge13, ge23 = k1 >= k2, k1 >= k3, k2 >= k3
-    # A column is kept when it wins at least two of its three comparisons.
-    keep0 = (ge01 & ge02) | (ge03 & (ge01 | ge02))
-    keep1 = (~ge01 & ge12) | (ge13 & (~ge01 | ge12))
-    keep2 = (~ge02 & ~ge12) | (ge23 & (~ge02 | ~ge12))
-    keep3 = (~ge03 & ~ge13) | (~ge23 & (~ge03 | ~ge13))
-    return keep0, keep1, keep2, keep3
+def more_than_two(k0, k1, k2, k3):
+    """Whether three or four keys of a group, all >= 0, are above zero: then each half has one, and one half has two."""
+    halves = tl.minimum(tl.maximum(k0, k1), tl.maximum(k2, k3))
+    pairs = tl.maximum(tl.minimum(k0, k1), tl.minimum(k2, k3))
+    return tl.minimum(halves, pairs) > 0
 
 
 @triton.jit
-def more_than_two(on0, on1, on2, on3):
-    return (on0 & on1 & (on2 | on3)) | (on2 & on3 & (on0 | on1))
+def pack_groups(w0, w1, w2, w3, k0, k1, k2, k3, LARGEST: tl.constexpr):
+    """Widened weights and keys of a group -> its two weights with the highest keys, in column order, and its nibble (int32).
 
-
-@triton.jit
-def pack_groups(w0, w1, w2, w3, keep0, keep1, keep2, keep3, LARGEST: tl.constexpr):
-    """Widened weights of a group, and which two are kept -> first and second kept weight, widened, and the nibble (int32).
-
-    A kept -0.0 becomes +0.0: compressing what was expanded then gives the same bits."""
-    first = tl.where(keep0, w0, tl.where(keep1, w1, w2))
-    second = tl.where(keep3, w3, tl.where(keep2, w2, w1))
+    A tie goes to the lower column. A kept -0.0 becomes +0.0: compressing what was expanded then gives the same bits."""
+    # Both of a half are kept when its loser beats the other half's winner, else each half keeps its winner.
+    lower_half = tl.minimum(k0, k1) >= tl.maximum(k2, k3)
+    upper_half = tl.minimum(k2, k3) > tl.maximum(k0, k1)
+    first_is_1 = (k1 > k0) & ~lower_half
+    second_is_3 = (k3 > k2) | upper_half
+    first = tl.where(upper_half, w2, tl.where(first_is_1, w1, w0))
+    second = tl.where(lower_half, w1, tl.where(second_is_3, w3, w2))
+    nibble = tl.where(upper_half, 2, tl.where(first_is_1, 1, 0)) | tl.where(lower_half, 4, tl.where(second_is_3, 12, 8))
     if LARGEST >= 0:
         first = tl.where(first == MINUS_ZERO, 0, first)
         second = tl.where(second == MINUS_ZERO, 0, second)
-    nibble = tl.where(keep0, 0, tl.where(keep1, 1, 2)) | tl.where(keep3, 12, tl.where(keep2, 8, 4))
     return first, second, nibble
 
 

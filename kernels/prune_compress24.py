@@ -8,8 +8,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .bits import as_bits, is_nan, largest, lowest, magnitude, order, widen
-from .pack24 import keep_two, more_than_two, pack_groups, split_groups, store_groups
+from .bits import any_nan, as_bits, largest, lowest, magnitude, order, widen
+from .pack24 import more_than_two, pack_groups, split_groups, store_groups
 from .tiles import foldable, new_status, report, tile_origin, tiling
 
 
@@ -35,7 +35,7 @@ def prune_compress24_kernel(
     w = tl.load(w_ptr + row * w_row_stride + col * w_col_stride, mask=inside, other=0)
     w0, w1, w2, w3 = split_groups(w)  # [BLOCK_ROWS, BLOCK_COLS // 8, 2] each
     w0, w1, w2, w3 = widen(w0), widen(w1), widen(w2), widen(w3)
-    nan = is_nan(w0, LARGEST) | is_nan(w1, LARGEST) | is_nan(w2, LARGEST) | is_nan(w3, LARGEST)
+    nan = any_nan(w0, w1, w2, w3, LARGEST)
 
     rank_ptrs = rank_ptr + row * rank_row_stride + col * rank_col_stride
     if BY == "weight":
@@ -44,24 +44,23 @@ def prune_compress24_kernel(
     elif BY == "scores":
         s0, s1, s2, s3 = split_groups(tl.load(rank_ptrs, mask=inside, other=RANK_LOWEST))
         s0, s1, s2, s3 = widen(s0), widen(s1), widen(s2), widen(s3)
-        nan |= is_nan(s0, RANK_LARGEST) | is_nan(s1, RANK_LARGEST)
-        nan |= is_nan(s2, RANK_LARGEST) | is_nan(s3, RANK_LARGEST)
+        nan |= any_nan(s0, s1, s2, s3, RANK_LARGEST)
         k0, k1 = order(s0, RANK_LARGEST), order(s1, RANK_LARGEST)
         k2, k3 = order(s2, RANK_LARGEST), order(s3, RANK_LARGEST)
     else:
         m0, m1, m2, m3 = split_groups(tl.load(rank_ptrs, mask=inside, other=0))
         on0, on1, on2, on3 = m0 != 0, m1 != 0, m2 != 0, m3 != 0
-        over = more_than_two(on0, on1, on2, on3)
-        report(status_ptr + 1, over, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
         # What the mask drops is zero even where a group with fewer than two kept has to store it.
         w0, w1 = tl.where(on0, w0, 0), tl.where(on1, w1, 0)
         w2, w3 = tl.where(on2, w2, 0), tl.where(on3, w3, 0)
         k0, k1, k2, k3 = on0.to(tl.int32), on1.to(tl.int32), on2.to(tl.int32), on3.to(tl.int32)
+        over = more_than_two(k0, k1, k2, k3)
+        report(status_ptr + 1, over, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
 
-    keep0, keep1, keep2, keep3 = keep_two(k0, k1, k2, k3)
-    first, second, nibble = pack_groups(w0, w1, w2, w3, keep0, keep1, keep2, keep3, LARGEST)
+    first, second, nibble = pack_groups(w0, w1, w2, w3, k0, k1, k2, k3, LARGEST)
     store_groups(values_ptr, meta_ptr, first, second, nibble, rows, blocks, row0, col0, RUN)
-    report(status_ptr, nan, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
+    if LARGEST >= 0 or RANK_LARGEST >= 0:
+        report(status_ptr, nan, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
 
 
 def prune_compress24(

@@ -3,23 +3,25 @@
 from importlib import import_module
 
 from .errors import SparsekitError
-from .format import Sparse24
-from .patterns import NM, Pattern, Unstructured
 
 __version__ = "0.1.0"
 
-# Loaded at first use: a kernel's user does not pay for the import of transformers.
+# Loaded at first use: `sparsekit --help` does not pay for torch, nor a kernel's user for transformers.
 _LAZY = {
+    "NM": "patterns",
+    "Pattern": "patterns",
+    "Sparse24": "format",
     "SparseLinear": "linear",
+    "Unstructured": "patterns",
     "compress": "linear",
+    "load": "checkpoint",
+    "ops": None,
+    "perplexity": "evaluate",
     "prune": "pipeline",
     "save": "checkpoint",
-    "load": "checkpoint",
-    "perplexity": "evaluate",
-    "ops": None,
 }
 
-__all__ = ["NM", "Pattern", "Sparse24", "SparsekitError", "Unstructured", *sorted(_LAZY)]
+__all__ = ["SparsekitError", *sorted(_LAZY)]
 
 
 def __getattr__(name: str):

@@ -133,7 +133,7 @@ def prune(
     """Prune a model, check that every linear holds the pattern, and write it."""
     from . import checkpoint, data, linear, pipeline
     from .patterns import Pattern
-    from .prune import method_named
+    from .pruners import method_named
 
     # What is cheap to refuse is refused before the model is read.
     if method_named(method).needs_inputs and calib is None:

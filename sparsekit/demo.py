@@ -143,8 +143,11 @@ def _model(name: str, out: Path, bar: Bar) -> Path:
     if not _is_model(folder):
         from .integrations.gguf import fetch_smollm2
 
-        with bar("fetching SmolLM2-135M-Instruct") as progress:
-            fetch_smollm2(folder, progress)
+        try:
+            with bar("fetching SmolLM2-135M-Instruct:") as progress:
+                fetch_smollm2(folder, progress)
+        except (ImportError, RuntimeError, ValueError) as error:
+            raise SparsekitError(f"SmolLM2 cannot be fetched: {error}") from error
     return folder
 
 
@@ -176,10 +179,11 @@ def _prune_and_evaluate(model_dir: Path, method: str, settings: Settings, out: P
     with bar(f"pruning, {method}") as progress:
         report = pipeline.prune(model, batches, method, "2:4", progress=progress)
     stored = checkpoint.stored_dtype(model_dir)
-    compute = model.dtype
-    model.to(stored)
     if method != "sparsegpt":
-        return _evaluate(model_dir, settings, bar, method, model.to(compute))
+        for weight in model.parameters():  # rounded as they would be in a file; buffers are never stored
+            weight.data = weight.data.to(stored).to(weight.dtype)
+        return _evaluate(model_dir, settings, bar, method, model)
+    model.to(stored)
     linear.compress(model)
     checkpoint.save(model, out / "compressed", tokenizer=tokenizer, overwrite=True, report=report)
     del model

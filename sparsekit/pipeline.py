@@ -16,7 +16,7 @@ from .errors import SparsekitError
 from .evaluate import eval_mode
 from .linear import SparseLinear, dense_weight, is_linear
 from .patterns import Pattern
-from .prune import Pruner, method_named
+from .pruners import Pruner, method_named
 from .report import LinearReport, PruneReport
 
 Progress = Callable[[str, int, int], None]  # what is under way, blocks done, blocks in all

@@ -11,7 +11,7 @@ from torch import nn
 from sparsekit import SparsekitError, compress
 from sparsekit.patterns import NM, Pattern, Unstructured
 from sparsekit.pipeline import _Stream, find_blocks, prune
-from sparsekit.prune import METHODS, Magnitude, SparseGPT, Wanda
+from sparsekit.pruners import METHODS, Magnitude, SparseGPT, Wanda
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 RAGGED = ((2, 16), (2, 16), (1, 16))  # the last batch holds fewer sequences

@@ -8,7 +8,7 @@ import torch
 
 from sparsekit import NM, Pattern, SparsekitError, Unstructured
 from sparsekit.criteria import Gram, SquaredNorm
-from sparsekit.prune import METHODS, Magnitude, SparseGPT, Wanda, method_named
+from sparsekit.pruners import METHODS, Magnitude, SparseGPT, Wanda, method_named
 
 NM24 = NM(2, 4)
 

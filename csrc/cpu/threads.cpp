@@ -1,10 +1,16 @@
-// The thread pool. Workers are started at the first job that needs them and are never joined: the pool is leaked on
-// purpose, so that exit never waits for a sleeper. A job is a counter that workers and caller take indices from.
+// Threads for a job, which is a counter that they take indices from. They come from the OpenMP runtime that the process
+// has loaded already, where there is one: torch's workers spin for the next region, and a pool beside them would share
+// their cores for whole time slices. Elsewhere, and in a child of fork, where no runtime's threads live on, they come
+// from a pool of our own. Its workers start at the first job that needs them and are never joined: the pool is leaked
+// on purpose, so that exit never waits for a sleeper.
 #include "threads.h"
 
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstring>
+#include <dlfcn.h>
+#include <link.h>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -12,6 +18,47 @@
 
 namespace sparsekit::cpu {
 namespace {
+
+// A parallel region of GNU's OpenMP, an entry point that Intel's and LLVM's runtimes have too.
+using Region = void (*)(void (*)(void *), void *, unsigned threads, unsigned flags);
+
+// Looks through the libraries of the process; links and loads nothing.
+Region find_region() {
+    if (void *symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel"))
+        return reinterpret_cast<Region>(symbol);
+    void *symbol = nullptr;
+    dl_iterate_phdr(
+        [](dl_phdr_info *library, size_t, void *found) -> int {
+            if (!strstr(library->dlpi_name, "libgomp") && !strstr(library->dlpi_name, "libiomp5"))
+                return 0;
+            void *handle = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
+            *static_cast<void **>(found) = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
+            return *static_cast<void **>(found) != nullptr;
+        },
+        &symbol);
+    return reinterpret_cast<Region>(symbol);
+}
+
+// The runtime's region, or null where there is none or this process is a fork of the one that looked.
+Region region() {
+    static const pid_t owner = getpid();
+    static const Region found = find_region();
+    return getpid() == owner ? found : nullptr;
+}
+
+struct Job {
+    int64_t count;
+    Task task;
+    void *context;
+    std::atomic<int64_t> next{0}; // the first index nobody has taken
+    std::atomic<int> entered{0};  // threads so far, each its number
+
+    void work() {
+        const int worker = entered.fetch_add(1, std::memory_order_relaxed);
+        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+            task(context, i, worker);
+    }
+};
 
 // A worker spins about 20 us for the next job before it sleeps: as long as the Python between two layers takes.
 constexpr int kSpins = 400;
@@ -129,7 +176,12 @@ Pool *pool() {
 } // namespace
 
 void parallel_for(int64_t count, int threads, Task task, void *context) {
-    threads = static_cast<int>(std::min<int64_t>(threads, count));
+    threads = static_cast<int>(std::min<int64_t>({threads, count, kMaxThreads}));
+    if (const Region run = threads > 1 ? region() : nullptr) {
+        Job job{count, task, context};
+        run([](void *data) { static_cast<Job *>(data)->work(); }, &job, threads, 0);
+        return;
+    }
     if (threads > 1 && pool()->try_run(count, threads, task, context))
         return;
     for (int64_t i = 0; i < count; ++i)

@@ -1,4 +1,4 @@
-// A small pool of threads of our own: OpenMP's would be a second copy beside torch's.
+// Threads for the kernels: those of the OpenMP runtime already in the process, or a small pool of our own.
 #pragma once
 #include <cstddef>
 #include <cstdint>
