@@ -20,7 +20,8 @@ def mask_nm_kernel(
     status_ptr,  # [1] int64: first group with a NaN
     rows, cols, groups,
     row_stride, col_stride,
-    N, M: tl.constexpr,
+    n, M: tl.constexpr,
+    bits,  # of a key: the dtype's own, or those of a pair's sum
     WIDTH: tl.constexpr,  # columns a member of a group has: 1, or 2 for pairs
     LARGEST: tl.constexpr, LOWEST: tl.constexpr,  # see bits.py
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, PLACES: tl.constexpr,
@@ -42,22 +43,21 @@ def mask_nm_kernel(
     if WIDTH == 1:
         wide = widen(tl.load(ptrs, mask=inside, other=LOWEST))  # the last places of a group: they lose every tie
         key, nan = order(wide, LARGEST), is_nan(wide, LARGEST)
-        BITS: tl.constexpr = scores_ptr.dtype.element_ty.primitive_bitwidth
     else:
         score = to_float(tl.load(ptrs, mask=inside, other=0), LARGEST)
         left, right = tl.split(tl.reshape(score, [BLOCK_ROWS, BLOCK_COLS // 2, 2]))
-        BITS: tl.constexpr = score.dtype.primitive_bitwidth
-        INTEGER: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
-        SUM_LARGEST: tl.constexpr = FP64_LARGEST if BITS == 64 else FP32_LARGEST
+        WHOLE: tl.constexpr = score.dtype.primitive_bitwidth
+        INTEGER: tl.constexpr = tl.int64 if WHOLE == 64 else tl.int32
+        SUM_LARGEST: tl.constexpr = FP64_LARGEST if WHOLE == 64 else FP32_LARGEST
         wide = (left + right).to(INTEGER, bitcast=True)  # a column past the end adds nothing to its pair
         exists, _ = tl.split(tl.reshape(inside, [BLOCK_ROWS, BLOCK_COLS // 2, 2]))
-        key = tl.where(exists, order(wide, SUM_LARGEST), -(1 << (BITS - 1)))
+        key = tl.where(exists, order(wide, SUM_LARGEST), -(1 << (WHOLE - 1)))
         nan = is_nan(wide, SUM_LARGEST)
     key = tl.reshape(key, [BLOCK_ROWS, GROUPS, PLACES])
     if PLACES <= 8:
-        kept = keep_by_rank(key, N, PLACES)
+        kept = keep_by_rank(key, n, PLACES)
     else:
-        kept = keep_by_cut(key, tl.arange(0, PLACES)[None, None, :], N, 2, BITS)
+        kept = keep_by_cut(key, n, bits, 2)
     if WIDTH == 2:
         kept = tl.join(kept, kept)
     kept = tl.reshape(kept, [BLOCK_ROWS, BLOCK_COLS])
@@ -70,7 +70,7 @@ def mask_nm(scores: torch.Tensor, n: int, m: int, pairs: bool = False) -> tuple[
     """scores (rows, cols) -> mask (rows, cols) bool, status (1,) int64. Keeps exactly n of each m columns; 0 <= n <= m <= 32.
 
     scores: fp64, fp32, fp16, bf16, fp8 or int8, any strides; the higher score is kept, a tie goes to the lower column.
-    pairs: a group is m pairs of columns and n pairs are kept whole; the score of a pair is the sum of its two in fp32 (fp64 for fp64).
+    pairs: a group is m pairs of columns, n kept whole; the score of a pair is the sum of its two in fp32 (fp64 for fp64).
     A last group that is not full keeps min(n, what it has). status[0] is the flat index (row * groups a row + group) of the first
     group with a NaN (or with a pair whose sum is one), tiles.NOTHING where there is none.
     """
@@ -83,11 +83,12 @@ def mask_nm(scores: torch.Tensor, n: int, m: int, pairs: bool = False) -> tuple[
     if foldable(m * width, scores):
         rows, cols = 1, rows * cols
     groups = triton.cdiv(cols, m * width)
+    itembits = 8 * scores.element_size()
     places = triton.next_power_of_2(m)
     tile = tiling(rows, groups * places * width, scores)
     mask_nm_kernel[tile.grid](
         as_bits(scores), mask.view(torch.uint8), status, rows, cols, groups, *scores.stride(), n,
-        M=m, WIDTH=width, LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype),
+        M=m, bits=max(itembits, 32) if pairs else itembits, WIDTH=width, LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype),
         BLOCK_ROWS=tile.block_rows, BLOCK_COLS=max(tile.block_cols, places * width), PLACES=places,
     )  # fmt: skip
     return mask, status

@@ -13,7 +13,7 @@ from .bits import as_bits, is_nan, largest, lowest, order, widen
 from .select import count, keep_by_cut
 from .tiles import new_status, report
 
-_RESIDENT_COLS = 32768  # 32 keys a thread for 1024 threads
+_RESIDENT_COLS = 16384  # 32 keys a thread for 512 threads; with 1024 they do not fit the registers
 
 
 @triton.jit
@@ -29,13 +29,11 @@ def mask_rows_kernel(
     status_ptr,  # [1] int64: first row with a NaN
     rows, cols,
     row_stride, col_stride,
-    k,
+    k, bits,  # bits of a score
     LARGEST: tl.constexpr, LOWEST: tl.constexpr,  # see bits.py
     RESIDENT: tl.constexpr,  # BLOCK_COLS covers the row
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    BITS: tl.constexpr = scores_ptr.dtype.element_ty.primitive_bitwidth
-    WIDTH: tl.constexpr = 64 if BITS == 64 else 32
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
     place = tl.arange(0, BLOCK_COLS)[None, :]
@@ -44,17 +42,18 @@ def mask_rows_kernel(
     if RESIDENT:
         inside = (row < rows) & (place < cols)
         key, nan = load_keys(scores_ptrs, inside, LARGEST, LOWEST)
-        kept = keep_by_cut(key, place, k, 1, BITS)
+        kept = keep_by_cut(key, k, bits, 1)
         tl.store(mask_ptrs, kept.to(tl.uint8), mask=inside)
         bad = count(nan, 1) > 0
     else:
         # As keep_by_cut, with the row read again for each bit.
-        INTEGER: tl.constexpr = tl.int64 if BITS == 64 else tl.int32
-        cut = tl.full([BLOCK_ROWS, 1], -(1 << (WIDTH - 1)), INTEGER)
+        INTEGER: tl.constexpr = tl.int64 if scores_ptr.dtype.element_ty.primitive_bitwidth == 64 else tl.int32
+        TOP: tl.constexpr = 1 << (INTEGER.primitive_bitwidth - 1)
+        cut = tl.full([BLOCK_ROWS, 1], -TOP, INTEGER)
+        step = tl.full([], -TOP, INTEGER)  # the first step wraps from the lowest integer to zero
         bad = tl.full([BLOCK_ROWS, 1], 0, tl.int1)
-        for bit in range(BITS):
-            step = tl.full([BLOCK_ROWS, 1], 1, INTEGER) << (WIDTH - 1 - bit)
-            higher = cut + step  # the first step wraps from the lowest integer to zero
+        for bit in range(bits):
+            higher = cut + step
             hits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
             for start in range(0, cols, BLOCK_COLS):
                 inside = (row < rows) & (start + place < cols)
@@ -62,6 +61,7 @@ def mask_rows_kernel(
                 hits += (inside & (key >= higher)).to(tl.int32)
                 bad |= count(nan, 1) > 0
             cut = tl.where(tl.sum(hits, 1, keep_dims=True) >= k, higher, cut)
+            step = tl.where(bit == 0, TOP >> 1, step >> 1)
         hits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
         for start in range(0, cols, BLOCK_COLS):
             inside = (row < rows) & (start + place < cols)
@@ -98,7 +98,7 @@ def mask_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
         block_rows = 32 // scores.element_size() if across else 1
         block_cols = 4096 // block_rows
     mask_rows_kernel[(triton.cdiv(rows, block_rows),)](
-        as_bits(scores), mask.view(torch.uint8), status, rows, cols, *scores.stride(), k,
+        as_bits(scores), mask.view(torch.uint8), status, rows, cols, *scores.stride(), k, 8 * scores.element_size(),
         LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype),
         RESIDENT=resident, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols,
         num_warps=min(32, max(4, block_rows * block_cols // 1024)),

@@ -24,22 +24,16 @@ def count(hits, AXIS: tl.constexpr):
 
 
 @triton.jit
-def keep_by_cut(key, place, n, AXIS: tl.constexpr, BITS: tl.constexpr):
-    """key -> bool, the n highest along AXIS. Finds the n-th highest key bit by bit: BITS counts, whatever the size of the set.
+def keep_by_cut(key, n, bits, AXIS: tl.constexpr):
+    """key -> bool, the n highest along AXIS. Finds the n-th highest key bit by bit: `bits` counts, whatever the size of the set.
 
-    place: 0, 1, ... along AXIS, of a shape that broadcasts to key's."""
-    PLACES: tl.constexpr = key.shape[AXIS]
+    bits is no constant, so that the loop stays a loop: unrolled it would not fit the instruction cache."""
     TOP: tl.constexpr = 1 << (key.dtype.primitive_bitwidth - 1)
     cut = tl.where(count(key >= 0, AXIS) >= n, 0, -TOP).to(key.dtype)
     step = tl.full([], TOP >> 1, key.dtype)
-    for _ in range(BITS - 1):
+    for _ in range(1, bits):
         cut = tl.where(count(key >= cut + step, AXIS) >= n, cut + step, cut)
         step >>= 1
-    # Of the keys equal to it the first `room` are kept: those before place `end`, found in the same way.
     room = n - count(key > cut, AXIS)
-    end = tl.zeros_like(room)
-    leap = tl.full([], PLACES, tl.int32)
-    while leap > 0:
-        end = tl.where(count((key == cut) & (place < end + leap), AXIS) <= room, end + leap, end)
-        leap >>= 1
-    return (key > cut) | ((key == cut) & (place < end))
+    tie = (key == cut).to(tl.int32)
+    return (key > cut) | ((tie != 0) & (tl.cumsum(tie, AXIS) <= room))

@@ -20,10 +20,7 @@ def read_tokens(path: str | Path, tokenizer) -> Tensor:
         raise SparsekitError(f"the text {path} cannot be read: {error.strerror}") from None
     if not text.strip():
         raise SparsekitError(f"the text {path} is empty; give one with words in it")
-    # No warning that the text exceeds the context.
-    verbose, tokenizer.verbose = getattr(tokenizer, "verbose", True), False
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    tokenizer.verbose = verbose
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]  # no warning that it exceeds the context
     return torch.tensor(ids, dtype=torch.long)
 
 

@@ -52,6 +52,17 @@ def _compress24(w: Tensor) -> tuple[Tensor, Tensor]:
     return reference.compress24(w)
 
 
+def _compress24_cuda(w: Tensor) -> tuple[Tensor, Tensor]:
+    _check_dense("compress24", w)
+    from .kernels.compress24 import compress24
+    from .kernels.tiles import NOTHING
+
+    values, meta, status = compress24(w)
+    if status.min() != NOTHING:
+        return reference.compress24(w)  # which raises, naming the place
+    return values, meta
+
+
 def _compress24_fake(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
     n, kp = w.shape[0], padded_columns(w.shape[1])
@@ -63,6 +74,13 @@ def _expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
     return reference.expand24(values, meta, k)
 
 
+def _expand24_cuda(values: Tensor, meta: Tensor, k: int) -> Tensor:
+    check_layout("expand24", values, meta, k)
+    from .kernels.expand24 import expand24
+
+    return expand24(values.contiguous(), meta.contiguous(), k)
+
+
 def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
     check_layout("expand24", values, meta, k)
     return values.new_empty(values.shape[0], k)
@@ -70,12 +88,12 @@ def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
 
 lib.define("compress24(Tensor w) -> (Tensor, Tensor)")
 lib.impl("compress24", _compress24, "CPU")
-lib.impl("compress24", _compress24, "CUDA")
+lib.impl("compress24", _compress24_cuda, "CUDA")
 torch.library.register_fake("sparsekit::compress24", _compress24_fake, lib=lib)
 
 lib.define("expand24(Tensor values, Tensor meta, SymInt k) -> Tensor")
 lib.impl("expand24", _expand24, "CPU")
-lib.impl("expand24", _expand24, "CUDA")
+lib.impl("expand24", _expand24_cuda, "CUDA")
 torch.library.register_fake("sparsekit::expand24", _expand24_fake, lib=lib)
 
 

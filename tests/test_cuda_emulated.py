@@ -352,9 +352,7 @@ def test_linear24_sm80_reaches_past_two_gib(emulator):
     allow(emulator, [w, e], [y])
     address = ctypes.c_void_p(memory.ctypes.data)
     emulator.emulator_allow(address, ctypes.c_size_t(memory.nbytes), 0)
-    code = emulator.emulated_linear24_sm80(
-        address, w.address, e.address, None, y.address, 2, 32, k, ctypes.c_int64(ldx), 1, 0
-    )
+    code = emulator.emulated_linear24_sm80(address, w.address, e.address, None, y.address, 2, 32, k, ctypes.c_int64(ldx), 1, 0)
     assert code == SUCCESS, emulator.emulator_error().decode()
     want = x.double() @ dense.double().T
     worst = (torch.from_numpy(y.array()).view(torch.float16).double() - want).abs() - bound(x, dense, None, want, 1)

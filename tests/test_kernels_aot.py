@@ -33,7 +33,7 @@ STREAMING = {
     "mask_nm 16:32 bf16": "mask_nm(dense(bf16), 16, 32)",
     "mask_nm 2:4 pairs fp16": "mask_nm(dense(fp16), 2, 4, pairs=True)",
     "mask_rows bf16": "mask_rows(dense(bf16), 2048)",
-    "mask_rows 32768 columns fp32": "mask_rows(dense(fp32, 32768), 16384)",
+    "mask_rows 16384 columns fp32": "mask_rows(dense(fp32, 16384), 8192)",
     "mask_rows 53248 columns fp32": "mask_rows(dense(fp32, 53248), 16384)",
     "mask_rows transposed": "mask_rows(dense(bf16).t(), 2048)",
 }
@@ -119,7 +119,13 @@ def compiled(tmp_path_factory):
     halves, children = (cases[::2], cases[1::2]), []
     for half in halves:
         child = subprocess.Popen(
-            [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, cwd=folder
+            [sys.executable, "-c", CHILD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=env,
+            cwd=folder,
         )
         child.stdin.write(json.dumps([(call, arch) for _, call, arch in half]))
         child.stdin.close()
