@@ -24,6 +24,7 @@ def compress24_kernel(
     LARGEST: tl.constexpr,  # see bits.py
     RUN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
+    blocks = tl.cast(blocks, tl.int64)  # a folded matrix has up to 2**31 of them, and they are multiplied below
     row0, col0 = tile_origin(BLOCK_ROWS, BLOCK_COLS)
     row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
     col = (col0 + tl.arange(0, BLOCK_COLS))[None, :]

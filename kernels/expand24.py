@@ -20,6 +20,7 @@ def expand24_kernel(
     rows, cols, blocks,
     RUN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
+    blocks = tl.cast(blocks, tl.int64)  # a folded matrix has up to 2**31 of them, and they are multiplied below
     row0, col0 = tile_origin(BLOCK_ROWS, BLOCK_COLS)
     row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
     # The hints keep the loads in the layout of the store, RUN columns a thread.

@@ -13,7 +13,7 @@ from .bits import as_bits, is_nan, largest, lowest, order, widen
 from .select import count, keep_by_cut
 from .tiles import new_status, report
 
-_RESIDENT_COLS = 16384  # 32 keys a thread for 512 threads; with 1024 they do not fit the registers
+_RESIDENT_COLS = 16384  # 16 keys a thread for 1024 threads: twice as many would not fit the registers
 
 
 @triton.jit
@@ -34,46 +34,50 @@ def mask_rows_kernel(
     RESIDENT: tl.constexpr,  # BLOCK_COLS covers the row
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
+    KEY: tl.constexpr = tl.int64 if scores_ptr.dtype.element_ty == tl.int64 else tl.int32
+    UNSIGNED: tl.constexpr = tl.uint64 if KEY == tl.int64 else tl.uint32
+    TOP: tl.constexpr = 1 << (KEY.primitive_bitwidth - 1)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
-    place = tl.arange(0, BLOCK_COLS)[None, :]
-    scores_ptrs = scores_ptr + row * row_stride + place.to(tl.int64) * col_stride
-    mask_ptrs = mask_ptr + row * cols + place
+    place = tl.arange(0, BLOCK_COLS)[None, :].to(tl.int64)
+    scores_ptr += row * row_stride
+    mask_ptr += row * cols
     if RESIDENT:
         inside = (row < rows) & (place < cols)
-        key, nan = load_keys(scores_ptrs, inside, LARGEST, LOWEST)
-        kept = keep_by_cut(key, k, bits, 1)
-        tl.store(mask_ptrs, kept.to(tl.uint8), mask=inside)
+        key, nan = load_keys(scores_ptr + place * col_stride, inside, LARGEST, LOWEST)
         bad = count(nan, 1) > 0
+        tl.store(mask_ptr + place, keep_by_cut(key, k, bits, 1).to(tl.uint8), mask=inside)
     else:
         # As keep_by_cut, with the row read again for each bit.
-        INTEGER: tl.constexpr = tl.int64 if scores_ptr.dtype.element_ty.primitive_bitwidth == 64 else tl.int32
-        TOP: tl.constexpr = 1 << (INTEGER.primitive_bitwidth - 1)
-        cut = tl.full([BLOCK_ROWS, 1], -TOP, INTEGER)
-        step = tl.full([], -TOP, INTEGER)  # the first step wraps from the lowest integer to zero
-        bad = tl.full([BLOCK_ROWS, 1], 0, tl.int1)
+        cut = tl.full([BLOCK_ROWS, 1], -TOP, KEY)
+        step = tl.full([], TOP, UNSIGNED)
         for bit in range(bits):
-            higher = cut + step
+            higher = cut + step.to(KEY, bitcast=True)
             hits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
             for start in range(0, cols, BLOCK_COLS):
-                inside = (row < rows) & (start + place < cols)
-                key, nan = load_keys(scores_ptrs + start * col_stride, inside, LARGEST, LOWEST)
+                col = start + place
+                inside = (row < rows) & (col < cols)
+                key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
                 hits += (inside & (key >= higher)).to(tl.int32)
-                bad |= count(nan, 1) > 0
             cut = tl.where(tl.sum(hits, 1, keep_dims=True) >= k, higher, cut)
-            step = tl.where(bit == 0, TOP >> 1, step >> 1)
-        hits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
+            step >>= 1
+        above = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
+        nans = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
         for start in range(0, cols, BLOCK_COLS):
-            inside = (row < rows) & (start + place < cols)
-            key, _ = load_keys(scores_ptrs + start * col_stride, inside, LARGEST, LOWEST)
-            hits += (inside & (key > cut)).to(tl.int32)
-        room = k - tl.sum(hits, 1, keep_dims=True)
+            col = start + place
+            inside = (row < rows) & (col < cols)
+            key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
+            above += (inside & (key > cut)).to(tl.int32)
+            nans |= nan.to(tl.int32)
+        bad = tl.max(nans, 1) > 0
+        room = k - tl.sum(above, 1, keep_dims=True)
         for start in range(0, cols, BLOCK_COLS):
-            inside = (row < rows) & (start + place < cols)
-            key, _ = load_keys(scores_ptrs + start * col_stride, inside, LARGEST, LOWEST)
+            col = start + place
+            inside = (row < rows) & (col < cols)
+            key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
             tie = (inside & (key == cut)).to(tl.int32)
             kept = (key > cut) | ((tie != 0) & (tl.cumsum(tie, 1) <= room))
-            tl.store(mask_ptrs + start, kept.to(tl.uint8), mask=inside)
+            tl.store(mask_ptr + col, kept.to(tl.uint8), mask=inside)
             room -= tl.sum(tie, 1, keep_dims=True)
     report(status_ptr, bad, row0, 0, 1, BLOCK_ROWS, 1)
 
@@ -96,11 +100,11 @@ def mask_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
         block_rows = max(1, 2048 // block_cols)
     else:  # across: one 32-byte sector of a column of memory
         block_rows = 32 // scores.element_size() if across else 1
-        block_cols = 4096 // block_rows
+        block_cols = 2048 // block_rows
     mask_rows_kernel[(triton.cdiv(rows, block_rows),)](
         as_bits(scores), mask.view(torch.uint8), status, rows, cols, *scores.stride(), k, 8 * scores.element_size(),
         LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype),
         RESIDENT=resident, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols,
-        num_warps=min(32, max(4, block_rows * block_cols // 1024)),
+        num_warps=min(32, max(4, block_rows * block_cols // 512)),
     )  # fmt: skip
     return mask, status

@@ -39,7 +39,7 @@ class Settings:
 
 SETTINGS = {
     "tiny": Settings(128, 128, 1 << 20, "And the LORD said unto Moses,", 48),
-    "smollm2": Settings(512, 64, 16_384, "Why is the sky blue? Answer in one sentence.", 48),
+    "smollm2": Settings(512, 32, 16_384, "Why is the sky blue? Answer in one sentence.", 48),
 }
 METHODS = ("magnitude", "wanda", "sparsegpt")
 DENSE_DTYPES = ("float32", "bfloat16")  # a CPU may be faster in either; the faster one is shown

@@ -15,7 +15,7 @@ import pytest
 pytest.importorskip("triton")
 
 ARCHS = (80, 90, 100)
-# name: launch, least width in bytes of its widest load of a tensor it streams
+# Launches by name that stream matrices in.
 STREAMING = {
     "prune_compress24 bf16": "prune_compress24(dense(bf16))",
     "prune_compress24 fp16": "prune_compress24(dense(fp16))",
@@ -37,7 +37,7 @@ STREAMING = {
     "mask_rows 53248 columns fp32": "mask_rows(dense(fp32, 53248), 16384)",
     "mask_rows transposed": "mask_rows(dense(bf16).t(), 2048)",
 }
-# expand24 reads half of what it writes, so its wide access is the store.
+# Launches by name that stream one out, at twice the width of what they read.
 WRITING = {
     "expand24 bf16": "expand24(dense(bf16, 2048), dense(torch.uint8, 512))",
     "expand24 fp32": "expand24(dense(fp32, 2048), dense(torch.uint8, 512))",
@@ -137,3 +137,48 @@ def compiled(tmp_path_factory):
         assert child.returncode == 0, err[-4000:]
         found |= {(name, arch): result for (name, _, arch), result in zip(half, json.loads(out))}
     return found
+
+
+def test_the_child_finds_what_it_looks_for(compiled):
+    # Were the patterns that read PTX and SASS wrong, the tests below would pass on nothing.
+    assert len(compiled) == len(ARCHS) * len(STREAMING | WRITING)
+    for result in compiled.values():
+        assert result["loads"] and result["stores"]
+        assert result["instructions"] > 100 and result["registers"] > 20
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("name", STREAMING)
+def test_every_load_is_16_bytes(compiled, name, arch):
+    assert set(compiled[name, arch]["loads"]) == {16}
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("name", WRITING)
+def test_every_store_is_16_bytes(compiled, name, arch):
+    result = compiled[name, arch]
+    assert set(result["stores"]) == {16}
+    assert max(result["loads"]) == 8 and len(result["loads"]) <= 2 * len(result["stores"])
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("name", [name for name in STREAMING if "compress24" in name])
+def test_values_are_stored_8_bytes_at_a_time_or_more(compiled, name, arch):
+    # A 16-byte load of a weight leaves 8 bytes of values; only the metadata, a sixteenth or less, is stored in small pieces.
+    stores = compiled[name, arch]["stores"]
+    wide = [width for width in stores if width >= 8]
+    assert 2 * len(wide) >= len(stores) and sum(wide) >= 4 * (sum(stores) - sum(wide))
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("name", STREAMING | WRITING)
+def test_nothing_is_in_local_memory(compiled, name, arch):
+    result = compiled[name, arch]
+    assert result["local"] == [] and result["stack"] == 0
+
+
+@pytest.mark.parametrize("arch", ARCHS, ids=lambda arch: f"sm_{arch}")
+@pytest.mark.parametrize("name", ["prune_compress24 bf16", "prune_compress24 fp16", "compress24 bf16", "expand24 bf16"])
+def test_groups_stay_in_their_thread(compiled, name, arch):
+    # Shared memory then holds one word a warp, for the reduction that reports bad groups.
+    assert compiled[name, arch]["shared"] <= 64

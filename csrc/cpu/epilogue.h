@@ -39,7 +39,7 @@ inline void from_float(float v, Half *out) {
     uint32_t half;
     if (rest > 0x7f800000)
         half = 0x7e00;
-    else if (rest >= 0x477ff000) // rounds to 65536 or more
+    else if (rest >= 0x47800000) // 65536; what rounds up to it gets there below, by the carry
         half = 0x7c00;
     else if (rest < 0x38800000) // below 2^-14: let the fp32 adder round at the bit where fp16 ends
         half = bit_cast<uint32_t>(bit_cast<float>(rest) + 0.5f) - 0x3f000000;
