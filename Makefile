@@ -11,15 +11,18 @@ setup: $(VENV)/installed
 
 # A torch that sees a GPU is used as it is. Else torch comes first and by itself: a range in a later command could take another build.
 $(VENV)/torch:
-	if $(PYTHON) -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
-	    $(PYTHON) -m venv --system-site-packages $(VENV); \
-	else \
-	    $(PYTHON) -m venv $(VENV) && $(BIN)/pip install --quiet "$(TORCH)" numpy; \
+	$(PYTHON) -m venv --clear --system-site-packages $(VENV)
+	if ! $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then \
+	    $(PYTHON) -m venv --clear $(VENV) && $(BIN)/pip install --quiet "$(TORCH)" numpy; \
 	fi
 	touch $@
 
+# What an earlier build left would be installed again: build/lib* goes, ninja's objects stay.
 $(VENV)/installed: $(VENV)/torch $(SOURCES)
+	rm -rf build/lib* build/bdist*
 	$(BIN)/pip install --quiet ".[gguf]"
+	@cd / && $(CURDIR)/$(BIN)/python -c "from sparsekit import _C; print('sparsekit: CPU kernels, and CUDA kernels for', \
+	    ', '.join(_C.cuda_archs()) or 'no architecture, since nvcc was not found')"
 	touch $@
 
 # The main job: SmolLM2-135M-Instruct to 2:4 and back, in one table. DEMO_MODEL=tiny takes the shipped model instead.
@@ -27,21 +30,23 @@ DEMO_MODEL ?= smollm2
 demo: setup
 	$(BIN)/sparsekit demo --model $(DEMO_MODEL)
 
-$(VENV)/test: $(VENV)/installed
-	$(BIN)/pip install --quiet ".[test]"
+$(VENV)/test: pyproject.toml | $(VENV)/installed
+	$(BIN)/pip install --quiet pytest pytest-benchmark hypothesis triton ruff clang-format pybind11 ninja setuptools
 	touch $@
 
-test: setup $(VENV)/test
+test: $(VENV)/installed $(VENV)/test
 	$(BIN)/pytest $(PYTEST_ARGS)
 
+CSRC := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: $(VENV)/test
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
 	$(BIN)/ruff format --check .
 
 format: $(VENV)/test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+	$(BIN)/clang-format -i $(CSRC)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparsekit/_C*.so

@@ -165,10 +165,12 @@ class Build:
         """Compiles the .cu files; returns what bindings.cpp must define."""
         host = "-fPIC,-fvisibility=hidden"
         flags = ["-std=c++17", "-O3", "-DNDEBUG", "-DSPARSEKIT_CUDA", "--threads=0", f"-Xcompiler={host}"]
-        for source in sources:
-            chosen = archs_of(source, archs)
-            if chosen:
-                self.compile("nvcc", source, flags + gencode(chosen, lowest=source.stem[-1].isdigit()))
+        chosen = {source: archs_of(source, archs) for source in sources}
+        if not any(chosen.values()):
+            print(f"sparsekit: no kernel is for the architectures {' '.join(archs)}, building for the CPU only", file=sys.stderr)
+            return []
+        for source in filter(chosen.get, sources):
+            self.compile("nvcc", source, flags + gencode(chosen[source], lowest=source.stem[-1].isdigit()))
         self.includes.append(toolkit.folder("include", "cuda_runtime.h"))
         library = toolkit.folder("lib", "libcudart_static.a") / "libcudart_static.a"
         # Static, its symbols kept inside: torch brings a runtime of its own, and no driver is needed to import.

@@ -18,6 +18,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import sparsekit
+from sparsekit.checkpoint import check_new_folder
 from sparsekit.data import read_tokens
 
 
@@ -62,8 +63,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
+    check_new_folder(args.out)
     torch.manual_seed(args.seed)
     tokenizer = train_tokenizer(args.text, args.vocabulary)
+    held_out = read_tokens(args.held_out, tokenizer)
     tokens = torch.cat([read_tokens(text, tokenizer) for text in args.text])
     model = LlamaForCausalLM(config(args.vocabulary)).train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=args.lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -87,7 +90,7 @@ def main() -> None:
     model = model.half()
     sparsekit.save(model, args.out, format="dense", tokenizer=tokenizer)
     loaded = sparsekit.load(args.out, dtype=torch.float32)
-    result = sparsekit.perplexity(loaded, read_tokens(args.held_out, tokenizer), args.seq_len)
+    result = sparsekit.perplexity(loaded, held_out, args.seq_len)
     record = {"text": args.held_out.name, "seq_len": args.seq_len, **result}
     (args.out / "perplexity.json").write_text(json.dumps(record, indent=2) + os.linesep)
     print(f"perplexity {result['perplexity']:.2f} over {result['tokens']} tokens of {args.held_out}")

@@ -51,7 +51,7 @@ def mask_rows_kernel(
         # As keep_by_cut, with the row read again for each bit.
         cut = tl.full([BLOCK_ROWS, 1], -TOP, KEY)
         step = tl.full([], TOP, UNSIGNED)
-        for bit in range(bits):
+        for _bit in range(bits):
             higher = cut + step.to(KEY, bitcast=True)
             hits = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
             for start in range(0, cols, BLOCK_COLS):

@@ -31,7 +31,7 @@ def keep_by_cut(key, n, bits, AXIS: tl.constexpr):
     TOP: tl.constexpr = 1 << (key.dtype.primitive_bitwidth - 1)
     cut = tl.where(count(key >= 0, AXIS) >= n, 0, -TOP).to(key.dtype)
     step = tl.full([], TOP >> 1, key.dtype)
-    for bit in range(1, bits):
+    for _bit in range(1, bits):
         cut = tl.where(count(key >= cut + step, AXIS) >= n, cut + step, cut)
         step >>= 1
     room = n - count(key > cut, AXIS)

@@ -77,7 +77,7 @@ def save(
 def check_format(format: str) -> None:
     """Raises SparsekitError, listing the known ones, for a format that ``save`` does not write."""
     if format not in FORMATS:
-        raise SparsekitError(f"the format must be {listed(FORMATS).replace(' and ', ' or ')}, got {format!r}")
+        raise SparsekitError(f"the format must be {listed(FORMATS, 'or')}, got {format!r}")
 
 
 def check_new_folder(folder: str | Path, overwrite: bool = False) -> Path:
@@ -87,7 +87,11 @@ def check_new_folder(folder: str | Path, overwrite: bool = False) -> Path:
         raise SparsekitError(f"the output must be a folder, got the file {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise SparsekitError(f"the output folder {folder} exists and is not empty; give another, or --overwrite")
-    parent = next(parent for parent in folder.absolute().parents if parent.exists())
+    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
+        raise SparsekitError(
+            f"only a model folder is overwritten, and {folder} holds other things and no config.json; give another"
+        )
+    parent = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise SparsekitError(f"the output folder {folder} must be in a folder that can be written, and {parent} is not one")
     return folder
@@ -99,6 +103,7 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
     folder = check_new_folder(folder, overwrite).resolve()
     missing = [parent for parent in folder.parents if not parent.exists()]
     parts, old = (folder.with_name(f"{folder.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
+    shutil.rmtree(parts, ignore_errors=True)  # left by a killed process that had this one's number
     parts.mkdir(parents=True)
     try:
         yield parts

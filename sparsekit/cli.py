@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,26 +29,31 @@ DType = Annotated[
 ]
 
 
-def command(function: Callable) -> Callable:
-    """Registers a subcommand; its user's mistakes become one sentence on stderr and exit code 2."""
+def command(after: str = "") -> Callable:
+    """Registers a subcommand; its user's mistakes become one sentence on stderr and exit code 2, Ctrl-C exit code 130.
 
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        try:
-            function(*args, **kwargs)
-        except SparsekitError as error:
-            say(f"{error}")
-            raise typer.Exit(2) from None
-        except BrokenPipeError:  # the reader of stdout has seen enough
-            raise
-        except OSError as error:  # a full disk, a folder that may not be read or written
-            say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}; nothing was written")
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            say("interrupted; nothing was written")
-            raise typer.Exit(130) from None
+    ``after`` ends the sentence where it was not the user: what a full disk or an interruption leaves behind."""
 
-    return app.command()(run)
+    def register(function: Callable) -> Callable:
+        @functools.wraps(function)
+        def run(*args, **kwargs):
+            try:
+                function(*args, **kwargs)
+            except SparsekitError as error:
+                say(f"{error}")
+                raise typer.Exit(2) from None
+            except BrokenPipeError:  # the reader of stdout has seen enough
+                raise
+            except OSError as error:  # a full disk, a folder that may not be read or written
+                say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{after}")
+                raise typer.Exit(2) from None
+            except KeyboardInterrupt:
+                say(f"interrupted{after}")
+                raise typer.Exit(130) from None
+
+        return app.command()(run)
+
+    return register
 
 
 def say(text: str) -> None:
@@ -110,7 +114,7 @@ def sequence_length(asked: int | None, folder: Path) -> int:
     return min(2048, context) if asked is None else asked
 
 
-@command
+@command(after="; nothing was written")
 def prune(
     model_dir: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
@@ -140,10 +144,10 @@ def prune(
         raise SparsekitError(f"--calib must name a text for {method} to calibrate on; magnitude alone needs none")
     Pattern.parse(pattern)
     checkpoint.check_format(format)
-    checkpoint.check_new_folder(out, overwrite)
     for path in (model_dir, calib):
-        if path and out.resolve() in path.resolve().parents:
-            raise SparsekitError(f"the output folder {out} would be replaced, and must not hold the input {path}")
+        if path and out.resolve() in (path.resolve(), *path.resolve().parents):
+            raise SparsekitError(f"the output folder {out} would be replaced, and must not be or hold the input {path}")
+    checkpoint.check_new_folder(out, overwrite)
     checkpoint.check_model_folder(model_dir)
     dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
     tokenizer = checkpoint.load_tokenizer(model_dir)
@@ -167,7 +171,7 @@ def prune(
             print(f"not pruned: {name} ({reason})")
 
 
-@command
+@command()
 def eval(
     folder: Annotated[Path, typer.Argument(help="A model folder, compressed or ordinary.")],
     text: Annotated[Path, typer.Option(help="A UTF-8 text file.")],
@@ -193,7 +197,7 @@ def eval(
         print(f"perplexity {result['perplexity']:.4f} over {result['tokens']} tokens in {result['seconds']:.1f} s")
 
 
-@command
+@command()
 def inspect(folder: Annotated[Path, typer.Argument(help="A model folder.")], json_out: Json = False) -> None:
     """What each linear of a model folder holds, and its bytes."""
     from .inspection import inspect as read
@@ -217,7 +221,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A model folder.")], jso
     print(f"{found['bytes']:,} bytes of weight files")
 
 
-@command
+@command()
 def generate(
     folder: Annotated[Path, typer.Argument(help="A model folder, compressed or ordinary.")],
     prompt: Annotated[str, typer.Option(help="What to say to the model.")],
@@ -234,7 +238,7 @@ def generate(
     print(json.dumps(result) if json_out else f"{result['text']}\n[{result['tokens_per_second']:.1f} tokens/s]")
 
 
-@command
+@command(after="; what was finished is kept")
 def demo(
     model: Annotated[str, typer.Option(help="tiny (shipped with the package) or smollm2 (downloaded once, 93 MB).")] = "tiny",
     out: Annotated[Path, typer.Option(help="Where to put what is made; a second run reuses it.")] = Path("sparsekit-demo"),
@@ -248,7 +252,3 @@ def demo(
 
 def main() -> None:
     app()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -46,6 +46,8 @@ def calibration_batches(tokens: Tensor, samples: int, seq_len: int, seed: int = 
     for name, value in (("samples", samples), ("seq_len", seq_len)):
         if value < 1:
             raise SparsekitError(f"{name} must be at least 1, got {value}")
+    if not 0 <= seed < 1 << 63:
+        raise SparsekitError(f"seed must be at least 0 and below 2**63, got {seed}")
     if len(tokens) < seq_len:
         raise SparsekitError(
             f"the calibration text must hold at least one sequence of {seq_len} tokens, got {len(tokens)}; "

@@ -52,10 +52,10 @@ def run(name: str, out: Path, as_json: bool, log: Console, bar: Bar) -> None:
     if out.exists() and not out.is_dir():
         raise SparsekitError(f"the output must be a folder, got the file {out}")
     begin = time.perf_counter()
-    settings, out = SETTINGS[name], out / name
+    settings, out = SETTINGS[name], out.resolve() / name
     out.mkdir(parents=True, exist_ok=True)
     model_dir = _model(name, out, bar)
-    stages = _Stages(out / "results.json", {"version": __version__, "model": name, **asdict(settings)})
+    stages = _Stages(out / "results.json", {"version": __version__, "machine": machine(), "model": name, **asdict(settings)})
     if not _is_model(out / "compressed"):
         stages.forget("sparsegpt", "compressed speed")
 
@@ -96,7 +96,7 @@ class _Stages:
                 kept = json.loads(path.read_text())
             except ValueError:
                 kept = {}
-            if kept.get("settings") == settings:
+            if isinstance(kept, dict) and kept.get("settings") == settings and isinstance(kept.get("stages"), dict):
                 self.kept = kept
 
     def get(self, stage: str, make: Callable[[], dict]) -> dict:
@@ -189,7 +189,8 @@ def _prune_and_evaluate(model_dir: Path, method: str, settings: Settings, out: P
     del model
     text = str(asset("text", "kjv.test.txt"))
     size = ("--seq-len", str(settings.seq_len), "--max-tokens", str(settings.max_tokens))
-    return _new_process("eval", str(out / "compressed"), "--text", text, *size)
+    with bar("evaluating the compressed model in a new process"):
+        return _new_process("eval", str(out / "compressed"), "--text", text, *size)
 
 
 def _generate(folder: Path, settings: Settings, dtype: str, log: Console) -> dict:
@@ -208,7 +209,10 @@ def _generate(folder: Path, settings: Settings, dtype: str, log: Console) -> dic
 
 
 def _new_process(*arguments: str) -> dict:
-    done = subprocess.run([sys.executable, "-m", "sparsekit", *arguments, "--json"], capture_output=True, text=True)
+    # Beside the package: in a source tree without a built extension the child would find that tree first.
+    beside = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "sparsekit", *arguments, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=beside)
     if done.returncode:
         raise SparsekitError(f"sparsekit {arguments[0]} failed in a new process: {done.stderr.strip()}")
     return json.loads(done.stdout)

@@ -5,7 +5,7 @@ class SparsekitError(ValueError):
     """Input that cannot be used. The text is one sentence: what must hold, what came, what to do."""
 
 
-def listed(names) -> str:
-    """The names as a person would list them: ``a, b and c``."""
+def listed(names, last: str = "and") -> str:
+    """The names as a person would list them: ``a, b and c``; ``last`` stands before the last one."""
     names = [str(name) for name in names]
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} {last} {names[-1]}"

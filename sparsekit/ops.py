@@ -9,11 +9,20 @@ import warnings
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import _C, env, reference
+from . import env, reference
 from .errors import listed
 from .format import DTYPES, Sparse24, check_layout, padded_columns
+
+try:
+    from . import _C
+except ImportError as error:
+    raise ImportError(
+        "sparsekit._C must be built, and there is none beside this file: install with `pip install .` and run outside the source "
+        "tree, or install with `pip install -e .`"
+    ) from error
 
 lib = torch.library.Library("sparsekit", "DEF")
 
@@ -160,8 +169,12 @@ def _linear24_cpu(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor 
 def _linear24_cuda(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
     _check_linear24(x, values, meta, k, bias, activation)
     if x.dtype != values.dtype or x.dtype == torch.float32 or not _has_mma_sp(x.device.index):
-        _say_once(f"linear24: no kernel for {x.dtype} x {values.dtype} on {torch.cuda.get_device_name(x.device)}: expanding")
-        return reference.linear24(x, values, meta, k, bias, activation)
+        _say_once(
+            f"linear24: no kernel for {x.dtype} x {values.dtype} on {torch.cuda.get_device_name(x.device)} in this build "
+            f"(architectures: {', '.join(_C.cuda_archs()) or 'none'}); each call expands the weight"
+        )
+        y = F.linear(x, torch.ops.sparsekit.expand24.default(values, meta, k).to(x.dtype), bias)
+        return reference.ACTIVATIONS[activation](y)
     rows, n = _rows(x), values.shape[0]
     values, meta = values.contiguous(), meta.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -207,7 +220,10 @@ def _raw_stream(index: int) -> int:
 
 @cache
 def _has_mma_sp(index: int) -> bool:
-    return bool(_C.cuda_archs()) and torch.cuda.get_device_capability(index) >= (8, 0)
+    # Code for 80 runs on all that is later, from its PTX if need be; code for 90a on 90 alone.
+    major, minor = torch.cuda.get_device_capability(index)
+    mine = 10 * major + minor
+    return any(int(arch) <= mine if arch.isdigit() else int(arch[:-1]) == mine for arch in _C.cuda_archs())
 
 
 @cache

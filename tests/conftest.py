@@ -1,8 +1,13 @@
 """What the tests share: hypothesis without chance, the devices, and weights that hold 2:4."""
 
+import os
+from pathlib import Path
+
 import pytest
 import torch
 from hypothesis import settings
+
+import sparsekit
 
 settings.register_profile("sparsekit", deadline=None, derandomize=True, database=None)
 settings.load_profile("sparsekit")
@@ -13,6 +18,15 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside_the_package():
+    """Tests run where ``python -m sparsekit`` finds the package under test: a source tree may lack the extension."""
+    before = os.getcwd()
+    os.chdir(Path(sparsekit.__file__).resolve().parents[1])
+    yield
+    os.chdir(before)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -485,7 +485,10 @@ def test_a_folder_that_is_not_empty_is_left_alone(tmp_path):
     (tmp_path / "model" / "notes.txt").write_text("mine")
     with pytest.raises(SparsekitError, match="not empty; give another, or --overwrite"):
         checkpoint.save(build("llama"), tmp_path / "model")
+    with pytest.raises(SparsekitError, match="holds other things and no config"):
+        checkpoint.save(build("llama"), tmp_path / "model", overwrite=True)
     assert content(tmp_path) == {"model/notes.txt": b"mine"}
+    (tmp_path / "model" / "config.json").write_text("{}")
     checkpoint.save(build("llama"), tmp_path / "model", overwrite=True)
     assert not (tmp_path / "model" / "notes.txt").exists()
     assert os.listdir(tmp_path) == ["model"]

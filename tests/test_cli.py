@@ -322,7 +322,8 @@ PRUNE = {
     "out not empty": (full, (), "exists and is not empty; give another, or --overwrite"),
     "out a file": (file_for_out, (), "the output must be a folder, got the file"),
     "out a file, overwriting": (file_for_out, ("--overwrite",), "the output must be a folder, got the file"),
-    "out holds the model": (inputs_in_out, ("--overwrite",), "must not hold the input"),
+    "out holds other things": (full, ("--overwrite",), "only a model folder is overwritten"),
+    "out holds the model": (inputs_in_out, ("--overwrite",), "must not be or hold the input"),
 }
 
 
@@ -402,7 +403,7 @@ def test_a_disk_that_fills_up_leaves_nothing(tmp_path):
 
 def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes").write_text("mine")
+    (tmp_path / "out" / "config.json").write_text("mine")
 
     def no_space(tensors, path, metadata):
         Path(path).write_bytes(b"half")
@@ -411,7 +412,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "save_file", no_space)
     done = invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude", "--overwrite")
     assert_refused(done, "No space left on device; nothing was written")
-    assert content(tmp_path) == {"out": None, "out/notes": b"mine"}
+    assert content(tmp_path) == {"out": None, "out/config.json": b"mine"}
 
 
 def test_ctrl_c_while_pruning_leaves_nothing(tmp_path):
@@ -452,7 +453,7 @@ def read_or_nothing(terminal: int) -> bytes:
 
 def test_ctrl_c_while_writing_keeps_the_old_folder(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "notes").write_text("mine")
+    (tmp_path / "out" / "config.json").write_text("mine")
 
     def interrupted(tensors, path, metadata):
         Path(path).write_bytes(b"half")
@@ -462,4 +463,4 @@ def test_ctrl_c_while_writing_keeps_the_old_folder(tmp_path, monkeypatch):
     done = invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude", "--overwrite")
     assert done.exit_code == 130
     assert (done.stdout, done.stderr) == ("", "sparsekit: interrupted; nothing was written\n")
-    assert content(tmp_path) == {"out": None, "out/notes": b"mine"}
+    assert content(tmp_path) == {"out": None, "out/config.json": b"mine"}

@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
+from sparsekit import SparsekitError
 from sparsekit.integrations import gguf as integration
 from sparsekit.integrations.gguf import convert_gguf, fetch_smollm2
 
@@ -455,7 +456,7 @@ def test_existing_folder(tiny, tmp_path):
     file.write_text("kept")
     empty.mkdir()
     for target in (full, file):
-        with pytest.raises(FileExistsError, match=f"must be a new or an empty folder, got {target}"):
+        with pytest.raises(SparsekitError, match=f"output .*{target}"):
             convert_gguf(tiny[1], target)
     assert (os.listdir(full), (full / "mine").read_text(), file.read_text()) == (["mine"], "kept", "kept")
     assert convert_gguf(tiny[1], empty) == empty
@@ -545,5 +546,5 @@ def test_fetch_offline(shelf, tmp_path, monkeypatch):
 
 def test_fetch_looks_at_the_folder_before_it_downloads(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(integration, "_download", lambda folder: pytest.fail("nothing must be downloaded"))
-    with pytest.raises(FileExistsError, match="fetch_smollm2: out_dir must be a new or an empty folder"):
+    with pytest.raises(SparsekitError, match="exists and is not empty"):
         fetch_smollm2(shelf)

@@ -79,7 +79,7 @@ def weight(n, k, dtype, seed=0):
 
 
 def linear24(x, values, meta, k, bias=None, activation="none", threads=2, y=None):
-    y = x.new_empty(x.shape[0], values.shape[0]) if y is None else y
+    y = x.new_full((x.shape[0], values.shape[0]), math.nan) if y is None else y
     _C.linear24_cpu(
         x.data_ptr(),
         values.data_ptr(),
@@ -249,7 +249,8 @@ def test_16_bit_rounding_is_to_nearest_even(isa, dtype):
     ordered = numbers[numbers.isfinite()].float().unique()
     step = ordered.diff()
     between = torch.cat(
-        [ordered[:-1] + step * part for part in (0.5, 0.499, 0.501)] + [torch.tensor([1e30, -1e30, 65519.9, 65520.0])]
+        [ordered[:-1] + step * part for part in (0.5, 0.499, 0.501)]
+        + [torch.tensor([1e30, -1e30, 65519.9, 65520.0, 65536.0, 7e4, -1e5])]
     )
     for part in between.split(4096):
         # x = 1 in the 16-bit type, so that the sum is the fp32 weight itself and only y rounds.
@@ -342,7 +343,7 @@ before_a_wall.keep = []
 
 
 def run(code):
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
 
 
 def test_nothing_is_read_past_an_array():
@@ -358,7 +359,9 @@ import test_linear24_cpu_kernel as t
 
 values, meta, _ = t.weight(600, 520, t.torch.float32)
 x = t.activations(8, 520, t.torch.float32)
-expected = t.linear24(x, values, meta, 520, threads=3)
+t.torch.set_num_threads(2)
+big = t.torch.ones(2000, 2000).exp()  # torch's threads are up
+expected = t.linear24(x, values, meta, 520, threads={before})
 child = os.fork()
 if child == 0:
     alone = len(os.listdir("/proc/self/task"))
@@ -371,6 +374,62 @@ sys.exit(os.waitstatus_to_exitcode(status))
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
-def test_a_child_of_fork_has_threads_of_its_own():
-    result = run(FORK.format(folder=str(Path(__file__).parent)))
+@pytest.mark.parametrize("before", [3, 1], ids=["threads used before", "first used by the child"])
+def test_a_child_of_fork_has_threads_of_its_own(before):
+    result = run(FORK.format(folder=str(Path(__file__).parent), before=before))
+    assert result.returncode == 0, result.stderr[-2000:]
+
+
+POOL = """
+import array, ctypes, importlib.util, os, random, sys
+from concurrent.futures import ThreadPoolExecutor
+
+spec = importlib.util.spec_from_file_location("sparsekit._C", {module!r})
+_C = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(_C)
+assert "gomp" not in open("/proc/self/maps").read() and "iomp" not in open("/proc/self/maps").read()
+
+
+def problem(m, n, k, seed):
+    chance = random.Random(seed)
+    x = array.array("f", (chance.randint(-3, 3) for _ in range(m * k)))
+    values = array.array("f", (chance.randint(-3, 3) for _ in range(n * k // 2)))
+    meta = array.array("B", (chance.choice([0x44, 0x98, 0xE9, 0xDC, 0x4E]) for _ in range(n * k // 8)))
+    return x, values, meta, m, n, k
+
+
+def product(p, threads):
+    x, values, meta, m, n, k = p
+    y = array.array("f", [float("nan")]) * (m * n)
+    at = [a.buffer_info()[0] for a in (x, values, meta)]
+    _C.linear24_cpu(*at, 0, y.buffer_info()[0], m, n, k, k, 0, 0, 0, threads)
+    return y.tobytes()
+
+
+problems = [problem(*size, seed) for seed, size in enumerate([(1, 48, 8192), (6, 200, 520), (60, 96, 264), (1, 80, 4096)])]
+expected = [product(p, 1) for p in problems]
+assert len(os.listdir("/proc/self/task")) == 1
+
+
+def call(i):
+    return product(problems[i % 4], 3) == expected[i % 4]
+
+
+# Alone, where the caller is often done before its helpers and must wait; then all at once.
+assert all(call(i) for i in range(400)), "alone"
+assert len(os.listdir("/proc/self/task")) == 3
+with ThreadPoolExecutor(4) as callers:
+    assert all(callers.map(call, range(800))), "together"
+child = os.fork()
+if child == 0:
+    os._exit(0 if all(call(i) for i in range(40)) and len(os.listdir("/proc/self/task")) == 3 else 1)
+assert os.waitpid(child, 0)[1] == 0, "child"
+assert all(call(i) for i in range(40)), "after the child"
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_the_pool_where_no_openmp_is_loaded():
+    """Without torch the kernel's own threads do the work: the same bits, from one caller or several, and after fork."""
+    result = run(POOL.format(module=_C.__file__))
     assert result.returncode == 0, result.stderr[-2000:]

@@ -39,11 +39,16 @@ Region find_region() {
     return reinterpret_cast<Region>(symbol);
 }
 
-// The runtime's region, or null where there is none or this process is a fork of the one that looked.
+// Taken as the module is loaded, not at the first job: that one may come in a child of fork, whose parent, by torch,
+// has used the runtime already. A region would wait there for threads that did not come along.
+const pid_t loader = getpid();
+
+// The runtime's region, or null where there is none or this process is a fork of the one that loaded the module.
 Region region() {
-    static const pid_t owner = getpid();
+    if (getpid() != loader)
+        return nullptr;
     static const Region found = find_region();
-    return getpid() == owner ? found : nullptr;
+    return found;
 }
 
 struct Job {

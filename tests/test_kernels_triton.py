@@ -1,0 +1,500 @@
+"""The Triton kernels against the definition of what they compute, written here once more in plain Python.
+
+Without a CUDA device they run in Triton's interpreter. That has to be chosen before Triton is imported, so this file then runs
+itself in a process of its own; TRITON_INTERPRET=1 in the environment runs the tests here, one by one.
+"""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+pytest.importorskip("triton")
+
+from sparsekit.kernels.bits import as_bits
+from sparsekit.kernels.compress24 import compress24
+from sparsekit.kernels.expand24 import expand24
+from sparsekit.kernels.mask_nm import mask_nm
+from sparsekit.kernels.mask_rows import mask_rows
+from sparsekit.kernels.prune_compress24 import prune_compress24
+from sparsekit.kernels.tiles import NOTHING, tiling
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
+DTYPES = [*FLOATS, torch.int8]
+SCORES = [torch.float64, *FLOATS, torch.float8_e5m2, torch.int8]
+NIBBLES = {(0, 1): 0x4, (0, 2): 0x8, (1, 2): 0x9, (0, 3): 0xC, (1, 3): 0xD, (2, 3): 0xE}  # PTX ISA, ordered metadata
+SHAPES = {
+    (1, 4): "one group",
+    (2, 8): "one metadata byte a row",
+    (5, 13): "a last group of one",
+    (3, 14): "a last group of two",
+    (3, 7): "a last group of three, odd in its byte",
+    (66, 84): "two tiles of a transposed matrix both ways",
+    (2, 2064): "two tiles of a folded matrix",
+    (2, 2061): "two tiles of a matrix that does not fold",
+    (0, 8): "no rows",
+    (3, 0): "no columns",
+}
+VIEWS = ["row-major", "transposed", "rows of a wider matrix", "every third column of every second row"]
+
+
+def named(case) -> str:
+    return SHAPES[case] if isinstance(case, tuple) else str(case).removeprefix("torch.")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned_memory():
+    """New memory is full of an odd byte, so what a kernel leaves unwritten shows."""
+    patch, empty = pytest.MonkeyPatch(), torch.empty
+
+    def poisoned(*args, **kwargs):
+        fresh = empty(*args, **kwargs)
+        if fresh.numel():
+            fresh.view(torch.uint8).fill_(0x5B)
+        return fresh
+
+    patch.setattr(torch, "empty", poisoned)
+    yield
+    patch.undo()
+
+
+# ---- matrices ----
+
+
+def random_bits(shape, dtype, seed=0) -> torch.Tensor:
+    """Any bit pattern but NaN: infinities, subnormals, both zeros, -128."""
+    g = torch.Generator().manual_seed(seed)
+    raw = torch.randint(0, 256, (*shape, dtype.itemsize), generator=g).to(torch.uint8)
+    raw[raw.view(dtype)[..., 0].double().isnan()] = 0
+    return raw.view(dtype)[..., 0]
+
+
+def few_values(shape, dtype, seed=0) -> torch.Tensor:
+    """Nearly every group has a tie; both zeros are there where the dtype has two."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randint(-2, 3, shape, generator=g).double()
+    x[(torch.rand(shape, generator=g) < 0.5) & (x == 0)] = -0.0
+    return x.to(dtype)
+
+
+def viewed(x: torch.Tensor, how: str) -> torch.Tensor:
+    """The same matrix on the device, laid out in another way."""
+    (rows, cols), bits = x.shape, as_bits(x).to(DEVICE)
+    if how == "row-major":
+        out = bits.contiguous()
+    elif how == "transposed":
+        out = bits.t().contiguous().t()
+    elif how == "rows of a wider matrix":
+        out = bits.new_full((rows, cols + 16), 77)[:, 8 : 8 + cols].copy_(bits)
+    else:
+        out = bits.new_full((2 * rows + 1, 3 * cols + 1), 77)[1::2, 1::3].copy_(bits)
+    return out.view(x.dtype)
+
+
+def equal(got: torch.Tensor, want: torch.Tensor) -> bool:
+    """Same dtype, shape and bits."""
+    assert got.dtype == want.dtype and got.shape == want.shape
+    return torch.equal(got.cpu().contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
+
+
+# ---- the definition ----
+
+
+def best(scores: list[float], n: int) -> list[int]:
+    """Places of the n highest, ties to the lower place, in order."""
+    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:n])
+
+
+def pack(w: torch.Tensor, choose) -> tuple[torch.Tensor, torch.Tensor]:
+    """values and meta of w; choose(row, first column of the group) -> the two columns of the group that stay, counted from 0."""
+    rows, cols = w.shape
+    blocks = -(-cols // 8)
+    padded = torch.zeros((rows, 8 * blocks), dtype=w.dtype)
+    as_bits(padded)[:, :cols] = as_bits(w)
+    if w.dtype.is_floating_point:
+        as_bits(padded)[padded.double() == 0] = 0
+    columns, meta = [], torch.zeros((rows, blocks), dtype=torch.uint8)
+    for row in range(rows):
+        columns.append([])
+        for group in range(2 * blocks):
+            two = choose(row, 4 * group)
+            columns[row] += [4 * group + c for c in two]
+            meta[row, group // 2] |= NIBBLES[tuple(two)] << (4 * (group % 2))
+    places = torch.tensor(columns, dtype=torch.int64).reshape(rows, 4 * blocks)
+    return as_bits(padded).gather(1, places).view(w.dtype), meta
+
+
+def group_of(matrix: list[list[float]], row: int, col: int, missing: float) -> list[float]:
+    found = matrix[row][col : col + 4]
+    return found + [missing] * (4 - len(found))
+
+
+def pack_largest(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    sizes = w.double().abs().tolist()
+    return pack(w, lambda row, col: best(group_of(sizes, row, col, 0.0), 2))
+
+
+def drop(w: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask, as_bits(w), 0).view(w.dtype)
+
+
+def nonzero_groups(w: torch.Tensor, per_group: int, seed=1) -> torch.Tensor:
+    """w with at most per_group non-zeros left in each group, often fewer."""
+    order = torch.rand((w.shape[0], -(-w.shape[1] // 4), 4), generator=torch.Generator().manual_seed(seed)).argsort(-1)
+    return drop(w, (order < per_group).flatten(1)[:, : w.shape[1]])
+
+
+def keep_nm(scores: torch.Tensor, n: int, m: int, pairs: bool = False) -> torch.Tensor:
+    kind = np.float64 if scores.dtype == torch.float64 else np.float32
+    values, width = scores.double().numpy().astype(kind), 2 if pairs else 1
+    mask = np.zeros(values.shape, dtype=np.uint8)
+    for row in range(values.shape[0]):
+        for start in range(0, values.shape[1], m * width):
+            group = values[row, start : start + m * width]
+            members = [group[i : i + width].sum(dtype=kind) for i in range(0, len(group), width)]
+            for i in best(members, min(n, len(members))):
+                mask[row, start + i * width : start + (i + 1) * width] = 1
+    return torch.from_numpy(mask)
+
+
+def keep_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
+    mask = torch.zeros(scores.shape, dtype=torch.uint8)
+    for row, values in enumerate(scores.double().tolist()):
+        mask[row, best(values, k)] = 1
+    return mask
+
+
+# ---- prune_compress24, compress24, expand24 ----
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=named)
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_prune_compress24_keeps_the_two_largest(shape, dtype):
+    for w in (random_bits(shape, dtype), few_values(shape, dtype)):
+        values, meta, status = prune_compress24(w.to(DEVICE))
+        want_values, want_meta = pack_largest(w)
+        assert equal(meta, want_meta) and equal(values, want_values)
+        assert status.tolist() == [NOTHING, NOTHING]
+
+
+@pytest.mark.parametrize("how", VIEWS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=named)
+def test_every_layout_gives_the_same(how, dtype):
+    # A tile of a transposed matrix is 32, 64 or 128 rows tall and 64 columns wide.
+    for shape in [(5, 24), (66, 70), (1, 8), (8, 1)]:
+        w = few_values(shape, dtype)
+        want_values, want_meta = pack_largest(w)
+        values, meta, _ = prune_compress24(viewed(w, how))
+        assert equal(meta, want_meta) and equal(values, want_values)
+        held = expand24(values, meta, shape[1]).cpu()
+        values, meta, _ = compress24(viewed(held, how))
+        assert equal(values, pack_largest(held)[0]) and equal(meta, pack_largest(held)[1])
+
+
+@pytest.mark.parametrize("scores_dtype", SCORES, ids=named)
+@pytest.mark.parametrize("how", ["row-major", "transposed"])
+def test_scores_decide(scores_dtype, how):
+    # Negative scores too: a column that is missing loses to every one that is there.
+    for shape in [(6, 16), (5, 13), (3, 71)]:
+        w = random_bits(shape, torch.bfloat16, seed=2)
+        for scores in (random_bits(shape, scores_dtype, seed=3), few_values(shape, scores_dtype, seed=4)):
+            known = scores.double().tolist()
+            values, meta, status = prune_compress24(w.to(DEVICE), scores=viewed(scores, how))
+            want_values, want_meta = pack(w, lambda row, col, known=known: best(group_of(known, row, col, -float("inf")), 2))
+            assert equal(meta, want_meta) and equal(values, want_values)
+            assert status.tolist() == [NOTHING, NOTHING]
+
+
+def test_scores_of_fp64_are_not_narrowed():
+    scores = torch.tensor([[1.0, 1.0 + 2**-50, 1.0 + 2**-51, 1.0]], dtype=torch.float64, device=DEVICE)
+    _, meta, _ = prune_compress24(torch.ones(1, 4, device=DEVICE), scores=scores)
+    assert meta[0, 0] & 15 == NIBBLES[1, 2]
+    mask, _ = mask_nm(scores, 1, 4)
+    assert mask.tolist() == [[False, True, False, False]]
+    mask, _ = mask_rows(scores, 2)
+    assert mask.tolist() == [[False, True, True, False]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("mask_dtype", [torch.bool, torch.uint8], ids=named)
+@pytest.mark.parametrize("per_group", [2, 1], ids=["full", "under-full"])
+def test_a_mask_is_kept_as_given(dtype, mask_dtype, per_group):
+    # Zeros that it keeps stay kept; weights that it drops are gone even from the places that fill a group up.
+    for shape in [(6, 16), (5, 13), (3, 70)]:
+        w = few_values(shape, dtype, seed=5)
+        mask = nonzero_groups(torch.ones(shape, dtype=torch.uint8), per_group)
+        flags = mask.double().tolist()
+        for how in ("row-major", "transposed"):
+            values, meta, status = prune_compress24(w.to(DEVICE), mask=viewed(mask, how).to(mask_dtype))
+            want_values, want_meta = pack(drop(w, mask != 0), lambda row, col: best(group_of(flags, row, col, 0.0), 2))
+            assert equal(meta, want_meta) and equal(values, want_values)
+            assert status.tolist() == [NOTHING, NOTHING]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=named)
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_compress24_keeps_non_zeros_then_the_lowest_free_columns(shape, dtype):
+    for per_group in (2, 1):
+        w = nonzero_groups(few_values(shape, dtype), per_group)
+        present = [[float(x != 0) for x in row] for row in w.double().tolist()]
+        values, meta, status = compress24(w.to(DEVICE))
+        want_values, want_meta = pack(w, lambda row, col, present=present: best(group_of(present, row, col, 0.0), 2))
+        assert equal(meta, want_meta) and equal(values, want_values)
+        assert status.tolist() == [NOTHING, NOTHING]
+        assert equal(expand24(values, meta, shape[1]), drop(w, w.double() != 0))
+
+
+def test_under_full_groups_by_hand():
+    groups = [[0, 0, 0, 0], [0, 0, 0, 5], [0, 0, 5, 0], [0, 5, 0, 0], [5, 0, 0, 0], [-0.0, -0.0, -0.0, 5]]
+    values, meta, _ = compress24(torch.tensor([sum(groups, [])], device=DEVICE).float())
+    assert values.tolist() == [[0, 0, 0, 5, 0, 5, 0, 5, 5, 0, 0, 5, 0, 0, 0, 0][: values.shape[1]]]
+    assert meta.tolist() == [[0xC4, 0x48, 0xC4]]
+    assert not values.signbit().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_expand24_places_every_pair_of_nibbles(dtype):
+    bytes_of_meta = [low | high << 4 for low in NIBBLES.values() for high in NIBBLES.values()]
+    pairs = [(low, high) for low in NIBBLES for high in NIBBLES]
+    meta = torch.tensor(bytes_of_meta, dtype=torch.uint8).reshape(4, 9)
+    values = random_bits((4, 36), dtype, seed=6)
+    want = torch.zeros((4, 72), dtype=as_bits(values).dtype)
+    for place, (low, high) in enumerate(pairs):
+        row, block = divmod(place, 9)
+        for i, col in enumerate([*low, *(4 + c for c in high)]):
+            want[row, 8 * block + col] = as_bits(values)[row, 4 * block + i]
+    for cols in (72, 71, 65, 30, 1, 0):
+        assert equal(expand24(values.to(DEVICE), meta.to(DEVICE), cols), want.view(dtype)[:, :cols])
+    assert equal(expand24(values.to(DEVICE), meta.to(DEVICE)), want.view(dtype))
+
+
+def test_expand24_past_a_tile():
+    w = random_bits((3, 4104), torch.float16, seed=7)
+    values, meta = pack_largest(w)
+    want = drop(w, keep_nm(w.abs(), 2, 4) != 0)
+    want[want == 0] = 0.0
+    for cols in (4104, 4101):
+        assert equal(expand24(values.to(DEVICE), meta.to(DEVICE), cols), want[:, :cols])
+
+
+# ---- what is reported ----
+
+
+@pytest.mark.parametrize("how", VIEWS)
+@pytest.mark.parametrize("shape", [(3, 21), (35, 68)], ids=str)
+def test_the_first_bad_group_is_named(how, shape):
+    groups = 2 * -(-shape[1] // 8)
+    clean = nonzero_groups(random_bits(shape, torch.float16), 2)
+    for places in ([(shape[0] - 1, 19)], [(2, 17), (1, 5), (1, 9)], [(0, 0), (2, 0)]):
+        first = min(row * groups + col // 4 for row, col in places)
+        w, scores, over = clean.clone(), torch.ones(shape), clean.clone()
+        for row, col in places:
+            w[row, col] = scores[row, col] = float("nan")
+            over[row, col // 4 * 4 : col // 4 * 4 + 3] = 1
+        assert prune_compress24(viewed(w, how))[2].tolist() == [first, NOTHING]
+        assert prune_compress24(clean.to(DEVICE), scores=viewed(scores, how))[2].tolist() == [first, NOTHING]
+        assert prune_compress24(viewed(w, how), scores=torch.ones(shape, device=DEVICE))[2].tolist() == [first, NOTHING]
+        assert compress24(viewed(w, how))[2][0] == first
+        assert compress24(viewed(over, how))[2].tolist() == [NOTHING, first]
+        mask = viewed((over != 0).to(torch.uint8), how)
+        assert prune_compress24(clean.to(DEVICE), mask=mask)[2].tolist() == [NOTHING, first]
+    w = clean.clone()
+    w[1, -1] = float("nan")  # in a last group of one, where there is one
+    assert prune_compress24(viewed(w, how))[2].tolist() == [groups + (shape[1] - 1) // 4, NOTHING]
+
+
+@pytest.mark.parametrize("kept", range(16), ids="{:04b}".format)
+def test_more_than_two_of_four(kept):
+    w = torch.tensor([[float(kept >> i & 1) for i in range(4)]], device=DEVICE)
+    bad = 0 if kept.bit_count() > 2 else NOTHING
+    assert compress24(w)[2].tolist() == [NOTHING, bad]
+    assert prune_compress24(w, mask=w != 0)[2].tolist() == [NOTHING, bad]
+    assert prune_compress24(w)[2].tolist() == [NOTHING, NOTHING]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *FLOATS, torch.float8_e5m2], ids=named)
+def test_what_is_nan(dtype):
+    info = torch.finfo(dtype)
+    top = as_bits(torch.tensor([info.max if dtype == torch.float8_e4m3fn else float("inf")], dtype=torch.float64).to(dtype))
+    sign = torch.iinfo(top.dtype).min
+    nans = torch.cat([top + 1, top + 1 + sign, torch.full_like(top, -1)]).view(dtype)  # the smallest by magnitude, and the largest
+    zeros_and_ends = torch.tensor([info.max, info.min, 0.0, -0.0], dtype=torch.float64).to(dtype)
+    numbers = torch.cat([top, top + sign, as_bits(zeros_and_ends)]).view(dtype)
+    assert nans.double().isnan().all() and not numbers.double().isnan().any()
+    for x in nans.reshape(3, 1, 1).to(DEVICE):
+        assert mask_rows(x, 1)[1].item() == mask_nm(x, 1, 4)[1].item() == 0
+        if dtype in DTYPES:
+            assert prune_compress24(x)[2].tolist() == [0, NOTHING]
+    numbers = numbers.reshape(2, 3).to(DEVICE)
+    assert mask_rows(numbers, 1)[1].item() == mask_nm(numbers, 1, 3)[1].item() == NOTHING
+
+
+# ---- masks ----
+
+
+@pytest.mark.parametrize(
+    "n, m", [(2, 4), (1, 4), (0, 4), (4, 4), (1, 1), (1, 2), (2, 3), (4, 8), (7, 12), (8, 16), (16, 32), (5, 31)]
+)
+def test_mask_nm(n, m):
+    for shape, how in [((3, 2 * m), "row-major"), ((5, 3 * m + m // 2 + 1), "row-major"), ((66, m + 1), "transposed")]:
+        for dtype in (torch.float16, torch.float32):
+            for scores in (random_bits(shape, dtype, seed=m), few_values(shape, dtype, seed=n)):
+                mask, status = mask_nm(viewed(scores, how), n, m)
+                assert mask.dtype == torch.bool and status.item() == NOTHING
+                assert equal(mask.view(torch.uint8), keep_nm(scores, n, m))
+
+
+@pytest.mark.parametrize("dtype", SCORES, ids=named)
+def test_masks_of_every_dtype(dtype):
+    for scores in (random_bits((4, 70), dtype, seed=8), few_values((4, 70), dtype, seed=9)):
+        for how in ("row-major", "transposed"):
+            x = viewed(scores, how)
+            assert equal(mask_nm(x, 2, 4)[0].view(torch.uint8), keep_nm(scores, 2, 4))
+            assert equal(mask_nm(x, 9, 16)[0].view(torch.uint8), keep_nm(scores, 9, 16))
+            assert equal(mask_rows(x, 33)[0].view(torch.uint8), keep_rows(scores, 33))
+    scores = few_values((4, 70), dtype, seed=10)
+    scores = scores * 3 if dtype == torch.int8 else (scores.double() * 0.3).to(dtype)
+    assert equal(mask_nm(scores.to(DEVICE), 2, 4, pairs=True)[0].view(torch.uint8), keep_nm(scores, 2, 4, pairs=True))
+
+
+@pytest.mark.parametrize("n, m", [(2, 4), (1, 2), (3, 5), (9, 16)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=named)
+def test_mask_nm_of_pairs(n, m, dtype):
+    # An odd last column is a pair by itself; a negative pair still beats one that is not there.
+    for shape in [(3, 4 * m), (2, 4 * m + 1), (4, 2 * m + 3)]:
+        scores = random_bits(shape, dtype, seed=m)
+        as_bits(scores)[scores.double().isinf()] = 3  # inf - inf would be NaN
+        mask, status = mask_nm(scores.to(DEVICE), n, m, pairs=True)
+        assert equal(mask.view(torch.uint8), keep_nm(scores, n, m, pairs=True)) and status.item() == NOTHING
+
+
+def test_the_sum_of_a_pair_is_fp32():
+    # 2048 + 1 is no fp16: rounded to one, the second pair would only tie, and lose to the first.
+    scores = torch.tensor([[2048.0, 0.0, 2048.0, 1.0]], dtype=torch.float16, device=DEVICE)
+    assert mask_nm(scores, 1, 2, pairs=True)[0].tolist() == [[False, False, True, True]]
+    infinite = torch.tensor([[1.0, 1.0, 1.0, 1.0], [float("inf"), float("-inf"), 0.0, 0.0]], device=DEVICE)
+    assert mask_nm(infinite, 1, 2, pairs=True)[1].item() == 1
+
+
+@pytest.mark.parametrize("how", VIEWS)
+def test_masks_name_the_first_nan(how):
+    scores = few_values((40, 50), torch.float32)
+    scores[39, 3] = scores[5, 49] = scores[6, 0] = float("nan")
+    assert mask_nm(viewed(scores, how), 2, 4)[1].item() == 5 * 13 + 12
+    assert mask_nm(viewed(scores, how), 3, 5)[1].item() == 5 * 10 + 9
+    assert mask_nm(viewed(scores, how), 2, 4, pairs=True)[1].item() == 5 * 7 + 6
+    assert mask_rows(viewed(scores, how), 7)[1].item() == 5
+
+
+ROW_CASES = {
+    (7, 40): "several rows a program",
+    (1, 1): "one column",
+    (2, 2100): "one row a program",
+    (1, 16390): "a row that does not fit registers",
+}
+
+
+@pytest.mark.parametrize("shape", ROW_CASES, ids=ROW_CASES.get)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=named)
+def test_mask_rows(shape, dtype):
+    cols = shape[1]
+    for scores in (random_bits(shape, dtype), few_values(shape, dtype)):
+        for k in {0, 1, cols // 2, cols} if cols < 10000 else {cols // 2}:
+            mask, status = mask_rows(scores.to(DEVICE), k)
+            assert equal(mask.view(torch.uint8), keep_rows(scores, k)) and status.item() == NOTHING
+
+
+@pytest.mark.parametrize("k", [0, 150, 300])
+def test_mask_rows_across_memory(k):
+    # 16 rows of fp16 a program, 128 columns at a time.
+    scores = few_values((33, 300), torch.float16)
+    assert equal(mask_rows(viewed(scores, "transposed"), k)[0].view(torch.uint8), keep_rows(scores, k))
+
+
+@pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=named)
+def test_masks_of_nothing(shape):
+    scores = torch.ones(shape, device=DEVICE)
+    for mask, status in (mask_nm(scores, 2, 4), mask_nm(scores, 2, 4, pairs=True), mask_rows(scores, 0)):
+        assert mask.shape == shape and status.item() == NOTHING
+
+
+# ---- properties ----
+
+
+@st.composite
+def weights(draw):
+    dtype = draw(st.sampled_from(DTYPES))
+    make = draw(st.sampled_from([random_bits, few_values]))
+    return make((draw(st.integers(1, 9)), draw(st.integers(1, 41))), dtype, seed=draw(st.integers(0, 2**31)))
+
+
+@settings(max_examples=40)
+@given(weights(), st.randoms(use_true_random=False), st.sampled_from(VIEWS))
+def test_properties_of_the_2_4_form(w, chance, how):
+    values, meta, _ = prune_compress24(viewed(w, how))
+    nibbles = torch.stack([meta & 15, meta >> 4])
+    assert set(nibbles.flatten().tolist()) <= set(NIBBLES.values())
+    rows = chance.sample(range(len(w)), len(w))
+    moved_values, moved_meta, _ = prune_compress24(as_bits(w)[rows].view(w.dtype).to(DEVICE))
+    assert equal(moved_values, as_bits(values)[rows].view(w.dtype).cpu()) and equal(moved_meta, meta[rows].cpu())
+    held = expand24(values, meta, w.shape[1])
+    again = compress24(viewed(held.cpu(), how))
+    assert equal(again[0], values.cpu()) and equal(again[1], meta.cpu())
+    assert again[2].tolist() == [NOTHING, NOTHING]
+    want = drop(w, keep_nm(w.double().abs(), 2, 4) != 0)
+    as_bits(want)[want.double() == 0] = 0
+    assert equal(held, want)
+
+
+@settings(max_examples=30)
+@given(weights(), st.data())
+def test_exactly_n_are_kept_and_none_that_scores_less(scores, data):
+    m = data.draw(st.integers(1, 32))
+    n = data.draw(st.integers(0, m))
+    mask = mask_nm(scores.to(DEVICE), n, m)[0].cpu()
+    for start in range(0, scores.shape[1], m):
+        kept, group = mask[:, start : start + m], scores[:, start : start + m].double()
+        assert (kept.sum(1) == min(n, group.shape[1])).all()
+        least, most = group.masked_fill(~kept, float("inf")).amin(1), group.masked_fill(kept, -float("inf")).amax(1)
+        assert (least >= most).all()
+    k = data.draw(st.integers(0, scores.shape[1]))
+    assert (mask_rows(scores.to(DEVICE), k)[0].sum(1) == k).all()
+
+
+@settings(max_examples=200)
+@given(st.integers(1, 2**40), st.integers(1, 2**36), st.sampled_from(DTYPES), st.booleans())
+def test_tiles_cover_the_matrix_within_the_grid(rows, cols, dtype, transposed):
+    cols = min(cols, 2**44 // rows)
+    rows, cols = (rows, cols) if cols else (2**30, 1)
+    meta = torch.empty_strided((2, 3), (1, 2) if transposed else (3, 1), dtype=dtype)
+    tile = tiling(rows, cols, meta)
+    across, down = tile.grid
+    assert (across - 1) * tile.block_cols < cols <= across * tile.block_cols
+    assert (down - 1) * tile.block_rows < rows <= down * tile.block_rows
+    assert down <= 65535 and tile.block_cols % 8 == 0
+
+
+# ---- without the interpreter chosen, the tests above run in a process that chooses it ----
+
+if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+    for name in [name for name in globals() if name.startswith("test_")]:
+        del globals()[name]
+
+    def test_this_file_in_the_interpreter(tmp_path):
+        command = [
+            sys.executable,
+            "-c",
+            "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))",
+            "-p",
+            "no:cacheprovider",
+            __file__,
+        ]
+        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+        assert " passed" in done.stdout and "skipped" not in done.stdout
