@@ -232,7 +232,7 @@ def test_a_mask_is_kept_as_given(dtype, mask_dtype, per_group):
         flags = mask.double().tolist()
         for how in ("row-major", "transposed"):
             values, meta, status = prune_compress24(w.to(DEVICE), mask=viewed(mask, how).to(mask_dtype))
-            want_values, want_meta = pack(drop(w, mask != 0), lambda row, col: best(group_of(flags, row, col, 0.0), 2))
+            want_values, want_meta = pack(drop(w, mask != 0), lambda row, col, flags=flags: best(group_of(flags, row, col, 0.0), 2))
             assert equal(meta, want_meta) and equal(values, want_values)
             assert status.tolist() == [NOTHING, NOTHING]
 
@@ -252,7 +252,7 @@ def test_compress24_keeps_non_zeros_then_the_lowest_free_columns(shape, dtype):
 
 def test_under_full_groups_by_hand():
     groups = [[0, 0, 0, 0], [0, 0, 0, 5], [0, 0, 5, 0], [0, 5, 0, 0], [5, 0, 0, 0], [-0.0, -0.0, -0.0, 5]]
-    values, meta, _ = compress24(torch.tensor([sum(groups, [])], device=DEVICE).float())
+    values, meta, _ = compress24(torch.tensor([[w for group in groups for w in group]], device=DEVICE).float())
     assert values.tolist() == [[0, 0, 0, 5, 0, 5, 0, 5, 5, 0, 0, 5, 0, 0, 0, 0][: values.shape[1]]]
     assert meta.tolist() == [[0xC4, 0x48, 0xC4]]
     assert not values.signbit().any()
