@@ -6,6 +6,7 @@ repeats only what is missing.
 
 from __future__ import annotations
 
+import datetime
 import json
 import platform
 import subprocess
@@ -70,6 +71,7 @@ def run(name: str, out: Path, as_json: bool, log: Console, bar: Bar) -> None:
     result = {
         "model": name,
         "machine": machine(),
+        "date": datetime.date.today().isoformat(),
         "perplexity": {"dense": dense["perplexity"], **{m: pruned[m]["perplexity"] for m in METHODS}},
         "evaluated_tokens": dense["tokens"],
         "bytes": {"dense": weight_bytes(model_dir), "compressed": weight_bytes(out / "compressed")},
