@@ -114,4 +114,5 @@ def to_float(bits, LARGEST: tl.constexpr):
         return (wide >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     else:  # e4m3: its exponent field, moved into fp32's, is 120 too small; the product is exact for subnormals too
         small = (wide & -2147483648) | ((wide & 0x7FFFFFFF) >> 4)
-        return small.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        number = small.to(tl.float32, bitcast=True) * 1.329227995784916e36
+        return tl.where(is_nan(wide, LARGEST), float("nan"), number)

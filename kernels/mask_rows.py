@@ -58,7 +58,7 @@ def mask_rows_kernel(
                 col = start + place
                 inside = (row < rows) & (col < cols)
                 key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
-                hits += (inside & (key >= higher)).to(tl.int32)
+                hits += (key >= higher).to(tl.int32)
             cut = tl.where(tl.sum(hits, 1, keep_dims=True) >= k, higher, cut)
             step >>= 1
         above = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
@@ -67,7 +67,7 @@ def mask_rows_kernel(
             col = start + place
             inside = (row < rows) & (col < cols)
             key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
-            above += (inside & (key > cut)).to(tl.int32)
+            above += (key > cut).to(tl.int32)
             nans |= nan.to(tl.int32)
         bad = tl.max(nans, 1) > 0
         room = k - tl.sum(above, 1, keep_dims=True)
@@ -75,7 +75,7 @@ def mask_rows_kernel(
             col = start + place
             inside = (row < rows) & (col < cols)
             key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
-            tie = (inside & (key == cut)).to(tl.int32)
+            tie = (key == cut).to(tl.int32)
             kept = (key > cut) | ((tie != 0) & (tl.cumsum(tie, 1) <= room))
             tl.store(mask_ptr + col, kept.to(tl.uint8), mask=inside)
             room -= tl.sum(tie, 1, keep_dims=True)

@@ -80,12 +80,11 @@ def run(name: str, out: Path, as_json: bool, log: Console, bar: Bar) -> None:
         "prompt": settings.prompt,
         "sentence": sparse["text"],
         "compressed": str(out / "compressed"),
-        "seconds": time.perf_counter() - begin,
     }
     if as_json:
         print(json.dumps(result))
     else:
-        _show(result)
+        _show(result, time.perf_counter() - begin)
 
 
 class _Stages:
@@ -220,7 +219,7 @@ def _new_process(*arguments: str) -> dict:
     return json.loads(done.stdout)
 
 
-def _show(result: dict) -> None:
+def _show(result: dict, seconds: float) -> None:
     sizes, speeds = result["bytes"], result["tokens_per_second"]
     table = Table(
         "", "perplexity", "bytes on disk", "tokens/s",
@@ -234,4 +233,4 @@ def _show(result: dict) -> None:
     console = Console(highlight=False)
     console.print(table)
     console.print(f"{result['prompt']!r} -> {result['sentence']!r}", markup=False)
-    console.print(f"compressed model: {result['compressed']}; {result['seconds']:.0f} s", markup=False)
+    console.print(f"compressed model: {result['compressed']}; {seconds:.0f} s", markup=False)

@@ -16,7 +16,10 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from sparsekit.kernels.bits import as_bits
+import triton
+import triton.language as tl
+
+from sparsekit.kernels.bits import as_bits, largest, to_float
 from sparsekit.kernels.compress24 import compress24
 from sparsekit.kernels.expand24 import expand24
 from sparsekit.kernels.mask_nm import mask_nm
@@ -252,8 +255,8 @@ def test_compress24_keeps_non_zeros_then_the_lowest_free_columns(shape, dtype):
 
 def test_under_full_groups_by_hand():
     groups = [[0, 0, 0, 0], [0, 0, 0, 5], [0, 0, 5, 0], [0, 5, 0, 0], [5, 0, 0, 0], [-0.0, -0.0, -0.0, 5]]
-    values, meta, _ = compress24(torch.tensor([[w for group in groups for w in group]], device=DEVICE).float())
-    assert values.tolist() == [[0, 0, 0, 5, 0, 5, 0, 5, 5, 0, 0, 5, 0, 0, 0, 0][: values.shape[1]]]
+    values, meta, _ = compress24(torch.tensor(groups, device=DEVICE).reshape(1, 24))
+    assert values.tolist() == [[0, 0, 0, 5, 0, 5, 0, 5, 5, 0, 0, 5]]
     assert meta.tolist() == [[0xC4, 0x48, 0xC4]]
     assert not values.signbit().any()
 
@@ -363,6 +366,23 @@ def test_masks_of_every_dtype(dtype):
     assert equal(mask_nm(scores.to(DEVICE), 2, 4, pairs=True)[0].view(torch.uint8), keep_nm(scores, 2, 4, pairs=True))
 
 
+@triton.jit
+def to_float_kernel(bits_ptr, out_ptr, LARGEST: tl.constexpr):
+    place = tl.arange(0, 256)
+    tl.store(out_ptr + place, to_float(tl.load(bits_ptr + place), LARGEST))
+
+
+@pytest.mark.parametrize("dtype", SCORES, ids=named)
+def test_numbers_are_read_exactly(dtype):
+    if dtype.itemsize == 1:
+        x = torch.arange(256).to(torch.uint8).view(dtype)
+    else:
+        x = random_bits((256,), dtype, seed=11)
+    got = torch.empty(256, dtype=torch.float64 if dtype == torch.float64 else torch.float32, device=DEVICE)
+    to_float_kernel[(1,)](as_bits(x).to(DEVICE), got, LARGEST=largest(dtype))
+    assert torch.equal(got.cpu().double().nan_to_num(nan=0.125), x.double().nan_to_num(nan=0.125))
+
+
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 2), (3, 5), (9, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=named)
 def test_mask_nm_of_pairs(n, m, dtype):
@@ -390,6 +410,13 @@ def test_masks_name_the_first_nan(how):
     assert mask_nm(viewed(scores, how), 3, 5)[1].item() == 5 * 10 + 9
     assert mask_nm(viewed(scores, how), 2, 4, pairs=True)[1].item() == 5 * 7 + 6
     assert mask_rows(viewed(scores, how), 7)[1].item() == 5
+
+
+def test_a_nan_in_any_part_of_a_long_row():
+    for col in (0, 599):  # 256 columns of 8 rows at a time
+        scores = torch.zeros((10, 600), dtype=torch.float32)
+        scores[9, col] = float("nan")
+        assert mask_rows(viewed(scores, "transposed"), 7)[1].item() == 9
 
 
 ROW_CASES = {
