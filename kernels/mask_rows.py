@@ -39,12 +39,12 @@ def mask_rows_kernel(
     TOP: tl.constexpr = 1 << (KEY.primitive_bitwidth - 1)
     row0 = tl.program_id(0).to(tl.int64) * BLOCK_ROWS
     row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
-    place = tl.arange(0, BLOCK_COLS)[None, :]
+    place = tl.arange(0, BLOCK_COLS)[None, :].to(tl.int64)
     scores_ptr += row * row_stride
     mask_ptr += row * cols
     if RESIDENT:
         inside = (row < rows) & (place < cols)
-        key, nan = load_keys(scores_ptr + place.to(tl.int64) * col_stride, inside, LARGEST, LOWEST)
+        key, nan = load_keys(scores_ptr + place * col_stride, inside, LARGEST, LOWEST)
         bad = count(nan, 1) > 0
         tl.store(mask_ptr + place, keep_by_cut(key, k, bits, 1).to(tl.uint8), mask=inside)
     else:
@@ -57,7 +57,7 @@ def mask_rows_kernel(
             for start in range(0, cols, BLOCK_COLS):
                 col = start + place
                 inside = (row < rows) & (col < cols)
-                key, nan = load_keys(scores_ptr + col.to(tl.int64) * col_stride, inside, LARGEST, LOWEST)
+                key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
                 hits += (key >= higher).to(tl.int32)
             cut = tl.where(tl.sum(hits, 1, keep_dims=True) >= k, higher, cut)
             step >>= 1
@@ -66,7 +66,7 @@ def mask_rows_kernel(
         for start in range(0, cols, BLOCK_COLS):
             col = start + place
             inside = (row < rows) & (col < cols)
-            key, nan = load_keys(scores_ptr + col.to(tl.int64) * col_stride, inside, LARGEST, LOWEST)
+            key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
             above += (key > cut).to(tl.int32)
             nans |= nan.to(tl.int32)
         bad = tl.max(nans, 1) > 0
@@ -74,7 +74,7 @@ def mask_rows_kernel(
         for start in range(0, cols, BLOCK_COLS):
             col = start + place
             inside = (row < rows) & (col < cols)
-            key, nan = load_keys(scores_ptr + col.to(tl.int64) * col_stride, inside, LARGEST, LOWEST)
+            key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
             tie = (key == cut).to(tl.int32)
             kept = (key > cut) | ((tie != 0) & (tl.cumsum(tie, 1) <= room))
             tl.store(mask_ptr + col, kept.to(tl.uint8), mask=inside)
