@@ -62,15 +62,13 @@ def mask_rows_kernel(
             cut = tl.where(tl.sum(hits, 1, keep_dims=True) >= k, higher, cut)
             step >>= 1
         above = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
-        nans = tl.zeros([BLOCK_ROWS, BLOCK_COLS], tl.int32)
         for start in range(0, cols, BLOCK_COLS):
             col = start + place
             inside = (row < rows) & (col < cols)
             key, nan = load_keys(scores_ptr + col * col_stride, inside, LARGEST, LOWEST)
             above += (key > cut).to(tl.int32)
-            nans |= nan.to(tl.int32)
-        bad = tl.max(nans, 1) > 0
         room = k - tl.sum(above, 1, keep_dims=True)
+        bad = tl.zeros([BLOCK_ROWS, 1], tl.int1)
         for start in range(0, cols, BLOCK_COLS):
             col = start + place
             inside = (row < rows) & (col < cols)
@@ -79,6 +77,7 @@ def mask_rows_kernel(
             kept = (key > cut) | ((tie != 0) & (tl.cumsum(tie, 1) <= room))
             tl.store(mask_ptr + col, kept.to(tl.uint8), mask=inside)
             room -= tl.sum(tie, 1, keep_dims=True)
+            bad |= count(nan, 1) > 0
     report(status_ptr, bad, row0, 0, 1, BLOCK_ROWS, 1)
 
 
@@ -105,6 +104,6 @@ def mask_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
         as_bits(scores), mask.view(torch.uint8), status, rows, cols, *scores.stride(), k, 8 * scores.element_size(),
         LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype),
         RESIDENT=resident, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols,
-        num_warps=min(32, max(4, block_rows * block_cols // 512)),
+        num_warps=min(32, max(4, block_rows * block_cols // 512)) if resident else 8,
     )  # fmt: skip
     return mask, status
