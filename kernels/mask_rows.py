@@ -100,10 +100,11 @@ def mask_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     else:  # across: one 32-byte sector of a column of memory
         block_rows = 32 // scores.element_size() if across else 1
         block_cols = 2048 // block_rows
+    # Left to choose, ptxas spills a register or two of the loops for the sake of one more block on a multiprocessor.
+    limits = {"num_warps": min(32, max(4, block_rows * block_cols // 512))} if resident else {"num_warps": 8, "maxnreg": 128}
     mask_rows_kernel[(triton.cdiv(rows, block_rows),)](
         as_bits(scores), mask.view(torch.uint8), status, rows, cols, *scores.stride(), k, 8 * scores.element_size(),
         LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype),
-        RESIDENT=resident, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols,
-        num_warps=min(32, max(4, block_rows * block_cols // 512)) if resident else 8,
+        RESIDENT=resident, BLOCK_ROWS=block_rows, BLOCK_COLS=block_cols, **limits,
     )  # fmt: skip
     return mask, status
