@@ -5,11 +5,13 @@ Source of the format: Mishra et al. 2021, arXiv:2104.08378, with the conventions
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .format import padded_columns, widened
+from .format import padded_columns
 
 ACTIVATIONS = {
     None: lambda y: y,
@@ -19,37 +21,14 @@ ACTIVATIONS = {
     "silu": F.silu,
 }
 
-# From the four bits "column j is non-zero" to the nibble that keeps them; 0 where more than two are.
-_NIBBLE_OF_NONZEROS = (0x4, 0x4, 0x4, 0x4, 0x8, 0x8, 0x9, 0, 0xC, 0xC, 0xD, 0, 0xE, 0, 0, 0)
-
 
 def compress24(w: Tensor) -> tuple[Tensor, Tensor]:
     """values, meta of a weight (n, k) that holds 2:4. Raises ValueError at the first group that does not, or holds NaN."""
-    n, k = w.shape
-    kp = padded_columns(k)
-    wide = widened(w)
-    if wide.is_floating_point() and torch.isnan(wide).any():
-        row, column = torch.isnan(wide).nonzero()[0].tolist()
-        raise ValueError(f"compress24: w must hold no NaN, got one in row {row}, column {column}")
-    groups = torch.zeros(n, kp, dtype=w.dtype, device=w.device)
-    groups[:, :k] = torch.where(wide == 0, torch.zeros_like(wide), wide).to(w.dtype)  # -0.0 is stored as 0.0
-    groups = groups.view(n, kp // 4, 4)
-    bits = torch.zeros(n, kp // 4, dtype=torch.uint8, device=w.device)
-    for lane in range(4):
-        bits |= (widened(groups[..., lane]) != 0).to(torch.uint8) << lane
-    nibble = torch.tensor(_NIBBLE_OF_NONZEROS, dtype=torch.uint8, device=w.device)[bits.int()]
-    if (nibble == 0).any():
-        row, group = (nibble == 0).nonzero()[0].tolist()
-        raise ValueError(
-            f"compress24: every group of four columns must hold at most two non-zeros, got {int(bits[row, group]).bit_count()} "
-            f"in row {row}, columns {4 * group} to {min(4 * group + 4, k) - 1}; prune to 2:4 first"
-        )
-    kept = torch.stack((nibble & 3, nibble >> 2), dim=-1).long()  # [n, kp/4, 2]
-    # gather has no fp8 kernel, and moves bytes all the same.
-    raw = groups.view(torch.uint8) if w.dtype.itemsize == 1 else groups
-    values = raw.gather(-1, kept).view(n, kp // 2).view(w.dtype)
-    meta = nibble[:, 0::2] | nibble[:, 1::2] << 4
-    return values, meta
+    _check_no_nan("compress24", "w", w)
+    nonzero = groups_of_four(w.double() != 0)
+    must = "compress24: every group of four columns must hold at most two non-zeros"
+    _check_at_most_two(must, nonzero, w.shape[1], "; prune to 2:4 first")
+    return pack(w, highest(nonzero.byte(), 2))
 
 
 def expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
@@ -62,9 +41,104 @@ def expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
     return dense.view(n, kp)[:, :k].contiguous().view(values.dtype)
 
 
+def prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None, op: str = "prune_compress24") -> tuple[Tensor, Tensor]:
+    """values, meta of a weight (n, k) of which two of every four columns are kept: by |w|, by scores or by a mask, each (n, k).
+
+    Raises ValueError at the first NaN of w or scores, and at the first group of which the mask keeps more than two."""
+    _check_no_nan(op, "w", w)
+    if mask is not None:
+        on = groups_of_four(mask != 0)
+        _check_at_most_two(f"{op}: mask must keep at most two of every four columns", on, w.shape[1])
+        return pack(w.double().where(mask != 0, 0.0).to(w.dtype), highest(on.byte(), 2))
+    if scores is not None:
+        _check_no_nan(op, "scores", scores)
+    rank = w.double().abs() if scores is None else scores.double()
+    return pack(w, highest(groups_of_four(rank, missing=-math.inf), 2))
+
+
+def prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
+    """What expand24 makes of prune_compress24."""
+    return expand24(*prune_compress24(w, scores, mask, "prune24"), w.shape[1])
+
+
+def mask_nm(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
+    """The bool mask (rows, k) that keeps the n highest of every m columns, or pairs of columns, of a row.
+
+    Raises ValueError at the first NaN, and at the first pair whose scores have no sum."""
+    _check_no_nan("mask_nm", "scores", scores)
+    rank = scores.double()
+    if pairs:
+        sums = in_groups(rank if scores.dtype == torch.float64 else scores.float(), 2).sum(-1)
+        if torch.isnan(sums).any():
+            row, pair = torch.isnan(sums).nonzero()[0].tolist()
+            raise ValueError(
+                f"mask_nm: the two scores of a pair must have a sum, got inf and -inf in row {row}, "
+                f"columns {2 * pair} and {2 * pair + 1}"
+            )
+        rank = sums.double()
+    groups = in_groups(rank, m, missing=-math.inf)
+    kept = torch.zeros_like(groups, dtype=torch.bool).scatter_(-1, highest(groups, n), True).flatten(1)[:, : rank.shape[1]]
+    return (kept.repeat_interleave(2, dim=1) if pairs else kept)[:, : scores.shape[1]].contiguous()
+
+
+def mask_rows(scores: Tensor, kept: int) -> Tensor:
+    """The bool mask (rows, k) of the ``kept`` highest scores of each row. Raises ValueError at the first NaN."""
+    _check_no_nan("mask_rows", "scores", scores)
+    return torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format).scatter_(
+        1, highest(scores.double(), kept), True
+    )
+
+
 def linear24(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
     """activation(x @ W.T + bias), summed in fp32, in x's dtype."""
     y = x.float() @ expand24(values, meta, k).float().T
     if bias is not None:
         y = y + bias.float()
     return ACTIVATIONS[activation](y).to(x.dtype)
+
+
+# ---- the parts ----
+
+
+def in_groups(t: Tensor, m: int, missing: float = 0, whole: int | None = None) -> Tensor:
+    """(rows, k) -> (rows, groups, m): k filled up with ``missing`` to a multiple of ``whole``, m by default."""
+    rows, k = t.shape
+    whole = whole or m
+    full = t.new_full((rows, -(-k // whole) * whole), missing)
+    full[:, :k] = t
+    return full.view(rows, full.shape[1] // m, m)
+
+
+def groups_of_four(t: Tensor, missing: float = 0) -> Tensor:
+    """The groups of the 2:4 form, of which a byte of metadata describes two."""
+    return in_groups(t, 4, missing, whole=8)
+
+
+def highest(scores: Tensor, n: int) -> Tensor:
+    """The places of the n highest along the last dimension, ascending; a tie goes to the lower place."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :n].sort(dim=-1).values
+
+
+def pack(w: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """values, meta of a weight (n, k) whose group g of row r keeps columns kept[r, g] (n, kp/4, 2), ascending."""
+    n, groups, _ = kept.shape
+    plus = w.double().where(w.double() != 0, 0.0).to(w.dtype)  # -0.0 is stored as 0.0
+    raw = plus.view(torch.uint8) if w.dtype.itemsize == 1 else plus  # gather has no fp8 kernel, and moves bytes all the same
+    values = groups_of_four(raw).gather(-1, kept).view(n, groups * 2).view(w.dtype)
+    nibble = (kept[..., 1] << 2 | kept[..., 0]).to(torch.uint8)
+    return values, nibble[:, 0::2] | nibble[:, 1::2] << 4
+
+
+def _check_no_nan(op: str, name: str, t: Tensor) -> None:
+    nan = torch.isnan(t.double())
+    if nan.any():
+        row, column = nan.nonzero()[0].tolist()
+        raise ValueError(f"{op}: {name} must hold no NaN, got one in row {row}, column {column}")
+
+
+def _check_at_most_two(must: str, on: Tensor, k: int, advice: str = "") -> None:
+    count = on.sum(-1)
+    if (count > 2).any():
+        row, group = (count > 2).nonzero()[0].tolist()
+        last = min(4 * group + 4, k) - 1
+        raise ValueError(f"{must}, got {int(count[row, group])} in row {row}, columns {4 * group} to {last}{advice}")
