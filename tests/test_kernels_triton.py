@@ -1,16 +1,40 @@
-"""The Triton kernels against the definition of what they compute, written here once more in plain Python.
+"""The Triton kernels against the definition of what they compute, which definition24.py gives in plain Python.
 
 Without a CUDA device they run in Triton's interpreter. That has to be chosen before Triton is imported, so this file then runs
 itself in a process of its own; TRITON_INTERPRET=1 in the environment runs the tests here, one by one.
 """
 
+import functools
 import os
 import subprocess
 import sys
 
-import numpy as np
+import definition24
 import pytest
 import torch
+from definition24 import (
+    DTYPES,
+    FLOATS,
+    NIBBLES,
+    NOTHING,
+    SCORES,
+    SHAPES,
+    VIEWS,
+    as_bits,
+    drop,
+    equal,
+    few_values,
+    keep_nm,
+    keep_rows,
+    named,
+    nonzero_groups,
+    pack_largest,
+    pack_masked,
+    pack_nonzero,
+    pack_scored,
+    random_bits,
+    unpack,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -19,36 +43,16 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from sparsekit.kernels.bits import as_bits, largest, to_float
+from sparsekit.kernels.bits import largest, to_float
 from sparsekit.kernels.compress24 import compress24
 from sparsekit.kernels.expand24 import expand24
 from sparsekit.kernels.mask_nm import mask_nm
 from sparsekit.kernels.mask_rows import mask_rows
 from sparsekit.kernels.prune_compress24 import prune_compress24
-from sparsekit.kernels.tiles import NOTHING, tiling
+from sparsekit.kernels.tiles import tiling
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-FLOATS = [torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn]
-DTYPES = [*FLOATS, torch.int8]
-SCORES = [torch.float64, *FLOATS, torch.float8_e5m2, torch.int8]
-NIBBLES = {(0, 1): 0x4, (0, 2): 0x8, (1, 2): 0x9, (0, 3): 0xC, (1, 3): 0xD, (2, 3): 0xE}  # PTX ISA, ordered metadata
-SHAPES = {
-    (1, 4): "one group",
-    (2, 8): "one metadata byte a row",
-    (5, 13): "a last group of one",
-    (3, 14): "a last group of two",
-    (3, 7): "a last group of three, odd in its byte",
-    (66, 84): "two tiles of a transposed matrix both ways",
-    (2, 2064): "two tiles of a folded matrix",
-    (2, 2061): "two tiles of a matrix that does not fold",
-    (0, 8): "no rows",
-    (3, 0): "no columns",
-}
-VIEWS = ["row-major", "transposed", "rows of a wider matrix", "every third column of every second row"]
-
-
-def named(case) -> str:
-    return SHAPES[case] if isinstance(case, tuple) else str(case).removeprefix("torch.")
+viewed = functools.partial(definition24.viewed, device=DEVICE)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -65,112 +69,6 @@ def poisoned_memory():
     patch.setattr(torch, "empty", poisoned)
     yield
     patch.undo()
-
-
-# ---- matrices ----
-
-
-def random_bits(shape, dtype, seed=0) -> torch.Tensor:
-    """Any bit pattern but NaN: infinities, subnormals, both zeros, -128."""
-    g = torch.Generator().manual_seed(seed)
-    raw = torch.randint(0, 256, (*shape, dtype.itemsize), generator=g).to(torch.uint8)
-    raw[raw.view(dtype)[..., 0].double().isnan()] = 0
-    return raw.view(dtype)[..., 0]
-
-
-def few_values(shape, dtype, seed=0) -> torch.Tensor:
-    """Nearly every group has a tie; both zeros are there where the dtype has two."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randint(-2, 3, shape, generator=g).double()
-    x[(torch.rand(shape, generator=g) < 0.5) & (x == 0)] = -0.0
-    return x.to(dtype)
-
-
-def viewed(x: torch.Tensor, how: str) -> torch.Tensor:
-    """The same matrix on the device, laid out in another way."""
-    (rows, cols), bits = x.shape, as_bits(x).to(DEVICE)
-    if how == "row-major":
-        out = bits.contiguous()
-    elif how == "transposed":
-        out = bits.t().contiguous().t()
-    elif how == "rows of a wider matrix":
-        out = bits.new_full((rows, cols + 16), 77)[:, 8 : 8 + cols].copy_(bits)
-    else:
-        out = bits.new_full((2 * rows + 1, 3 * cols + 1), 77)[1::2, 1::3].copy_(bits)
-    return out.view(x.dtype)
-
-
-def equal(got: torch.Tensor, want: torch.Tensor) -> bool:
-    """Same dtype, shape and bits."""
-    assert got.dtype == want.dtype and got.shape == want.shape
-    return torch.equal(got.cpu().contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
-
-
-# ---- the definition ----
-
-
-def best(scores: list[float], n: int) -> list[int]:
-    """Places of the n highest, ties to the lower place, in order."""
-    return sorted(sorted(range(len(scores)), key=lambda i: (-scores[i], i))[:n])
-
-
-def pack(w: torch.Tensor, choose) -> tuple[torch.Tensor, torch.Tensor]:
-    """values and meta of w; choose(row, first column of the group) -> the two columns of the group that stay, counted from 0."""
-    rows, cols = w.shape
-    blocks = -(-cols // 8)
-    padded = torch.zeros((rows, 8 * blocks), dtype=w.dtype)
-    as_bits(padded)[:, :cols] = as_bits(w)
-    if w.dtype.is_floating_point:
-        as_bits(padded)[padded.double() == 0] = 0
-    columns, meta = [], torch.zeros((rows, blocks), dtype=torch.uint8)
-    for row in range(rows):
-        columns.append([])
-        for group in range(2 * blocks):
-            two = choose(row, 4 * group)
-            columns[row] += [4 * group + c for c in two]
-            meta[row, group // 2] |= NIBBLES[tuple(two)] << (4 * (group % 2))
-    places = torch.tensor(columns, dtype=torch.int64).reshape(rows, 4 * blocks)
-    return as_bits(padded).gather(1, places).view(w.dtype), meta
-
-
-def group_of(matrix: list[list[float]], row: int, col: int, missing: float) -> list[float]:
-    found = matrix[row][col : col + 4]
-    return found + [missing] * (4 - len(found))
-
-
-def pack_largest(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    sizes = w.double().abs().tolist()
-    return pack(w, lambda row, col: best(group_of(sizes, row, col, 0.0), 2))
-
-
-def drop(w: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    return torch.where(mask, as_bits(w), 0).view(w.dtype)
-
-
-def nonzero_groups(w: torch.Tensor, per_group: int, seed=1) -> torch.Tensor:
-    """w with at most per_group non-zeros left in each group, often fewer."""
-    order = torch.rand((w.shape[0], -(-w.shape[1] // 4), 4), generator=torch.Generator().manual_seed(seed)).argsort(-1)
-    return drop(w, (order < per_group).flatten(1)[:, : w.shape[1]])
-
-
-def keep_nm(scores: torch.Tensor, n: int, m: int, pairs: bool = False) -> torch.Tensor:
-    kind = np.float64 if scores.dtype == torch.float64 else np.float32
-    values, width = scores.double().numpy().astype(kind), 2 if pairs else 1
-    mask = np.zeros(values.shape, dtype=np.uint8)
-    for row in range(values.shape[0]):
-        for start in range(0, values.shape[1], m * width):
-            group = values[row, start : start + m * width]
-            members = [group[i : i + width].sum(dtype=kind) for i in range(0, len(group), width)]
-            for i in best(members, min(n, len(members))):
-                mask[row, start + i * width : start + (i + 1) * width] = 1
-    return torch.from_numpy(mask)
-
-
-def keep_rows(scores: torch.Tensor, k: int) -> torch.Tensor:
-    mask = torch.zeros(scores.shape, dtype=torch.uint8)
-    for row, values in enumerate(scores.double().tolist()):
-        mask[row, best(values, k)] = 1
-    return mask
 
 
 # ---- prune_compress24, compress24, expand24 ----
@@ -207,9 +105,8 @@ def test_scores_decide(scores_dtype, how):
     for shape in [(6, 16), (5, 13), (3, 71)]:
         w = random_bits(shape, torch.bfloat16, seed=2)
         for scores in (random_bits(shape, scores_dtype, seed=3), few_values(shape, scores_dtype, seed=4)):
-            known = scores.double().tolist()
             values, meta, status = prune_compress24(w.to(DEVICE), scores=viewed(scores, how))
-            want_values, want_meta = pack(w, lambda row, col, known=known: best(group_of(known, row, col, -float("inf")), 2))
+            want_values, want_meta = pack_scored(w, scores)
             assert equal(meta, want_meta) and equal(values, want_values)
             assert status.tolist() == [NOTHING, NOTHING]
 
@@ -232,10 +129,9 @@ def test_a_mask_is_kept_as_given(dtype, mask_dtype, per_group):
     for shape in [(6, 16), (5, 13), (3, 70)]:
         w = few_values(shape, dtype, seed=5)
         mask = nonzero_groups(torch.ones(shape, dtype=torch.uint8), per_group)
-        flags = mask.double().tolist()
         for how in ("row-major", "transposed"):
             values, meta, status = prune_compress24(w.to(DEVICE), mask=viewed(mask, how).to(mask_dtype))
-            want_values, want_meta = pack(drop(w, mask != 0), lambda row, col, flags=flags: best(group_of(flags, row, col, 0.0), 2))
+            want_values, want_meta = pack_masked(w, mask)
             assert equal(meta, want_meta) and equal(values, want_values)
             assert status.tolist() == [NOTHING, NOTHING]
 
@@ -245,9 +141,8 @@ def test_a_mask_is_kept_as_given(dtype, mask_dtype, per_group):
 def test_compress24_keeps_non_zeros_then_the_lowest_free_columns(shape, dtype):
     for per_group in (2, 1):
         w = nonzero_groups(few_values(shape, dtype), per_group)
-        present = [[float(x != 0) for x in row] for row in w.double().tolist()]
         values, meta, status = compress24(w.to(DEVICE))
-        want_values, want_meta = pack(w, lambda row, col, present=present: best(group_of(present, row, col, 0.0), 2))
+        want_values, want_meta = pack_nonzero(w)
         assert equal(meta, want_meta) and equal(values, want_values)
         assert status.tolist() == [NOTHING, NOTHING]
         assert equal(expand24(values, meta, shape[1]), drop(w, w.double() != 0))
@@ -264,17 +159,11 @@ def test_under_full_groups_by_hand():
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 def test_expand24_places_every_pair_of_nibbles(dtype):
     bytes_of_meta = [low | high << 4 for low in NIBBLES.values() for high in NIBBLES.values()]
-    pairs = [(low, high) for low in NIBBLES for high in NIBBLES]
     meta = torch.tensor(bytes_of_meta, dtype=torch.uint8).reshape(4, 9)
     values = random_bits((4, 36), dtype, seed=6)
-    want = torch.zeros((4, 72), dtype=as_bits(values).dtype)
-    for place, (low, high) in enumerate(pairs):
-        row, block = divmod(place, 9)
-        for i, col in enumerate([*low, *(4 + c for c in high)]):
-            want[row, 8 * block + col] = as_bits(values)[row, 4 * block + i]
     for cols in (72, 71, 65, 30, 1, 0):
-        assert equal(expand24(values.to(DEVICE), meta.to(DEVICE), cols), want.view(dtype)[:, :cols])
-    assert equal(expand24(values.to(DEVICE), meta.to(DEVICE)), want.view(dtype))
+        assert equal(expand24(values.to(DEVICE), meta.to(DEVICE), cols), unpack(values, meta, cols))
+    assert equal(expand24(values.to(DEVICE), meta.to(DEVICE)), unpack(values, meta, 72))
 
 
 def test_expand24_past_a_tile():
