@@ -394,7 +394,7 @@ def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, pat
     if tensor.is_floating_point() and not stored:
         tensor = tensor.to(dtype)
     if isinstance(place, nn.Parameter):
-        tensor = nn.Parameter(tensor, requires_grad=place.requires_grad)
+        tensor = nn.Parameter(tensor, requires_grad=place.requires_grad and tensor.is_floating_point())
     setattr(module, leaf, tensor)
 
 

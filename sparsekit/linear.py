@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from . import ops
+from . import ops, reference
 from .errors import SparsekitError
 from .format import Sparse24, nbytes24, padded_columns
 from .patterns import NM
@@ -21,22 +21,29 @@ class SparseLinear(nn.Module):
 
     values (out, kp/2) and meta (out, kp/8) are the canonical format of sparsekit/format.py, in the state_dict as they are.
     ``values`` may be narrower than the activations: 16-bit storage under fp32 activations is summed in fp32.
-    ``conv1d`` remembers that the layer it replaces was GPT-2's Conv1D, which holds its weight transposed."""
+    ``conv1d`` remembers that the layer it replaces was GPT-2's Conv1D, which holds its weight transposed.
 
-    def __init__(self, weight: Sparse24, bias: Tensor | None = None, conv1d: bool = False):
+    It trains like an nn.Linear: ``values`` is the parameter, so the gradient and the state of an optimiser are half the dense size,
+    and what was pruned stays pruned, since it is stored nowhere. Under autocast it computes in autocast's dtype."""
+
+    def __init__(self, weight: Sparse24, bias: Tensor | None = None, conv1d: bool = False, requires_grad: bool = True):
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.values = nn.Parameter(weight.values, requires_grad=False)
+        trainable = requires_grad and weight.values.dtype in ops.LINEAR_DTYPES
+        self.values = nn.Parameter(weight.values, requires_grad=trainable)
         self.register_buffer("meta", weight.meta)
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=trainable)
         self.conv1d = conv1d
 
     @classmethod
     def from_linear(cls, linear: nn.Module) -> SparseLinear:
         """From an nn.Linear, or a transformers Conv1D, whose weight holds 2:4. Raises ValueError, naming the first group, where
-        it does not."""
+        it does not. Its parameters require gradients where the linear's do."""
         bias = None if linear.bias is None else linear.bias.detach().clone()
-        return cls(ops.compress24(dense_weight(linear)), bias, is_conv1d(linear)).train(linear.training)
+        sparse = cls(ops.compress24(dense_weight(linear)), bias, is_conv1d(linear), linear.weight.requires_grad)
+        if bias is not None:
+            sparse.bias.requires_grad_(linear.bias.requires_grad)
+        return sparse.train(linear.training)
 
     @classmethod
     def empty(cls, linear: nn.Module, dtype: torch.dtype) -> SparseLinear:
@@ -46,7 +53,8 @@ class SparseLinear(nn.Module):
         values = torch.empty(n, kp // 2, dtype=dtype, device="meta")
         meta = torch.empty(n, kp // 8, dtype=torch.uint8, device="meta")
         bias = None if linear.bias is None else torch.empty(n, dtype=linear.bias.dtype, device="meta")
-        return cls(Sparse24(values, meta, (n, k)), bias, is_conv1d(linear)).train(linear.training)
+        requires_grad = linear.weight.requires_grad
+        return cls(Sparse24(values, meta, (n, k)), bias, is_conv1d(linear), requires_grad).train(linear.training)
 
     @property
     def weight24(self) -> Sparse24:
@@ -63,22 +71,49 @@ class SparseLinear(nn.Module):
             weight = weight.T.contiguous()
         else:
             dense = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
-        dense.weight = nn.Parameter(weight)
+        dense.weight = nn.Parameter(weight, requires_grad=self.values.requires_grad)
         if self.bias is not None:
-            dense.bias = nn.Parameter(self.bias.detach().clone())
+            dense.bias = nn.Parameter(self.bias.detach().clone(), requires_grad=self.bias.requires_grad)
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        trained = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if trained and torch.is_grad_enabled():
-            return F.linear(x, ops.expand24(self.weight24).to(x.dtype), self.bias)  # the op itself has no gradient
-        return ops.linear24(x, self.weight24, self.bias)
+        values, bias = self.values, self.bias
+        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+            dtype = torch.get_autocast_dtype(x.device.type)
+            x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+        if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
+            return _Product.apply(x, values, self.meta, self.in_features, bias)
+        return ops.linear24(x, Sparse24(values, self.meta, (self.out_features, self.in_features)), bias)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"dtype={str(self.values.dtype).removeprefix('torch.')}, 2:4"
         )
+
+
+class _Product(torch.autograd.Function):
+    """ops.linear24 with a gradient: exact in x, and in the weight at the kept places alone."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None) -> Tensor:
+        ctx.k = k
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, meta)
+        return ops.linear24(x, Sparse24(values, meta, (values.shape[0], k)), bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, values, meta = ctx.saved_tensors
+        of_x = of_values = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ ops.expand24(Sparse24(values, meta, (values.shape[0], ctx.k))).to(grad.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1]:
+            of_values = reference.take24(rows.T @ x.reshape(-1, ctx.k), meta).to(values.dtype)
+        if ctx.needs_input_grad[4]:
+            of_bias = rows.sum(0)
+        return of_x, of_values, None, None, of_bias
 
 
 def is_conv1d(module: nn.Module) -> bool:

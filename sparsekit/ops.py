@@ -28,6 +28,7 @@ lib = torch.library.Library("sparsekit", "DEF")
 
 # The codes of csrc/launch.h.
 _DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+LINEAR_DTYPES = tuple(_DTYPE_CODE)
 _ACTIVATION_CODE = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
 
 

@@ -11,8 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .format import padded_columns
-
 ACTIVATIONS = {
     None: lambda y: y,
     "relu": F.relu,
@@ -33,12 +31,15 @@ def compress24(w: Tensor) -> tuple[Tensor, Tensor]:
 
 def expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
     """The dense weight (n, k) of values (n, kp/2) and meta (n, kp/8)."""
-    n, kp = values.shape[0], padded_columns(k)
-    nibble = torch.stack((meta & 0xF, meta >> 4), dim=-1).view(n, kp // 4)
-    kept = torch.stack((nibble & 3, nibble >> 2), dim=-1).long()  # [n, kp/4, 2]
-    raw = values.view(torch.uint8) if values.dtype.itemsize == 1 else values
-    dense = torch.zeros(n, kp // 4, 4, dtype=raw.dtype, device=values.device).scatter_(-1, kept, raw.view(n, kp // 4, 2))
-    return dense.view(n, kp)[:, :k].contiguous().view(values.dtype)
+    kept = kept_columns(meta)
+    raw = (values.view(torch.uint8) if values.dtype.itemsize == 1 else values).reshape(kept.shape)
+    dense = torch.zeros(*kept.shape[:2], 4, dtype=raw.dtype, device=values.device).scatter_(-1, kept, raw)
+    return dense.flatten(1)[:, :k].contiguous().view(values.dtype)
+
+
+def take24(dense: Tensor, meta: Tensor) -> Tensor:
+    """The elements (n, kp/2) of a dense (n, k) at the places that meta keeps: the gradient of expand24."""
+    return groups_of_four(dense).gather(-1, kept_columns(meta)).flatten(1)
 
 
 def prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None, op: str = "prune_compress24") -> tuple[Tensor, Tensor]:
@@ -112,6 +113,12 @@ def in_groups(t: Tensor, m: int, missing: float = 0, whole: int | None = None) -
 def groups_of_four(t: Tensor, missing: float = 0) -> Tensor:
     """The groups of the 2:4 form, of which a byte of metadata describes two."""
     return in_groups(t, 4, missing, whole=8)
+
+
+def kept_columns(meta: Tensor) -> Tensor:
+    """Which two of its four columns each group of meta (n, kp/8) keeps: (n, kp/4, 2) int64."""
+    nibble = torch.stack((meta & 0xF, meta >> 4), dim=-1).flatten(1)
+    return torch.stack((nibble & 3, nibble >> 2), dim=-1).long()
 
 
 def highest(scores: Tensor, n: int) -> Tensor:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from sparsekit import SparsekitError, SparseLinear, compress, ops
+from sparsekit import Sparse24, SparsekitError, SparseLinear, compress, ops
 from sparsekit.format import nbytes24
 from sparsekit.linear import dense_weight, is_conv1d, is_linear
 
@@ -102,7 +102,7 @@ def test_empty_has_the_shapes_of_the_real_one(bias, dense24):
         empty.load_state_dict(real.state_dict(), assign=True)
         x = normal(3, 13, dtype=torch.bfloat16)
         assert torch.equal(empty(x), real(x)) and empty.conv1d == real.conv1d and not empty.training
-        assert not any(p.requires_grad for p in empty.parameters())
+        assert [p.requires_grad for p in empty.parameters()] == [p.requires_grad for p in layer.parameters()]
 
 
 # ---- forward and backward ----
@@ -152,14 +152,107 @@ def test_the_gradient_of_x_is_the_dense_one(kind, k, n, dtype, dense24):
     (gradient,) = torch.autograd.grad(y, x, upstream)
     assert torch.equal(gradient, torch.autograd.grad(layer(x), x, upstream)[0])
     assert torch.equal(gradient.double(), (upstream.double() @ dense_weight(layer).double()).to(dtype).double())
-    assert all(p.grad is None and not p.requires_grad for p in sparse.parameters())
+    assert all(p.grad is None for p in sparse.parameters())
 
 
-def test_a_bias_can_be_trained(dense24):
-    sparse = SparseLinear.from_linear(dense24(16, 6))
-    sparse.bias.requires_grad_()
+# ---- training ----
+
+
+def kept(layer: nn.Module) -> torch.Tensor:
+    """Whether a weight (n, k) is one of the two of its group that are stored: non-zeros, then the lowest free columns."""
+    weight = dense_weight(layer)
+    ranks = (
+        F.pad((weight != 0).double(), (0, -weight.shape[1] % 8)).unflatten(1, (-1, 4)).sort(dim=-1, descending=True, stable=True)
+    )
+    mask = torch.zeros(ranks.indices.shape, dtype=torch.bool).scatter_(-1, ranks.indices[..., :2], True)
+    return mask.flatten(1)[:, : weight.shape[1]]
+
+
+@SIZES
+@DTYPES
+@pytest.mark.parametrize("kind", ["bias", "no bias", "conv1d"])
+def test_gradients_are_the_dense_ones_at_the_kept_places(kind, k, n, dtype, dense24):
+    layer = dense24(k, n, kind != "no bias", dtype, kind == "conv1d", integers=True)
+    sparse = SparseLinear.from_linear(layer)
+    upstream = integers(2, 3, n, dtype=dtype)
+    for module in (layer, sparse):
+        (module(integers(2, 3, k, dtype=dtype)) * upstream).sum().backward()
+    dense = layer.weight.grad.T if kind == "conv1d" else layer.weight.grad
+    places = kept(layer)
+    assert sparse.values.grad.shape == sparse.values.shape and sparse.values.grad.dtype == dtype
+    found = ops.expand24(Sparse24(sparse.values.grad, sparse.meta, (n, k)))
+    assert torch.equal(found, torch.where(places, dense, 0))
+    if layer.bias is not None:
+        assert torch.equal(sparse.bias.grad, layer.bias.grad)
+
+
+@pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
+@pytest.mark.parametrize("trained", ["x", "values", "bias"])
+def test_gradcheck(trained, weight24):
+    # The function is linear, so a step of 1 on integers gives its slope exactly, in fp32 too.
+    s, x, bias = ops.compress24(weight24(5, 13, integers=True)), integers(3, 13), integers(5)
+    sparse = SparseLinear(s, bias.clone())
+
+    def function(t):
+        given = {"x": x, "values": s.values, "bias": bias} | {trained: t}
+        return torch.func.functional_call(sparse, {"values": given["values"], "bias": given["bias"]}, (given["x"],))
+
+    t = {"x": x, "values": s.values, "bias": bias}[trained].clone().requires_grad_()
+    assert torch.autograd.gradcheck(function, t, eps=1.0, atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("optimiser", [torch.optim.SGD, torch.optim.AdamW], ids=["SGD", "AdamW"])
+def test_training_goes_as_under_a_mask_and_never_loses_it(optimiser, dense24):
+    torch.manual_seed(0)
+    layer, x, target = dense24(24, 8), normal(64, 24), normal(64, 8, seed=2)
+    sparse, places = SparseLinear.from_linear(layer), kept(layer)
+    meta = sparse.meta.clone()
+    dense_steps, sparse_steps = optimiser(layer.parameters(), lr=0.05), optimiser(sparse.parameters(), lr=0.05)
+    losses = []
+    for _ in range(20):
+        for module, steps in ((layer, dense_steps), (sparse, sparse_steps)):
+            loss = F.mse_loss(module(x), target)
+            steps.zero_grad()
+            loss.backward()
+            steps.step()
+        with torch.no_grad():
+            layer.weight *= places  # what a mask has to be told after each step
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert torch.allclose(sparse.to_linear().weight, layer.weight, rtol=1e-4, atol=1e-6) and torch.equal(sparse.meta, meta)
+    assert torch.equal(sparse.to_linear().weight != 0, (layer.weight != 0))
+    for name, state in sparse_steps.state.items():
+        if name is sparse.values:
+            assert all(t.numel() <= layer.weight.numel() / 2 for t in state.values() if isinstance(t, torch.Tensor))
+
+
+def test_what_is_frozen_gets_no_gradient(dense24):
+    layer = dense24(16, 6)
+    layer.weight.requires_grad_(False)
+    sparse = SparseLinear.from_linear(layer)
+    assert not sparse.values.requires_grad and sparse.bias.requires_grad and not sparse.to_linear().weight.requires_grad
     sparse(normal(5, 16)).sum().backward()
-    assert torch.equal(sparse.bias.grad, torch.full((6,), 5.0))
+    assert torch.equal(sparse.bias.grad, torch.full((6,), 5.0)) and sparse.values.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+def test_storage_that_cannot_be_trained(dtype, weight24):
+    sparse = SparseLinear(ops.compress24(weight24(6, 16, dtype, integers=True)))
+    assert not sparse.values.requires_grad
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(stored, dense24):
+    layer = dense24(24, 8, dtype=torch.float32, integers=True)
+    sparse, x = SparseLinear.from_linear(layer).to(stored), integers(5, 24).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        y, want = sparse(x), layer(x)
+    assert y.dtype == want.dtype == torch.bfloat16 and torch.equal(y, want)
+    y.float().sum().backward()
+    assert sparse.values.grad.dtype == stored and x.grad.dtype == torch.float32
+    assert torch.equal(x.grad, dense_weight(layer).sum(0).expand(5, 24))
+    with torch.autocast("cpu", torch.bfloat16, enabled=False):
+        assert sparse(x.to(stored)).dtype == stored
 
 
 def test_no_gradient_is_asked_for_and_none_is_kept(dense24):
@@ -228,7 +321,9 @@ def test_compiles_whole(bias, dense24):
     for x in (normal(3, 13), normal(4, 13), normal(2, 4, 13)):
         assert torch.equal(whole(x), sparse(x))
     x = normal(3, 13).requires_grad_()
-    assert torch.equal(torch.autograd.grad(whole(x).sum(), x)[0], torch.autograd.grad(sparse(x).sum(), x)[0])
+    trained = [x, *sparse.parameters()]
+    for found, want in zip(torch.autograd.grad(whole(x).sum(), trained), torch.autograd.grad(sparse(x).sum(), trained)):
+        assert torch.equal(found, want)
     torch.compiler.reset()
 
 
