@@ -1,12 +1,15 @@
 """Each op: schema, CPU, CUDA, fake, and a public function that says what it takes.
 
-The ops live in ``torch.ops.sparsekit``; torch.compile and opcheck see them. Kernels are called from here alone.
+The ops live in ``torch.ops.sparsekit``; torch.compile and opcheck see them. Kernels are called from here alone. A kernel that reads
+a user's weights or scores returns, beside its result, the first place where they are not what they must be; the reference then
+runs on the same arguments and raises, naming the place.
 """
 
 from __future__ import annotations
 
 import warnings
 from functools import cache
+from importlib import import_module
 
 import torch
 import torch.nn.functional as F
@@ -27,9 +30,69 @@ except ImportError as error:
 lib = torch.library.Library("sparsekit", "DEF")
 
 # The codes of csrc/launch.h.
-_DTYPE_CODE = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-LINEAR_DTYPES = tuple(_DTYPE_CODE)
+_DTYPE_CODE = {
+    torch.float32: 0,
+    torch.float16: 1,
+    torch.bfloat16: 2,
+    torch.float8_e4m3fn: 3,
+    torch.int8: 4,
+    torch.float64: 5,
+    torch.float8_e5m2: 6,
+}
+LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8)
 _ACTIVATION_CODE = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
+_BY_WEIGHT, _BY_SCORES, _BY_MASK = 0, 1, 2
+LARGEST_M = 32  # columns (or pairs) a group of a mask may have
+
+_NOTHING = torch.iinfo(torch.int64).max  # a kernel's status word where it found nothing wrong
+
+
+def _define(schema: str, cpu, cuda, fake) -> None:
+    name = schema[: schema.index("(")]
+    lib.define(schema)
+    lib.impl(name, cpu, "CPU")
+    lib.impl(name, cuda, "CUDA")
+    torch.library.register_fake(f"sparsekit::{name}", fake, lib=lib)
+
+
+def _threads() -> int:
+    return env.THREADS or torch.get_num_threads()
+
+
+def _clean(status: Tensor) -> bool:
+    return int(status.min()) == _NOTHING
+
+
+def _new_status(like: Tensor, words: int) -> Tensor:
+    return torch.empty(words, dtype=torch.int64, device=like.device)
+
+
+@cache
+def _launcher(name: str):
+    try:
+        return getattr(import_module(f".kernels.{name}", __package__), name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise ImportError(f"{name}: Triton must be installed to run on a GPU, found none; install triton") from error
+
+
+def _launch(name: str, first: Tensor, *others):
+    """Calls the Triton launcher of that name, on the device and the current stream of its first argument."""
+    with torch.cuda.device(first.device):
+        return _launcher(name)(first, *others)
+
+
+def _new_packed(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Unwritten values and meta for a weight (n, k)."""
+    n, kp = w.shape[0], padded_columns(w.shape[1])
+    return w.new_empty(n, kp // 2), w.new_empty(n, kp // 8, dtype=torch.uint8)
+
+
+def _matrix(t: Tensor) -> tuple[int, int, int, int, int]:
+    """Address, rows, columns and strides: how a kernel on the CPU is told of a matrix."""
+    return t.data_ptr(), *t.shape, *t.stride()
 
 
 # ---- compress24 and expand24 ----
@@ -59,36 +122,32 @@ def _check_dense(op: str, w: Tensor) -> None:
 
 def _compress24(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
-    return reference.compress24(w)
+    (values, meta), status = _new_packed(w), _new_status(w, 2)
+    _C.compress24_cpu(*_matrix(w), _DTYPE_CODE[w.dtype], values.data_ptr(), meta.data_ptr(), status.data_ptr(), _threads())
+    return (values, meta) if _clean(status) else reference.compress24(w)
 
 
 def _compress24_cuda(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
-    from .kernels.compress24 import compress24
-    from .kernels.tiles import NOTHING
-
-    values, meta, status = compress24(w)
-    if status.min() != NOTHING:
-        return reference.compress24(w)  # which raises, naming the place
-    return values, meta
+    values, meta, status = _launch("compress24", w)
+    return (values, meta) if _clean(status) else reference.compress24(w)
 
 
 def _compress24_fake(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
-    n, kp = w.shape[0], padded_columns(w.shape[1])
-    return w.new_empty(n, kp // 2), w.new_empty(n, kp // 8, dtype=torch.uint8)
+    return _new_packed(w)
 
 
 def _expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
     check_layout("expand24", values, meta, k)
-    return reference.expand24(values, meta, k)
+    values, meta, w = values.contiguous(), meta.contiguous(), values.new_empty(values.shape[0], k)
+    _C.expand24_cpu(values.data_ptr(), meta.data_ptr(), values.element_size(), *w.shape, w.data_ptr(), _threads())
+    return w
 
 
 def _expand24_cuda(values: Tensor, meta: Tensor, k: int) -> Tensor:
     check_layout("expand24", values, meta, k)
-    from .kernels.expand24 import expand24
-
-    return expand24(values.contiguous(), meta.contiguous(), k)
+    return _launch("expand24", values.contiguous(), meta.contiguous(), k)
 
 
 def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
@@ -96,15 +155,215 @@ def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
     return values.new_empty(values.shape[0], k)
 
 
-lib.define("compress24(Tensor w) -> (Tensor, Tensor)")
-lib.impl("compress24", _compress24, "CPU")
-lib.impl("compress24", _compress24_cuda, "CUDA")
-torch.library.register_fake("sparsekit::compress24", _compress24_fake, lib=lib)
+_define("compress24(Tensor w) -> (Tensor, Tensor)", _compress24, _compress24_cuda, _compress24_fake)
+_define("expand24(Tensor values, Tensor meta, SymInt k) -> Tensor", _expand24, _expand24_cuda, _expand24_fake)
 
-lib.define("expand24(Tensor values, Tensor meta, SymInt k) -> Tensor")
-lib.impl("expand24", _expand24, "CPU")
-lib.impl("expand24", _expand24_cuda, "CUDA")
-torch.library.register_fake("sparsekit::expand24", _expand24_fake, lib=lib)
+
+# ---- prune_compress24 and prune24 ----
+
+
+def prune_compress24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None) -> Sparse24:
+    """Prunes to 2:4 and stores the result, in one pass over the weight.
+
+    w (n, k), any strides, fp32, fp16, bf16, fp8 e4m3 or int8; any n and k. Of every four columns two are kept: those with the
+    largest |w|, or with the highest ``scores`` (n, k; any of these dtypes, fp64 or fp8 e5m2), or those that ``mask`` (n, k; bool,
+    uint8 or int8; non-zero keeps) names, at most two, kept even where the weight is zero. A tie goes to the lower column. At most
+    one of scores and mask, of any strides. Bit for bit compress24 of prune24, unless a mask keeps a zero.
+    Raises TypeError for another dtype, ValueError for another shape or device, for NaN in w or scores and for a group of which the
+    mask keeps more than two, naming the first. Source: Mishra et al. 2021, arXiv:2104.08378."""
+    values, meta = torch.ops.sparsekit.prune_compress24.default(w, scores, mask)
+    return Sparse24(values, meta, (w.shape[0], w.shape[1]))
+
+
+def prune24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+    """The weight (n, k) with two of every four columns kept and zeros elsewhere: expand24 of prune_compress24, in one pass.
+
+    Takes what prune_compress24 takes, refuses what it refuses, and returns a contiguous tensor in w's dtype. -0.0 becomes 0.0."""
+    return torch.ops.sparsekit.prune24.default(w, scores, mask)
+
+
+def _check_scores(op: str, scores: Tensor) -> None:
+    if scores.dtype not in _DTYPE_CODE:
+        raise TypeError(f"{op}: scores must be one of {listed(_DTYPE_CODE)}, got {scores.dtype}")
+
+
+def _check_prune(op: str, w: Tensor, scores: Tensor | None, mask: Tensor | None) -> None:
+    _check_dense(op, w)
+    if scores is not None and mask is not None:
+        raise ValueError(f"{op}: at most one of scores and mask must be given, got both")
+    if scores is not None:
+        _check_scores(op, scores)
+    if mask is not None and mask.dtype not in _MASK_DTYPES:
+        raise TypeError(f"{op}: mask must be one of {listed(_MASK_DTYPES)}, got {mask.dtype}")
+    for name, t in (("scores", scores), ("mask", mask)):
+        if t is not None and (t.shape != w.shape or t.device != w.device):
+            raise ValueError(f"{op}: {name} must be {tuple(w.shape)} on {w.device} as w is, got {tuple(t.shape)} on {t.device}")
+
+
+def _rank(scores: Tensor | None, mask: Tensor | None) -> tuple[int, int, int, int, int]:
+    """What decides, as prune_compress24_cpu takes it: address, kind, dtype, strides."""
+    rank, kind = (scores, _BY_SCORES) if mask is None else (mask, _BY_MASK)
+    if rank is None:
+        return 0, _BY_WEIGHT, 0, 0, 0
+    return rank.data_ptr(), kind, _DTYPE_CODE.get(rank.dtype, 0), *rank.stride()
+
+
+def _prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_prune("prune_compress24", w, scores, mask)
+    (values, meta), status = _new_packed(w), _new_status(w, 2)
+    _C.prune_compress24_cpu(
+        *_matrix(w), _DTYPE_CODE[w.dtype], *_rank(scores, mask), values.data_ptr(), meta.data_ptr(), status.data_ptr(), _threads()
+    )
+    return (values, meta) if _clean(status) else reference.prune_compress24(w, scores, mask)
+
+
+def _prune_compress24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_prune("prune_compress24", w, scores, mask)
+    values, meta, status = _launch("prune_compress24", w, scores, mask)
+    return (values, meta) if _clean(status) else reference.prune_compress24(w, scores, mask)
+
+
+def _prune_compress24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    _check_prune("prune_compress24", w, scores, mask)
+    return _new_packed(w)
+
+
+def _prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
+    out, status = _prune24_fake(w, scores, mask), _new_status(w, 2)
+    _C.prune24_cpu(*_matrix(w), _DTYPE_CODE[w.dtype], *_rank(scores, mask), out.data_ptr(), status.data_ptr(), _threads())
+    return out if _clean(status) else reference.prune24(w, scores, mask)
+
+
+def _prune24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
+    _check_prune("prune24", w, scores, mask)
+    out, status = _launch("prune24", w, scores, mask)
+    return out if _clean(status) else reference.prune24(w, scores, mask)
+
+
+def _prune24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
+    _check_prune("prune24", w, scores, mask)
+    return w.new_empty(w.shape)
+
+
+_define(
+    "prune_compress24(Tensor w, Tensor? scores, Tensor? mask) -> (Tensor, Tensor)",
+    _prune_compress24,
+    _prune_compress24_cuda,
+    _prune_compress24_fake,
+)
+_define("prune24(Tensor w, Tensor? scores, Tensor? mask) -> Tensor", _prune24, _prune24_cuda, _prune24_fake)
+
+
+# ---- validate24 ----
+
+
+def validate24(s: Sparse24) -> None:
+    """Returns where a Sparse24 is what sparsekit/format.py says, in one pass over its metadata.
+
+    Raises TypeError for another dtype; ValueError for other sizes, a nibble that is none of 4, 8, 9, C, D and E, or a value other
+    than zero past the last column, naming the first: what Sparse24.validate raises. ``torch.ops.sparsekit.validate24`` gives, with
+    no wait for the device, the flat places (2,) int64 of the first bad nibble and the first such value; the largest int64 where
+    there is none."""
+    if s.values.shape[:1] != s.shape[:1] or not _clean(torch.ops.sparsekit.validate24.default(s.values, s.meta, s.shape[1])):
+        s.validate()
+
+
+def _validate24(values: Tensor, meta: Tensor, k: int) -> Tensor:
+    check_layout("validate24", values, meta, k)
+    values, meta, status = values.contiguous(), meta.contiguous(), _new_status(values, 2)
+    _C.validate24_cpu(
+        values.data_ptr(), meta.data_ptr(), _DTYPE_CODE[values.dtype], values.shape[0], k, status.data_ptr(), _threads()
+    )
+    return status
+
+
+def _validate24_cuda(values: Tensor, meta: Tensor, k: int) -> Tensor:
+    check_layout("validate24", values, meta, k)
+    return _launch("validate24", values.contiguous(), meta.contiguous(), k)
+
+
+def _validate24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
+    check_layout("validate24", values, meta, k)
+    return _new_status(values, 2)
+
+
+_define("validate24(Tensor values, Tensor meta, SymInt k) -> Tensor", _validate24, _validate24_cuda, _validate24_fake)
+
+
+# ---- masks ----
+
+
+def mask_nm(scores: Tensor, n: int, m: int, pairs: bool = False) -> Tensor:
+    """The mask (rows, k) bool of an N:M pattern: of every m neighbours of a row the n with the highest scores are kept, exactly.
+
+    scores (rows, k), any strides, fp64, fp32, fp16, bf16, fp8 e4m3, fp8 e5m2 or int8; 0 <= n <= m <= 32. A tie goes to the lower
+    column. A last group of t < m keeps min(n, t). ``pairs``: the neighbours are pairs of columns, kept or dropped whole; the score
+    of a pair is the sum of its two, in fp32 (fp64 for fp64), a column past k adding nothing.
+    Raises TypeError for another dtype, ValueError for another rank, n or m, and for NaN, naming the first."""
+    return torch.ops.sparsekit.mask_nm.default(scores, n, m, pairs)
+
+
+def mask_rows(scores: Tensor, kept: int) -> Tensor:
+    """The mask (rows, k) bool that keeps exactly ``kept`` columns of each row: those with the highest scores.
+
+    scores (rows, k) as for mask_nm; 0 <= kept <= k. A tie goes to the lower column.
+    Raises TypeError for another dtype, ValueError for another rank or count, and for NaN, naming the first."""
+    return torch.ops.sparsekit.mask_rows.default(scores, kept)
+
+
+def _check_mask_nm(scores: Tensor, n: int, m: int) -> None:
+    _check_scores("mask_nm", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"mask_nm: scores must be (rows, columns), got shape {tuple(scores.shape)}")
+    if not 0 <= n <= m or not 1 <= m <= LARGEST_M:
+        raise ValueError(f"mask_nm: n of m must be kept with 0 <= n <= m and 1 <= m <= {LARGEST_M}, got n = {n}, m = {m}")
+
+
+def _mask_nm(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
+    mask, status = _mask_nm_fake(scores, n, m, pairs), _new_status(scores, 1)
+    code = _DTYPE_CODE[scores.dtype]
+    _C.mask_nm_cpu(*_matrix(scores), code, n, m, pairs, mask.data_ptr(), status.data_ptr(), _threads())
+    return mask if _clean(status) else reference.mask_nm(scores, n, m, pairs)
+
+
+def _mask_nm_cuda(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
+    _check_mask_nm(scores, n, m)
+    mask, status = _launch("mask_nm", scores, n, m, pairs)
+    return mask if _clean(status) else reference.mask_nm(scores, n, m, pairs)
+
+
+def _mask_nm_fake(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
+    _check_mask_nm(scores, n, m)
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+def _check_mask_rows(scores: Tensor, kept: int) -> None:
+    _check_scores("mask_rows", scores)
+    if scores.dim() != 2:
+        raise ValueError(f"mask_rows: scores must be (rows, columns), got shape {tuple(scores.shape)}")
+    if not 0 <= kept <= scores.shape[1]:
+        raise ValueError(f"mask_rows: kept must be from 0 to the {scores.shape[1]} columns of scores, got {kept}")
+
+
+def _mask_rows(scores: Tensor, kept: int) -> Tensor:
+    mask, status = _mask_rows_fake(scores, kept), _new_status(scores, 1)
+    _C.mask_rows_cpu(*_matrix(scores), _DTYPE_CODE[scores.dtype], kept, mask.data_ptr(), status.data_ptr(), _threads())
+    return mask if _clean(status) else reference.mask_rows(scores, kept)
+
+
+def _mask_rows_cuda(scores: Tensor, kept: int) -> Tensor:
+    _check_mask_rows(scores, kept)
+    mask, status = _launch("mask_rows", scores, kept)
+    return mask if _clean(status) else reference.mask_rows(scores, kept)
+
+
+def _mask_rows_fake(scores: Tensor, kept: int) -> Tensor:
+    _check_mask_rows(scores, kept)
+    return scores.new_empty(scores.shape, dtype=torch.bool)
+
+
+_define("mask_nm(Tensor scores, int n, int m, bool pairs) -> Tensor", _mask_nm, _mask_nm_cuda, _mask_nm_fake)
+_define("mask_rows(Tensor scores, SymInt kept) -> Tensor", _mask_rows, _mask_rows_cuda, _mask_rows_fake)
 
 
 # ---- linear24 ----
@@ -122,8 +381,8 @@ def linear24(x: Tensor, s: Sparse24, bias: Tensor | None = None, activation: str
 
 def _check_linear24(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> None:
     check_layout("linear24", values, meta, k)
-    if x.dtype not in _DTYPE_CODE or values.dtype not in _DTYPE_CODE:
-        raise TypeError(f"linear24: x and values must be one of {listed(_DTYPE_CODE)}, got {x.dtype} and {values.dtype}")
+    if x.dtype not in LINEAR_DTYPES or values.dtype not in LINEAR_DTYPES:
+        raise TypeError(f"linear24: x and values must be one of {listed(LINEAR_DTYPES)}, got {x.dtype} and {values.dtype}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"linear24: the last dimension of x must be k = {k}, got x {tuple(x.shape)}")
     if x.device != values.device:
@@ -162,7 +421,7 @@ def _linear24_cpu(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor 
         _DTYPE_CODE[x.dtype],
         _DTYPE_CODE[values.dtype],
         _ACTIVATION_CODE[activation],
-        env.THREADS or torch.get_num_threads(),
+        _threads(),
     )
     return y
 
@@ -204,10 +463,12 @@ def _linear24_fake(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor
 
 
 # No defaults: the dispatcher would not pass on an argument that equals its default.
-lib.define("linear24(Tensor x, Tensor values, Tensor meta, SymInt k, Tensor? bias, str? activation) -> Tensor")
-lib.impl("linear24", _linear24_cpu, "CPU")
-lib.impl("linear24", _linear24_cuda, "CUDA")
-torch.library.register_fake("sparsekit::linear24", _linear24_fake, lib=lib)
+_define(
+    "linear24(Tensor x, Tensor values, Tensor meta, SymInt k, Tensor? bias, str? activation) -> Tensor",
+    _linear24_cpu,
+    _linear24_cuda,
+    _linear24_fake,
+)
 
 
 # ---- the device ----
