@@ -17,7 +17,8 @@ non-zeros and then its lowest free columns, so ``compress24(expand24(s)) == s`` 
 0.0. Read as little-endian words, a row of meta is the order in which ``mma.sp`` takes it (PTX ISA, "sparse matrix storage").
 
 Converters come in pairs, ``to_x(s)`` and ``from_x(...)``, and run on the device of their input. They move bits: values and nibbles
-survive a round trip exactly, under-full groups included, unless the docstring says otherwise. Pictures: docs/format.md.
+survive a round trip exactly, under-full groups included, unless the docstring says otherwise; results may share memory with what
+they are made of. Pictures: docs/format.md.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ VALID_NIBBLES = (0x4, 0x8, 0x9, 0xC, 0xD, 0xE)
 
 # The dtypes of which a weight can be stored 2:4.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
+
+Size = Tensor | tuple[int, int] | list[int]  # a shape (rows, columns) as other tools' files hold it
 
 
 def padded_columns(k: int) -> int:
@@ -63,8 +66,8 @@ class Sparse24(NamedTuple):
 
     def validate(self) -> None:
         """Raises ValueError, naming the first bad place, where the layout above does not hold."""
-        k = _checked("Sparse24", self)[1]
-        nibbles = torch.stack((self.meta & 0xF, self.meta >> 4), dim=-1).flatten(1)  # [n, kp/4]
+        k = _check_sparse("Sparse24", self)[1]
+        nibbles = _nibbles(self.meta)
         bad = ~torch.isin(nibbles, torch.tensor(VALID_NIBBLES, dtype=torch.uint8, device=nibbles.device))
         if bad.any():
             row, group = bad.nonzero()[0].tolist()
@@ -72,9 +75,8 @@ class Sparse24(NamedTuple):
                 f"Sparse24: a nibble of meta must be one of 4, 8, 9, C, D, E, got {int(nibbles[row, group]):X} in row {row}, "
                 f"group {group}; the metadata is not in canonical order"
             )
-        columns = torch.stack((nibbles & 3, nibbles >> 2), dim=-1).flatten(1) + 4 * (
-            torch.arange(self.values.shape[1], device=nibbles.device) // 2
-        )
+        first = 4 * torch.arange(nibbles.shape[1], device=nibbles.device)[:, None]
+        columns = (torch.stack((nibbles & 3, nibbles >> 2), dim=-1) + first).flatten(1)
         past = (columns >= k) & (widened(self.values) != 0)
         if past.any():
             row, place = past.nonzero()[0].tolist()
@@ -85,10 +87,8 @@ class Sparse24(NamedTuple):
 
 def check_layout(op: str, values: Tensor, meta: Tensor, k: int) -> None:
     """Raises where dtypes or sizes are not those of an (n, k) weight stored 2:4. Reads no data."""
-    if values.dtype not in DTYPES:
-        raise TypeError(f"{op}: values must be one of {', '.join(str(d) for d in DTYPES)}, got {values.dtype}")
-    if meta.dtype != torch.uint8:
-        raise TypeError(f"{op}: meta must be torch.uint8, got {meta.dtype}")
+    _check_dtype(op, "values", values, DTYPES)
+    _check_dtype(op, "meta", meta, (torch.uint8,))
     if k < 0:
         raise ValueError(f"{op}: k must not be negative, got {k}")
     kp = padded_columns(k)
@@ -97,8 +97,35 @@ def check_layout(op: str, values: Tensor, meta: Tensor, k: int) -> None:
             f"{op}: for k = {k} values must be (n, {kp // 2}) and meta (n, {kp // 8}), "
             f"got {tuple(values.shape)} and {tuple(meta.shape)}"
         )
-    if values.device != meta.device:
-        raise ValueError(f"{op}: values and meta must be on one device, got {values.device} and {meta.device}")
+    _check_device(op, "values and meta", values, meta)
+
+
+def _check_sparse(op: str, s: Sparse24, dtypes: tuple[torch.dtype, ...] = DTYPES, why: str = "") -> tuple[int, int]:
+    """The shape (n, k) of s. Raises where its tensors have not the sizes that belong to it, or another dtype."""
+    n, k = s.shape
+    check_layout(op, s.values, s.meta, k)
+    if s.values.shape[0] != n:
+        raise ValueError(f"{op}: values must have the {n} rows of shape, got {s.values.shape[0]}")
+    _check_dtype(op, "values", s.values, dtypes, why)
+    return n, k
+
+
+def _check_dtype(op: str, name: str, t: Tensor, dtypes: tuple[torch.dtype, ...], why: str = "") -> None:
+    if t.dtype not in dtypes:
+        one_of = "one of " if len(dtypes) > 1 else ""
+        raise TypeError(f"{op}: {name} must be {one_of}{', '.join(str(d) for d in dtypes)}, got {t.dtype}{why}")
+
+
+def _check_sizes(op: str, shape: tuple[int, int], wanted: dict[str, tuple[int, ...]], *tensors: Tensor) -> None:
+    """Raises where tensors, in the order of their names in `wanted`, have not those sizes."""
+    if [tuple(t.shape) for t in tensors] != [*wanted.values()]:
+        sizes = " and ".join(f"{name} {size}" for name, size in wanted.items())
+        raise ValueError(f"{op}: shape {tuple(shape)} needs {sizes}, got {' and '.join(str(tuple(t.shape)) for t in tensors)}")
+
+
+def _check_device(op: str, names: str, a: Tensor, b: Tensor) -> None:
+    if a.device != b.device:
+        raise ValueError(f"{op}: {names} must be on one device, got {a.device} and {b.device}")
 
 
 def widened(t: Tensor) -> Tensor:
@@ -106,17 +133,6 @@ def widened(t: Tensor) -> Tensor:
     if t.dtype == torch.float8_e4m3fn:
         return t.float()
     return t.short() if t.dtype == torch.int8 else t
-
-
-def _checked(op: str, s: Sparse24, dtypes: tuple[torch.dtype, ...] = DTYPES, why: str = "") -> tuple[int, int]:
-    """The shape (n, k) of s, whose tensors must have the sizes that belong to it, and one of dtypes."""
-    n, k = s.shape
-    check_layout(op, s.values, s.meta, k)
-    if s.values.shape[0] != n:
-        raise ValueError(f"{op}: values must have the {n} rows of shape, got {s.values.shape[0]}")
-    if s.values.dtype not in dtypes:
-        raise TypeError(f"{op}: values must be one of {', '.join(str(d) for d in dtypes)}, got {s.values.dtype}{why}")
-    return n, k
 
 
 def _round_up(size: int, multiple: int) -> int:
@@ -132,9 +148,38 @@ def _padded(t: Tensor, rows: int, columns: int, fill: int = 0) -> Tensor:
     return out
 
 
-# ---- fragment order: what the tensor-core kernels read ----
+def _raw(t: Tensor) -> Tensor:
+    """The tensor in a dtype that can be indexed by a mask: bytes for fp8."""
+    return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
 
-EMPTY_NIBBLES = 0x44  # two groups that keep columns 0 and 1: the metadata of padding
+
+def _nibbles(meta: Tensor) -> Tensor:
+    """The half-bytes (n, kp/4) of bytes (n, kp/8), low ones first."""
+    return torch.stack((meta & 0xF, meta >> 4), dim=-1).flatten(1)
+
+
+def _bytes(nibbles: Tensor) -> Tensor:
+    """The bytes (n, kp/8) of half-bytes (n, kp/4)."""
+    return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
+
+
+class _Order(NamedTuple):
+    """A layout that permutes: a matrix cut into the axes `split`, which lie in memory in the sequence `axes`."""
+
+    split: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def apply(self, t: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The matrix t in this order, contiguous, as a tensor of `shape`."""
+        return t.reshape(self.split).permute(self.axes).reshape(shape).contiguous()
+
+    def undo(self, t: Tensor, rows: int, columns: int) -> Tensor:
+        """The matrix (rows, columns) whose elements t holds in this order."""
+        back = sorted(range(len(self.axes)), key=self.axes.__getitem__)
+        return t.reshape([self.split[axis] for axis in self.axes]).permute(back).reshape(rows, columns)
+
+
+# ---- fragment order: what the tensor-core kernels read ----
 
 
 class Fragments24(NamedTuple):
@@ -170,70 +215,302 @@ class Fragments24(NamedTuple):
 
 
 FRAGMENT_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)
-_NO_FP32 = "; tensor cores take fp32 as tf32, where the pattern is 1:2"
+_FP32_IS_1_2 = "; tensor cores take fp32 as tf32, and there the pattern is 1:2"
 
 
 def to_fragments(s: Sparse24) -> Fragments24:
     """Fragment order of a weight (n, k) stored 2:4, any n and k; fp16, bf16, fp8 e4m3 or int8. Layout: Fragments24.
     Raises TypeError for fp32 and where the dtypes of s are wrong, ValueError where its sizes are."""
-    n, k = _checked("to_fragments", s, FRAGMENT_DTYPES, _NO_FP32)
-    tiles, blocks, quads = _tiling(n, k)
-    steps, width = _fragment(s.values.dtype)
-    values = _padded(s.values, 16 * tiles, 32 * blocks).reshape(tiles, 2, 8, blocks, steps, 2, 4, width)
-    values = values.permute(0, 3, 4, 2, 6, 5, 1, 7)  # [tile, block, step, lane / 4, lane % 4, column half, row half, element]
-    meta = _padded(s.meta, 16 * tiles, 32 * quads, EMPTY_NIBBLES)
-    if steps == 2:  # 16 columns of row lane / 4 in the low half-word, the same of the row 8 below in the high one
-        meta = meta.reshape(tiles, 2, 8, quads, 4, 4, 2).permute(0, 3, 2, 5, 4, 1, 6)
-    else:  # 32 columns of one row: lane % 4 is the row half and twice the column half
-        meta = meta.reshape(tiles, 2, 8, quads, 4, 2, 4).permute(0, 3, 2, 5, 1, 4, 6)
-    meta = meta.reshape(tiles, quads, 32, 16).view(torch.int32)
-    return Fragments24(values.reshape(tiles, blocks, steps, 32, 4 * width), meta, (n, k))
+    n, k = _check_sparse("to_fragments", s, FRAGMENT_DTYPES, _FP32_IS_1_2)
+    values_order, values_shape, meta_order, meta_shape = _fragment_layout(n, k, s.values.dtype)
+    tiles, quads = meta_shape[:2]
+    values = values_order.apply(_padded(s.values, 16 * tiles, 32 * values_shape[1]), values_shape)
+    meta = meta_order.apply(_padded(s.meta, 16 * tiles, 32 * quads, 0x44), (tiles, quads, 32, 16)).view(torch.int32)
+    return Fragments24(values, meta, (n, k))
 
 
 def from_fragments(f: Fragments24) -> Sparse24:
-    """The Sparse24 that to_fragments made f from; what the padding holds is not looked at.
+    """The Sparse24 that to_fragments made f from. What the padding holds is not looked at.
     Raises TypeError or ValueError where dtypes or sizes are not those of f.shape."""
     check_fragments("from_fragments", f)
-    n, k = f.shape
-    tiles, blocks, quads = _tiling(n, k)
-    steps, width = _fragment(f.values.dtype)
-    kp = padded_columns(k)
-    values = f.values.reshape(tiles, blocks, steps, 8, 4, 2, 2, width).permute(0, 6, 3, 1, 2, 5, 4, 7)
-    meta = f.meta.contiguous().view(torch.uint8)
-    if steps == 2:
-        meta = meta.view(tiles, quads, 8, 4, 4, 2, 2).permute(0, 5, 2, 1, 4, 3, 6)
-    else:
-        meta = meta.view(tiles, quads, 8, 2, 2, 4, 4).permute(0, 4, 2, 1, 5, 3, 6)
-    values, meta = values.reshape(16 * tiles, 32 * blocks), meta.reshape(16 * tiles, 32 * quads)
+    (n, k), kp = f.shape, padded_columns(f.shape[1])
+    values_order, values_shape, meta_order, meta_shape = _fragment_layout(n, k, f.values.dtype)
+    tiles, quads = meta_shape[:2]
+    values = values_order.undo(f.values, 16 * tiles, 32 * values_shape[1])
+    meta = meta_order.undo(f.meta.contiguous().view(torch.uint8), 16 * tiles, 32 * quads)
     return Sparse24(values[:n, : kp // 2].contiguous(), meta[:n, : kp // 8].contiguous(), (n, k))
 
 
 def check_fragments(op: str, f: Fragments24) -> None:
     """Raises where dtypes or sizes are not those of f.shape in fragment order. Reads no data."""
-    if f.values.dtype not in FRAGMENT_DTYPES:
-        raise TypeError(f"{op}: values must be one of {', '.join(str(d) for d in FRAGMENT_DTYPES)}, got {f.values.dtype}")
-    if f.meta.dtype != torch.int32:
-        raise TypeError(f"{op}: meta must be torch.int32, got {f.meta.dtype}")
-    n, k = f.shape
-    if n < 0 or k < 0:
-        raise ValueError(f"{op}: shape must not be negative, got {(n, k)}")
-    tiles, blocks, quads = _tiling(n, k)
-    steps, width = _fragment(f.values.dtype)
-    values, meta = (tiles, blocks, steps, 32, 4 * width), (tiles, quads, 32, 4)
-    if f.values.shape != values or f.meta.shape != meta:
+    _check_dtype(op, "values", f.values, FRAGMENT_DTYPES)
+    _check_dtype(op, "meta", f.meta, (torch.int32,))
+    if min(f.shape) < 0:
+        raise ValueError(f"{op}: shape must not be negative, got {tuple(f.shape)}")
+    _, values, _, meta = _fragment_layout(*f.shape, f.values.dtype)
+    _check_sizes(op, f.shape, {"values": values, "meta": meta}, f.values, f.meta)
+    _check_device(op, "values and meta", f.values, f.meta)
+
+
+def _fragment_layout(n: int, k: int, dtype: torch.dtype) -> tuple[_Order, tuple[int, ...], _Order, tuple[int, ...]]:
+    """Order and shape of the values, order of the bytes and shape of the words of the metadata."""
+    tiles, blocks, quads = _round_up(n, 16) // 16, _round_up(k, 64) // 64, _round_up(k, 256) // 256
+    steps, width = dtype.itemsize, 4 // dtype.itemsize  # of mma.sp in 64 columns; elements of a register
+    # Rows are [tile][half][lane / 4], kept columns [block][step][half][lane % 4][element]; a0..a3 are [column half][row half].
+    values = _Order((tiles, 2, 8, blocks, steps, 2, 4, width), (0, 3, 4, 2, 6, 5, 1, 7))
+    if steps == 2:
+        # Bytes of a row are [k256][k64][lane % 4][2]. A word is 16 columns of row lane / 4, then the same of the row 8 below.
+        meta = _Order((tiles, 2, 8, quads, 4, 4, 2), (0, 3, 2, 5, 4, 1, 6))
+    else:
+        # Bytes of a row are [k256][k64][column half][4]. A word is 32 columns of one row; lane % 4 is [column half][row half].
+        meta = _Order((tiles, 2, 8, quads, 4, 2, 4), (0, 3, 2, 5, 1, 4, 6))
+    return values, (tiles, blocks, steps, 32, 4 * width), meta, (tiles, quads, 32, 4)
+
+
+# ---- PyTorch's CUTLASS layout: torch.sparse.SparseSemiStructuredTensorCUTLASS ----
+
+# By dtype of the weight: dtype of the metadata, and the multiples of rows and columns that its order needs.
+_TORCH_CUTLASS = {torch.float16: (torch.int16, 32, 32), torch.bfloat16: (torch.int16, 32, 32), torch.int8: (torch.int32, 16, 64)}
+
+
+def to_torch_cutlass(s: Sparse24) -> tuple[Tensor, Tensor]:
+    """values (n, k/2) and meta as torch.sparse.SparseSemiStructuredTensorCUTLASS holds them: for fp16 and bf16, n and k multiples
+    of 32, (n, k/16) int16; for int8, n a multiple of 16 and k of 64, (n, k/32) int32. The class itself wants twice these columns.
+
+    What ``sparse_semi_structured_from_dense_cutlass`` makes of expand24(s), bit for bit, where every group holds two non-zeros. In
+    other groups torch keeps other zeros than we do: docs/format.md.
+    Raises TypeError for fp32, which torch stores 1:2, and fp8, which its backend does not take; ValueError for other multiples."""
+    n, k = _check_sparse(
+        "to_torch_cutlass", s, tuple(_TORCH_CUTLASS), "; torch's CUTLASS backend stores fp32 as 1:2 and takes no fp8"
+    )
+    order, word = _torch_cutlass_order("to_torch_cutlass", n, k, s.values.dtype)
+    meta = order.apply(s.meta, (n * k // 8,)).view(word)
+    return s.values.contiguous(), meta.view(n, k // (8 * word.itemsize))
+
+
+def from_torch_cutlass(values: Tensor, meta: Tensor) -> Sparse24:
+    """The Sparse24 of values (n, k/2) and meta as to_torch_cutlass gives them, or torch itself: then groups with fewer than two
+    non-zeros keep torch's choice of zeros, valid but not canonical; ``compress24(expand24(s))`` makes them so.
+    Raises TypeError for other dtypes, ValueError for other sizes."""
+    op = "from_torch_cutlass"
+    _check_dtype(op, "values", values, tuple(_TORCH_CUTLASS))
+    _check_dtype(op, f"meta of {values.dtype}", meta, (_TORCH_CUTLASS[values.dtype][0],))
+    if values.dim() != 2:
+        raise ValueError(f"{op}: values must be (n, k/2), got shape {tuple(values.shape)}")
+    n, k = values.shape[0], 2 * values.shape[1]
+    _check_sizes(op, (n, k), {"meta": (n, k // (8 * meta.dtype.itemsize))}, meta)
+    _check_device(op, "values and meta", values, meta)
+    order, _ = _torch_cutlass_order(op, n, k, values.dtype)
+    return Sparse24(values.contiguous(), order.undo(meta.contiguous().view(torch.uint8), n, k // 8), (n, k))
+
+
+def _torch_cutlass_order(op: str, n: int, k: int, dtype: torch.dtype) -> tuple[_Order, torch.dtype]:
+    """The order of the bytes of metadata, and the dtype of its words. Source: CUTLASS, host_reorder.h, ColumnMajorInterleaved<2>."""
+    word, rows, columns = _TORCH_CUTLASS[dtype]
+    if n % rows or k % columns:
         raise ValueError(
-            f"{op}: for shape {(n, k)} in {f.values.dtype} values must be {values} and meta {meta}, "
-            f"got {tuple(f.values.shape)} and {tuple(f.meta.shape)}"
+            f"{op}: torch's CUTLASS layout of {dtype} needs multiples of {rows} rows and {columns} columns, got {(n, k)}"
         )
-    if f.values.device != f.meta.device:
-        raise ValueError(f"{op}: values and meta must be on one device, got {f.values.device} and {f.meta.device}")
+    # Rows are [tile][rows / 16][half][8], words [pair][2]: words of a pair stand apart, those of the halves of 16 rows together.
+    return _Order((n // rows, rows // 16, 2, 8, k // columns, 2, word.itemsize), (4, 0, 3, 1, 5, 2, 6)), word
 
 
-def _tiling(n: int, k: int) -> tuple[int, int, int]:
-    """Row tiles of 16, blocks of 64 columns, and blocks of 256 columns."""
-    return _round_up(n, 16) // 16, _round_up(k, 64) // 64, _round_up(k, 256) // 256
+# ---- the layout of CUTLASS for sm_90 ----
 
 
-def _fragment(dtype: torch.dtype) -> tuple[int, int]:
-    """Steps of mma.sp in 64 columns, and elements of a 32-bit register."""
-    return dtype.itemsize, 4 // dtype.itemsize
+def to_cutlass_sm90(s: Sparse24, tile_k: int = 128) -> tuple[Tensor, Tensor]:
+    """values and metadata (E) as CUTLASS reads them for Hopper, A row-major: values (n, ka/2), ka = k rounded up to 16 columns of
+    16 bits or 32 of 8; metadata (nt, kt/8) uint8, nt = n rounded up to 64, kt = k rounded up to tile_k; filled up with zeros.
+    tile_k is the K of the kernel's tile, or 128 where that is larger: metadata of one does not fit the other.
+
+    Byte for byte what CUTLASS's compressor writes where every group holds two non-zeros and k is a multiple of 8. Beside one
+    non-zero it keeps other zeros than we do, and an empty group gets a nibble 0: docs/format.md. Its kernels want k in multiples of
+    16, of 32 for 8 bits. Source: cutlass/gemm/collective/builders/sm90_sparse_config.inl.
+    Raises TypeError for fp32, which CUTLASS stores 1:2; ValueError for another tile_k and for k that is no multiple of 4."""
+    n, k = _check_sparse("to_cutlass_sm90", s, FRAGMENT_DTYPES, _FP32_IS_1_2)
+    order, rows, columns, ka = _cutlass_sm90_order("to_cutlass_sm90", n, k, s.values.dtype, tile_k)
+    metadata = order.apply(_padded(s.meta, rows, columns // 8), (rows, columns // 8))
+    return _padded(s.values, n, ka // 2).contiguous(), metadata
+
+
+def from_cutlass_sm90(values: Tensor, metadata: Tensor, shape: Size, tile_k: int = 128) -> Sparse24:
+    """The Sparse24 (n, k) of what to_cutlass_sm90 gives, or CUTLASS's own compressor; for shape and tile_k see there.
+    The compressor's nibble 0, of an empty group, becomes 4; its other nibbles are kept, valid but not all canonical.
+    Raises TypeError for other dtypes, ValueError for other sizes."""
+    op = "from_cutlass_sm90"
+    _check_dtype(op, "values", values, FRAGMENT_DTYPES)
+    _check_dtype(op, "metadata", metadata, (torch.uint8,))
+    n, k = _size(op, shape)
+    order, rows, columns, ka = _cutlass_sm90_order(op, n, k, values.dtype, tile_k)
+    _check_sizes(op, (n, k), {"values": (n, ka // 2), "metadata": (rows, columns // 8)}, values, metadata)
+    _check_device(op, "values and metadata", values, metadata)
+    kp = padded_columns(k)
+    values = values[:, : kp // 2].contiguous()
+    nibbles = _nibbles(order.undo(metadata, rows, columns // 8)[:n, : kp // 8])
+    empty = (widened(values) == 0).view(n, kp // 4, 2).all(-1)
+    return Sparse24(values, _bytes(torch.where(empty & (nibbles == 0), 4, nibbles)), (n, k))
+
+
+def _cutlass_sm90_order(op: str, n: int, k: int, dtype: torch.dtype, tile_k: int) -> tuple[_Order, int, int, int]:
+    """The order of the bytes of metadata, the rows and columns it is padded to, and the columns that values are padded to."""
+    if tile_k not in (64, 128):
+        raise ValueError(f"{op}: tile_k must be 64 or 128, got {tile_k}")
+    if k % 4:
+        raise ValueError(f"{op}: CUTLASS needs columns in multiples of 4, got {k}")
+    tiles, blocks, steps = _round_up(n, 64) // 64, _round_up(k, tile_k) // tile_k, tile_k // 32
+    if dtype.itemsize == 2:
+        # Rows are [tile][warp][half][8], bytes [block][k32 step][half][2]: a lane finds its words of all steps side by side.
+        order = _Order((tiles, 4, 2, 8, blocks, steps, 2, 2), (4, 0, 1, 6, 3, 5, 2, 7))
+    else:
+        order = _Order((tiles, 64, blocks, tile_k // 8), (2, 0, 1, 3))
+    return order, 64 * tiles, tile_k * blocks, _round_up(k, 32 // dtype.itemsize)
+
+
+# ---- the bitmasks of compressed-tensors: formats sparse-24-bitmask and sparse-bitmask ----
+
+
+def to_bitmask24(s: Sparse24) -> tuple[Tensor, Tensor, Tensor]:
+    """``compressed`` (n, k/2), ``bitmask`` (n, ceil(k/8)) uint8 and ``shape`` (2, 1) int64 of the format sparse-24-bitmask.
+    Column j of a row is bit j % 8 of byte j // 8, set where the column is kept: two of every four, zeros among them.
+    Source: compressed_tensors, sparse_24_bitmask.py. Raises ValueError where k is no multiple of 4: it stores no such weight."""
+    n, k = _check_sparse("to_bitmask24", s)
+    _need_whole_groups("to_bitmask24", k)
+    nibbles = _nibbles(s.meta)
+    bitmask = _bytes(1 << (nibbles & 3) | 1 << (nibbles >> 2))
+    return s.values[:, : k // 2].contiguous(), _cut(bitmask, k), torch.tensor([[n], [k]])
+
+
+def from_bitmask24(values: Tensor, bitmask: Tensor, shape: Size) -> Sparse24:
+    """The Sparse24 of a weight in the format sparse-24-bitmask, its choice of zeros in groups with fewer than two non-zeros kept.
+    Raises TypeError for other dtypes; ValueError for other sizes, and for a group without exactly two bits, naming the first."""
+    op = "from_bitmask24"
+    n, k = _size(op, shape)
+    _need_whole_groups(op, k)
+    _check_dtype(op, "values", values, DTYPES)
+    _check_bitmask(op, values, bitmask, n, k)
+    _check_sizes(op, (n, k), {"values": (n, k // 2)}, values)
+    groups = _nibbles(_cut(bitmask, k))
+    _refuse(op, groups[:, : k // 4], _count(groups[:, : k // 4]) != 2, k, "have two bits set")
+    return Sparse24(_padded(values, n, padded_columns(k) // 2).contiguous(), _bytes(_nibble_of_bits(groups)), (n, k))
+
+
+def to_bitmask(s: Sparse24) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dense_to_bitmask(expand24(s)), without the dense weight."""
+    n, k = _check_sparse("to_bitmask", s)
+    nonzero = widened(s.values) != 0
+    nibbles, on = _nibbles(s.meta), nonzero.to(torch.uint8)
+    bitmask = _bytes(on[:, 0::2] << (nibbles & 3) | on[:, 1::2] << (nibbles >> 2))
+    return _raw(s.values)[nonzero].view(s.values.dtype), bitmask, _row_offsets(nonzero), torch.tensor([n, k])
+
+
+def from_bitmask(values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, shape: Size) -> Sparse24:
+    """compress24(bitmask_to_dense(...)), without the dense weight. Raises as these do."""
+    op = "from_bitmask"
+    n, k = _size(op, shape)
+    _check_dtype(op, "values", values, DTYPES)
+    _check_bitmask(op, values, bitmask, n, k)
+    _check_rows(op, values, _unpacked(bitmask, k), row_offsets)
+    groups = _nibbles(_cut(bitmask, k))
+    _refuse(op, groups, _count(groups) > 2, k, "hold at most two non-zeros", "; bitmask_to_dense takes any")
+    nibbles = _nibble_of_bits(groups)
+    nonzero = torch.stack((groups >> (nibbles & 3), groups >> (nibbles >> 2)), dim=-1).flatten(1) & 1
+    kept = torch.zeros(nonzero.shape, dtype=values.dtype, device=values.device)
+    _raw(kept)[nonzero.bool()] = _raw(values)
+    return Sparse24(kept, _bytes(nibbles), (n, k))
+
+
+def dense_to_bitmask(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``compressed`` (non-zeros,), ``bitmask`` (n, ceil(k/8)) uint8, ``row_offsets`` (n,) int64 and ``shape`` (2,) int64 of the
+    format sparse-bitmask: the non-zeros of w row by row, bits as in to_bitmask24, and how many non-zeros stand before each row.
+    w (n, k) of any pattern and dtype. Zeros are not stored: -0.0 comes back as 0.0.
+    Source: compressed_tensors, sparse_bitmask.py. Raises ValueError for another rank."""
+    if w.dim() != 2:
+        raise ValueError(f"dense_to_bitmask: w must be (out_features, in_features), got shape {tuple(w.shape)}")
+    nonzero = widened(w) != 0
+    n, k = w.shape
+    bits = _padded(nonzero.to(torch.uint8), n, padded_columns(k)).reshape(n, padded_columns(k) // 8, 8)
+    bitmask = (bits << torch.arange(8, dtype=torch.uint8, device=w.device)).sum(-1, dtype=torch.uint8)
+    return _raw(w)[nonzero].view(w.dtype), bitmask, _row_offsets(nonzero), torch.tensor([n, k])
+
+
+def bitmask_to_dense(values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, shape: Size) -> Tensor:
+    """The dense weight (n, k) of the format sparse-bitmask. row_offsets follow from the bitmask and may be None.
+    Raises TypeError for a bitmask that is no uint8, ValueError for other sizes, and where bits, offsets and values disagree."""
+    op = "bitmask_to_dense"
+    n, k = _size(op, shape)
+    _check_bitmask(op, values, bitmask, n, k)
+    mask = _unpacked(bitmask, k)
+    _check_rows(op, values, mask, row_offsets)
+    w = torch.zeros(n, k, dtype=values.dtype, device=values.device)
+    _raw(w)[mask] = _raw(values)
+    return w
+
+
+def _cut(bitmask: Tensor, k: int) -> Tensor:
+    """The bitmask with no bits past column k."""
+    if k % 8:
+        bitmask = bitmask.clone()
+        bitmask[:, -1] &= (1 << k % 8) - 1
+    return bitmask
+
+
+def _unpacked(bitmask: Tensor, k: int) -> Tensor:
+    """The bits of each row as (n, k) bool."""
+    return (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1).flatten(1)[:, :k].bool()
+
+
+def _count(groups: Tensor) -> Tensor:
+    """How many of the four low bits are set."""
+    return (groups & 1) + (groups >> 1 & 1) + (groups >> 2 & 1) + (groups >> 3 & 1)
+
+
+def _nibble_of_bits(groups: Tensor) -> Tensor:
+    """The nibbles that keep the columns whose bits are set, at most two, and then the lowest free ones."""
+    groups = torch.where(groups == 0, 1, groups)
+    groups = torch.where((groups & (groups - 1)) == 0, groups | (groups + 1), groups)  # one bit, and the lowest free one
+    first = ((groups & 1) == 0).to(torch.uint8) + ((groups & 3) == 0).to(torch.uint8)
+    second = 1 + (groups > 3).to(torch.uint8) + (groups > 7).to(torch.uint8)
+    return second << 2 | first
+
+
+def _row_offsets(nonzero: Tensor) -> Tensor:
+    counts = nonzero.sum(-1)
+    return counts.cumsum(0) - counts
+
+
+def _size(op: str, shape: Size) -> tuple[int, int]:
+    """(n, k) of a shape as another tool gives it: a tuple, a list, or a tensor of two integers."""
+    sizes = shape.flatten().tolist() if isinstance(shape, Tensor) else [*shape]
+    if len(sizes) != 2 or any(int(size) != size or size < 0 for size in sizes):
+        raise ValueError(f"{op}: shape must be (rows, columns), got {shape}")
+    return int(sizes[0]), int(sizes[1])
+
+
+def _need_whole_groups(op: str, k: int) -> None:
+    if k % 4:
+        raise ValueError(f"{op}: sparse-24-bitmask needs columns in multiples of 4, got {k}")
+
+
+def _check_bitmask(op: str, values: Tensor, bitmask: Tensor, n: int, k: int) -> None:
+    _check_dtype(op, "bitmask", bitmask, (torch.uint8,))
+    _check_sizes(op, (n, k), {"bitmask": (n, padded_columns(k) // 8)}, bitmask)
+    _check_device(op, "values and bitmask", values, bitmask)
+
+
+def _check_rows(op: str, values: Tensor, mask: Tensor, row_offsets: Tensor | None) -> None:
+    """Raises where the values, the bits and the offsets do not count alike."""
+    total = int(mask.sum())
+    if values.shape != (total,):
+        raise ValueError(f"{op}: values must be as many as the {total} bits that are set, got shape {tuple(values.shape)}")
+    if row_offsets is not None and not torch.equal(row_offsets.to(mask.device, torch.int64), _row_offsets(mask)):
+        raise ValueError(f"{op}: row_offsets must say how many bits are set before each row, got others")
+
+
+def _refuse(op: str, groups: Tensor, bad: Tensor, k: int, must: str, what_to_do: str = "") -> None:
+    """Raises ValueError where a group is bad, naming the first."""
+    if bad.any():
+        row, group = bad.nonzero()[0].tolist()
+        raise ValueError(
+            f"{op}: every group of four columns must {must}, got {int(_count(groups)[row, group])} in row {row}, "
+            f"columns {4 * group} to {min(4 * group + 4, k) - 1}{what_to_do}"
+        )
