@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from . import ops
 from .errors import SparsekitError, listed
 from .format import FORMAT_VERSION, Sparse24
 from .linear import SparseLinear, is_linear
@@ -299,7 +300,7 @@ def compressed_linears(folder: Path) -> dict[str, tuple[int, int]] | None:
 def check_stored(name: str, weight: Sparse24, folder: Path) -> None:
     """Raises SparsekitError where what the folder holds for the linear ``name`` is not in the canonical format."""
     try:
-        weight.validate()
+        ops.validate24(weight)
     except (ValueError, TypeError) as error:
         raise SparsekitError(f"{name} in {folder} is damaged: {error}") from error
 

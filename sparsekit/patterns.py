@@ -15,8 +15,10 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from . import ops
 from .errors import SparsekitError
 
+_ROWS_FOR_A_KERNEL = 128  # about the multiprocessors of a GPU
 _KNOWN = 'N:M with N kept of M, such as "2:4", "4:8" or "1:4", or the share removed, such as "50%"'
 
 
@@ -69,6 +71,8 @@ class NM(Pattern):
         return 1 - self.n / self.m
 
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
+        if self.m <= ops.LARGEST_M:
+            return ops.mask_nm(scores, self.n, self.m)
         rows, k = scores.shape
         padded = -(-k // self.m) * self.m
         groups = scores.new_full((rows, padded), -math.inf)  # a missing column loses to every real one
@@ -124,17 +128,16 @@ class Unstructured(Pattern):
 def keep_top(scores: Tensor, kept: int) -> Tensor:
     """The bool mask of the ``kept`` highest scores along the last dimension, exactly; a tie goes to the lower index.
 
-    scores (..., k), 0 <= kept <= k. Raises ValueError for NaN. No sort: a selection of the threshold, then the ties in order."""
+    scores (..., k), 0 <= kept <= k. Raises ValueError for NaN. No sort."""
+    lines = scores.reshape(scores.shape[:-1].numel(), scores.shape[-1])
+    if lines.shape[0] >= _ROWS_FOR_A_KERNEL or not scores.is_cuda:
+        return ops.mask_rows(lines, kept).view(scores.shape)
+    # A row is one program's work on a GPU, so few long ones are selected from by the library: a threshold, then the ties in order.
     if torch.isnan(scores).any():
         raise ValueError("scores must hold no NaN")
     k = scores.shape[-1]
-    if kept >= k or scores.numel() == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    if kept == 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    if k <= 64:  # short groups: one batched stable sort is faster than a selection a group
-        order = torch.sort(scores, dim=-1, descending=True, stable=True).indices[..., :kept]
-        return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, order, True)
+    if kept in (0, k) or scores.numel() == 0:
+        return torch.full_like(scores, kept > 0, dtype=torch.bool)
     threshold = scores.kthvalue(k - kept + 1, dim=-1, keepdim=True).values
     above, tied = scores > threshold, scores == threshold
     return above | (tied & (tied.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))
