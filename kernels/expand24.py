@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from .bits import as_bits
+from .pack24 import merge_groups
 from .tiles import tile_origin, tiling
 
 
@@ -36,7 +37,7 @@ def expand24_kernel(
     w1 = tl.where(at0 == 1, first, tl.where(at1 == 1, second, zero))
     w2 = tl.where(at0 == 2, first, tl.where(at1 == 2, second, zero))
     w3 = tl.where(at1 == 3, second, zero)
-    w = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), [BLOCK_ROWS, BLOCK_COLS])
+    w = merge_groups(w0, w1, w2, w3)
     col = (col0 + tl.arange(0, BLOCK_COLS))[None, :]
     tl.store(w_ptr + row * cols + col, w, mask=(row < rows) & (col < cols))
 

@@ -1,4 +1,4 @@
-"""Groups of four columns to two weights and a nibble, all in registers: the device functions that every 2:4 writer shares.
+"""Groups of four columns and the two of each that stay, all in registers: the device functions that every 2:4 writer shares.
 
 A tile [R, C] of columns becomes four tensors [R, C // 8, 2], one for each column of a group; axis 2 is the even or odd group of a
 metadata byte. Each thread holds whole groups, so a selection is comparisons and selects, with no exchange between threads.
@@ -22,6 +22,12 @@ def split_groups(x):
 
 
 @triton.jit
+def merge_groups(x0, x1, x2, x3):
+    """Undoes split_groups."""
+    return tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [x0.shape[0], x0.shape[1] * 8])
+
+
+@triton.jit
 def more_than_two(k0, k1, k2, k3):
     """Whether three or four keys of a group, all >= 0, are above zero: then each half has one, and one half has two."""
     halves = tl.minimum(tl.maximum(k0, k1), tl.maximum(k2, k3))
@@ -30,22 +36,44 @@ def more_than_two(k0, k1, k2, k3):
 
 
 @triton.jit
-def pack_groups(w0, w1, w2, w3, k0, k1, k2, k3, LARGEST: tl.constexpr):
-    """Widened weights and keys of a group -> its two weights with the highest keys, in column order, and its nibble (int32).
-
-    A tie goes to the lower column. A kept -0.0 becomes +0.0: compressing what was expanded then gives the same bits."""
-    # Both of a half are kept when its loser beats the other half's winner, else each half keeps its winner.
+def choose(k0, k1, k2, k3):
+    """The two highest keys of a group, ties to the lower column: whether both are of the lower half or both of the upper, and
+    which of a half's columns is the higher. Both of a half are kept when its loser beats the other half's winner."""
     lower_half = tl.minimum(k0, k1) >= tl.maximum(k2, k3)
     upper_half = tl.minimum(k2, k3) > tl.maximum(k0, k1)
-    first_is_1 = (k1 > k0) & ~lower_half
-    second_is_3 = (k3 > k2) | upper_half
+    return lower_half, upper_half, k1 > k0, k3 > k2
+
+
+@triton.jit
+def plus_zero(wide, LARGEST: tl.constexpr):
+    """-0.0 becomes +0.0: compressing what was expanded then gives the same bits."""
+    if LARGEST < 0:
+        return wide
+    else:
+        return tl.where(wide == MINUS_ZERO, 0, wide)
+
+
+@triton.jit
+def keep_groups(w0, w1, w2, w3, k0, k1, k2, k3, LARGEST: tl.constexpr):
+    """Widened weights and keys of a group -> its weights, those without one of the two highest keys as +0."""
+    lower_half, upper_half, one_beats_0, three_beats_2 = choose(k0, k1, k2, k3)
+    w0 = tl.where(upper_half | (one_beats_0 & ~lower_half), 0, plus_zero(w0, LARGEST))
+    w1 = tl.where(lower_half | (one_beats_0 & ~upper_half), plus_zero(w1, LARGEST), 0)
+    w2 = tl.where(lower_half | (three_beats_2 & ~upper_half), 0, plus_zero(w2, LARGEST))
+    w3 = tl.where(upper_half | (three_beats_2 & ~lower_half), plus_zero(w3, LARGEST), 0)
+    return w0, w1, w2, w3
+
+
+@triton.jit
+def pack_groups(w0, w1, w2, w3, k0, k1, k2, k3, LARGEST: tl.constexpr):
+    """Widened weights and keys of a group -> its two weights with the highest keys, in column order, and its nibble (int32)."""
+    lower_half, upper_half, one_beats_0, three_beats_2 = choose(k0, k1, k2, k3)
+    first_is_1 = one_beats_0 & ~lower_half
+    second_is_3 = three_beats_2 | upper_half
     first = tl.where(upper_half, w2, tl.where(first_is_1, w1, w0))
     second = tl.where(lower_half, w1, tl.where(second_is_3, w3, w2))
     nibble = tl.where(upper_half, 2, tl.where(first_is_1, 1, 0)) | tl.where(lower_half, 4, tl.where(second_is_3, 12, 8))
-    if LARGEST >= 0:
-        first = tl.where(first == MINUS_ZERO, 0, first)
-        second = tl.where(second == MINUS_ZERO, 0, second)
-    return first, second, nibble
+    return plus_zero(first, LARGEST), plus_zero(second, LARGEST), nibble
 
 
 @triton.jit

@@ -8,60 +8,32 @@ import torch
 import triton
 import triton.language as tl
 
-from .bits import any_nan, as_bits, largest, lowest, magnitude, order, widen
-from .pack24 import more_than_two, pack_groups, split_groups, store_groups
-from .tiles import foldable, new_status, report, tile_origin, tiling
+from .bits import as_bits
+from .pack24 import pack_groups, store_groups
+from .rank24 import load_ranked, ranking
+from .tiles import foldable, new_status, tile_origin, tiling
 
 
 @triton.jit
 def prune_compress24_kernel(
-    w_ptr,  # [rows, cols] bits of the weight, any strides
-    rank_ptr,  # [rows, cols] bits of the scores, or the mask as int8, any strides; unread when BY is "weight"
+    w_ptr, rank_ptr,  # see load_ranked
     values_ptr,  # [rows, 4 * blocks]
     meta_ptr,  # [rows, blocks] uint8
-    status_ptr,  # [2] int64: first group with a NaN, first group whose mask keeps more than two
+    status_ptr,
     rows, cols, blocks,
     w_row_stride, w_col_stride,
     rank_row_stride, rank_col_stride,
-    BY: tl.constexpr,  # "weight", "scores" or "mask"
-    LARGEST: tl.constexpr, RANK_LARGEST: tl.constexpr, RANK_LOWEST: tl.constexpr,  # see bits.py
+    BY: tl.constexpr, LARGEST: tl.constexpr, RANK_LARGEST: tl.constexpr, RANK_LOWEST: tl.constexpr,
     RUN: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     blocks = tl.cast(blocks, tl.int64)  # a folded matrix has up to 2**31 of them, and they are multiplied below
     row0, col0 = tile_origin(BLOCK_ROWS, BLOCK_COLS)
-    row = (row0 + tl.arange(0, BLOCK_ROWS))[:, None]
-    col = (col0 + tl.arange(0, BLOCK_COLS))[None, :]
-    inside = (row < rows) & (col < cols)
-    # Columns past the end read as zeros (scores: as the lowest): being the last, they lose every tie.
-    w = tl.load(w_ptr + row * w_row_stride + col * w_col_stride, mask=inside, other=0)
-    w0, w1, w2, w3 = split_groups(w)  # [BLOCK_ROWS, BLOCK_COLS // 8, 2] each
-    w0, w1, w2, w3 = widen(w0), widen(w1), widen(w2), widen(w3)
-    nan = any_nan(w0, w1, w2, w3, LARGEST)
-
-    rank_ptrs = rank_ptr + row * rank_row_stride + col * rank_col_stride
-    if BY == "weight":
-        k0, k1 = magnitude(w0, LARGEST), magnitude(w1, LARGEST)
-        k2, k3 = magnitude(w2, LARGEST), magnitude(w3, LARGEST)
-    elif BY == "scores":
-        s0, s1, s2, s3 = split_groups(tl.load(rank_ptrs, mask=inside, other=RANK_LOWEST))
-        s0, s1, s2, s3 = widen(s0), widen(s1), widen(s2), widen(s3)
-        nan |= any_nan(s0, s1, s2, s3, RANK_LARGEST)
-        k0, k1 = order(s0, RANK_LARGEST), order(s1, RANK_LARGEST)
-        k2, k3 = order(s2, RANK_LARGEST), order(s3, RANK_LARGEST)
-    else:
-        m0, m1, m2, m3 = split_groups(tl.load(rank_ptrs, mask=inside, other=0))
-        on0, on1, on2, on3 = m0 != 0, m1 != 0, m2 != 0, m3 != 0
-        # What the mask drops is zero even where a group with fewer than two kept has to store it.
-        w0, w1 = tl.where(on0, w0, 0), tl.where(on1, w1, 0)
-        w2, w3 = tl.where(on2, w2, 0), tl.where(on3, w3, 0)
-        k0, k1, k2, k3 = on0.to(tl.int32), on1.to(tl.int32), on2.to(tl.int32), on3.to(tl.int32)
-        over = more_than_two(k0, k1, k2, k3)
-        report(status_ptr + 1, over, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
-
+    w0, w1, w2, w3, k0, k1, k2, k3 = load_ranked(
+        w_ptr, rank_ptr, status_ptr, rows, cols, blocks * 2, w_row_stride, w_col_stride, rank_row_stride, rank_col_stride,
+        row0, col0, BY, LARGEST, RANK_LARGEST, RANK_LOWEST, BLOCK_ROWS, BLOCK_COLS,
+    )  # fmt: skip
     first, second, nibble = pack_groups(w0, w1, w2, w3, k0, k1, k2, k3, LARGEST)
     store_groups(values_ptr, meta_ptr, first, second, nibble, rows, blocks, row0, col0, RUN)
-    if LARGEST >= 0 or RANK_LARGEST >= 0:
-        report(status_ptr, nan, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
 
 
 def prune_compress24(
@@ -82,14 +54,11 @@ def prune_compress24(
     status = new_status(2, w.device)
     if rows == 0 or cols == 0:
         return values, meta, status
-    rank, by = (scores, "scores") if scores is not None else (mask, "mask") if mask is not None else (w, "weight")
+    rank, constants = ranking(w, scores, mask)
     tile = tiling(1, rows * cols, w) if foldable(8, w, rank) else tiling(rows, cols, w)
     prune_compress24_kernel[tile.grid](
         as_bits(w), as_bits(rank), as_bits(values), meta, status,
-        tile.rows, tile.cols, triton.cdiv(tile.cols, 8), *w.stride(), *rank.stride(),
-        BY=by, LARGEST=largest(w.dtype),
-        RANK_LARGEST=largest(scores.dtype) if by == "scores" else -1,
-        RANK_LOWEST=lowest(scores.dtype) if by == "scores" else 0,
+        tile.rows, tile.cols, triton.cdiv(tile.cols, 8), *w.stride(), *rank.stride(), **constants,
         RUN=tile.run, BLOCK_ROWS=tile.block_rows, BLOCK_COLS=tile.block_cols,
     )  # fmt: skip
     return values, meta, status

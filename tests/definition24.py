@@ -11,6 +11,7 @@ DTYPES = [*FLOATS, torch.int8]
 SCORES = [torch.float64, *FLOATS, torch.float8_e5m2, torch.int8]
 NOTHING = 2**63 - 1  # a word of a status where nothing was found
 NIBBLES = {(0, 1): 0x4, (0, 2): 0x8, (1, 2): 0x9, (0, 3): 0xC, (1, 3): 0xD, (2, 3): 0xE}  # PTX ISA, ordered metadata
+INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by size
 SHAPES = {
     (1, 4): "one group",
     (2, 8): "one metadata byte a row",
@@ -35,7 +36,7 @@ def named(case) -> str:
 
 def as_bits(x: torch.Tensor) -> torch.Tensor:
     """The same memory as signed integers of the same size."""
-    return x.view({1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    return x.view(INTEGERS[x.element_size()])
 
 
 def random_bits(shape, dtype, seed=0) -> torch.Tensor:

@@ -26,8 +26,17 @@ STREAMING = {
     "prune_compress24 rows of a wider matrix": "prune_compress24(dense(bf16)[:, :2048])",
     "prune_compress24 by fp32 scores": "prune_compress24(dense(bf16), scores=dense(fp32))",
     "prune_compress24 by mask": "prune_compress24(dense(bf16), mask=dense(torch.bool))",
+    "prune24 bf16": "prune24(dense(bf16))",
+    "prune24 fp32": "prune24(dense(fp32))",
+    "prune24 int8": "prune24(dense(int8))",
+    "prune24 fp8": "prune24(dense(fp8))",
+    "prune24 transposed": "prune24(dense(bf16).t())",
+    "prune24 rows of a wider matrix": "prune24(dense(bf16)[:, :2048])",
+    "prune24 by fp32 scores": "prune24(dense(bf16), scores=dense(fp32))",
+    "prune24 by mask": "prune24(dense(bf16), mask=dense(torch.bool))",
     "compress24 bf16": "compress24(dense(bf16))",
     "compress24 fp32": "compress24(dense(fp32))",
+    "validate24 bf16": "validate24(dense(bf16, 2048), dense(torch.uint8, 512), 4096)",
     "mask_nm 2:4 bf16": "mask_nm(dense(bf16), 2, 4)",
     "mask_nm 4:8 fp32": "mask_nm(dense(fp32), 4, 8)",
     "mask_nm 16:32 bf16": "mask_nm(dense(bf16), 16, 32)",
@@ -36,6 +45,11 @@ STREAMING = {
     "mask_rows 16384 columns fp32": "mask_rows(dense(fp32, 16384), 8192)",
     "mask_rows 53248 columns fp32": "mask_rows(dense(fp32, 53248), 16384)",
     "mask_rows transposed": "mask_rows(dense(bf16).t(), 2048)",
+}
+# Launches by name that also look at the end of each row.
+ENDING = {
+    "validate24 bf16, half a byte": "validate24(dense(bf16, 2048), dense(torch.uint8, 512), 4092)",
+    "validate24 fp32, half a byte": "validate24(dense(fp32, 2048), dense(torch.uint8, 512), 4092)",
 }
 # Launches by name that stream one out, at twice the width of what they read.
 WRITING = {
@@ -48,9 +62,14 @@ WRITING = {
 TINY = {
     "prune_compress24 one weight": "prune_compress24(torch.empty(1, 1))",
     "prune_compress24 one score": "prune_compress24(torch.empty(1, 1), scores=torch.empty(1, 1).double())",
+    "prune24 one weight": "prune24(torch.empty(1, 1))",
+    "prune24 one mask": "prune24(torch.empty(1, 1), mask=torch.ones(1, 1, dtype=torch.bool))",
     "compress24 one byte": "compress24(torch.empty(1, 8))",
     "expand24 one byte": "expand24(torch.empty(1, 4), torch.empty(1, 1, dtype=torch.uint8))",
     "expand24 one column": "expand24(torch.empty(2, 4), torch.empty(2, 1, dtype=torch.uint8), 1)",
+    "validate24 one byte": "validate24(torch.empty(1, 4), torch.empty(1, 1, dtype=torch.uint8), 1)",
+    "validate24 one word": "validate24(torch.empty(1, 16), torch.empty(1, 4, dtype=torch.uint8), 32)",
+    "validate24 one byte a row": "validate24(torch.empty(4, 4).to(fp8), torch.empty(4, 1, dtype=torch.uint8), 5)",
     "mask_nm one of one": "mask_nm(torch.empty(1, 1), 1, 1)",
     "mask_nm one of 16": "mask_nm(torch.empty(1, 1), 1, 16)",
     "mask_nm one pair of fp8": "mask_nm(torch.empty(1, 1).to(fp8), 1, 2, pairs=True)",
@@ -68,7 +87,9 @@ from sparsekit.kernels.compress24 import compress24, compress24_kernel
 from sparsekit.kernels.expand24 import expand24, expand24_kernel
 from sparsekit.kernels.mask_nm import mask_nm, mask_nm_kernel
 from sparsekit.kernels.mask_rows import mask_rows, mask_rows_kernel
+from sparsekit.kernels.prune24 import prune24, prune24_kernel
 from sparsekit.kernels.prune_compress24 import prune_compress24, prune_compress24_kernel
+from sparsekit.kernels.validate24 import validate24, validate24_kernel
 
 bf16, fp16, fp32, fp8, int8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8
 NAMES = {torch.int8: "*i8", torch.int16: "*i16", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8"}
@@ -96,7 +117,9 @@ def record(kernel):
         launches.append((ASTSource(kernel, order, constants, hints), options))
     kernel.run = run
 
-for kernel in (prune_compress24_kernel, compress24_kernel, expand24_kernel, mask_nm_kernel, mask_rows_kernel):
+for kernel in (
+    prune_compress24_kernel, prune24_kernel, compress24_kernel, expand24_kernel, validate24_kernel, mask_nm_kernel, mask_rows_kernel
+):
     record(kernel)
 
 def compile(call, arch):
@@ -127,13 +150,13 @@ def on(*groups):
     return [(name, arch) for group in groups for name in group for arch in (ARCHS if "24" in name.split()[0] else (90,))]
 
 
-CASES = on(STREAMING, WRITING) + [(name, 90) for name in TINY]
+CASES = on(STREAMING, WRITING, ENDING) + [(name, 90) for name in TINY]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """{(name, arch): what the machine code holds}, compiled by two processes that share nothing with this one."""
-    calls = STREAMING | WRITING | TINY
+    calls = STREAMING | WRITING | ENDING | TINY
     folder = tmp_path_factory.mktemp("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
     halves, children = (CASES[::2], CASES[1::2]), []
@@ -162,8 +185,8 @@ def compiled(tmp_path_factory):
 def test_the_child_finds_what_it_looks_for(compiled):
     # Were the patterns that read PTX and SASS wrong, the tests below would pass on nothing.
     assert set(compiled) == set(CASES)
-    for result in compiled.values():
-        assert result["loads"] and result["stores"]
+    for (name, _), result in compiled.items():
+        assert result["loads"] and (result["stores"] or name.startswith("validate24"))
         assert result["instructions"] > 50 and result["registers"] > 8
 
 
@@ -172,11 +195,18 @@ def test_every_load_is_16_bytes(compiled, name, arch):
     assert set(compiled[name, arch]["loads"]) == {16}
 
 
-@pytest.mark.parametrize("name, arch", on(WRITING))
+@pytest.mark.parametrize("name, arch", on(ENDING))
+def test_a_row_end_is_two_loads(compiled, name, arch):
+    # 256 row ends and 8 KiB of metadata, for 128 threads.
+    end = 16 if "fp32" in name else 8
+    assert sorted(compiled[name, arch]["loads"]) == sorted(4 * [16] + 2 * [1, end])
+
+
+@pytest.mark.parametrize("name, arch", on(WRITING, [name for name in STREAMING if name.startswith("prune24")]))
 def test_every_store_is_16_bytes(compiled, name, arch):
     result = compiled[name, arch]
     assert set(result["stores"]) == {16}
-    assert max(result["loads"]) == 8 and len(result["loads"]) <= 2 * len(result["stores"])
+    assert name in STREAMING or max(result["loads"]) == 8 and len(result["loads"]) <= 2 * len(result["stores"])
 
 
 @pytest.mark.parametrize("name, arch", on(name for name in STREAMING if "compress24" in name))
@@ -193,7 +223,9 @@ def test_nothing_is_in_local_memory(compiled, name, arch):
     assert result["local"] == [] and result["stack"] == 0
 
 
-@pytest.mark.parametrize("name, arch", on(["prune_compress24 bf16", "prune_compress24 fp16", "compress24 bf16", "expand24 bf16"]))
+@pytest.mark.parametrize(
+    "name, arch", on(["prune_compress24 bf16", "prune24 bf16", "compress24 bf16", "expand24 bf16", "validate24 bf16"])
+)
 def test_groups_stay_in_their_thread(compiled, name, arch):
     # Shared memory then holds one word a warp, for the reduction that reports bad groups.
     assert compiled[name, arch]["shared"] <= 64

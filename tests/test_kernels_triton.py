@@ -6,6 +6,7 @@ itself in a process of its own; TRITON_INTERPRET=1 in the environment runs the t
 
 import functools
 import os
+import random
 import subprocess
 import sys
 
@@ -48,8 +49,10 @@ from sparsekit.kernels.compress24 import compress24
 from sparsekit.kernels.expand24 import expand24
 from sparsekit.kernels.mask_nm import mask_nm
 from sparsekit.kernels.mask_rows import mask_rows
+from sparsekit.kernels.prune24 import prune24
 from sparsekit.kernels.prune_compress24 import prune_compress24
 from sparsekit.kernels.tiles import tiling
+from sparsekit.kernels.validate24 import validate24
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 viewed = functools.partial(definition24.viewed, device=DEVICE)
@@ -71,17 +74,22 @@ def poisoned_memory():
     patch.undo()
 
 
-# ---- prune_compress24, compress24, expand24 ----
+# ---- prune_compress24, prune24, compress24, expand24 ----
+
+
+def check_pruned(w: torch.Tensor, want_values: torch.Tensor, want_meta: torch.Tensor, **by):
+    values, meta, status = prune_compress24(w, **by)
+    assert equal(meta, want_meta) and equal(values, want_values)
+    out, out_status = prune24(w, **by)
+    assert out.is_contiguous() and equal(out, unpack(want_values, want_meta, w.shape[1]))
+    assert status.tolist() == out_status.tolist() == [NOTHING, NOTHING]
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
-def test_prune_compress24_keeps_the_two_largest(shape, dtype):
+def test_the_two_largest_are_kept(shape, dtype):
     for w in (random_bits(shape, dtype), few_values(shape, dtype)):
-        values, meta, status = prune_compress24(w.to(DEVICE))
-        want_values, want_meta = pack_largest(w)
-        assert equal(meta, want_meta) and equal(values, want_values)
-        assert status.tolist() == [NOTHING, NOTHING]
+        check_pruned(w.to(DEVICE), *pack_largest(w))
 
 
 @pytest.mark.parametrize("how", VIEWS)
@@ -90,10 +98,8 @@ def test_every_layout_gives_the_same(how, dtype):
     # A tile of a transposed matrix is 32, 64 or 128 rows tall and 64 columns wide.
     for shape in [(5, 24), (66, 70), (1, 8), (8, 1)]:
         w = few_values(shape, dtype)
-        want_values, want_meta = pack_largest(w)
-        values, meta, _ = prune_compress24(viewed(w, how))
-        assert equal(meta, want_meta) and equal(values, want_values)
-        held = expand24(values, meta, shape[1]).cpu()
+        check_pruned(viewed(w, how), *pack_largest(w))
+        held = unpack(*pack_largest(w), shape[1])
         values, meta, _ = compress24(viewed(held, how))
         assert equal(values, pack_largest(held)[0]) and equal(meta, pack_largest(held)[1])
 
@@ -105,10 +111,7 @@ def test_scores_decide(scores_dtype, how):
     for shape in [(6, 16), (5, 13), (3, 71)]:
         w = random_bits(shape, torch.bfloat16, seed=2)
         for scores in (random_bits(shape, scores_dtype, seed=3), few_values(shape, scores_dtype, seed=4)):
-            values, meta, status = prune_compress24(w.to(DEVICE), scores=viewed(scores, how))
-            want_values, want_meta = pack_scored(w, scores)
-            assert equal(meta, want_meta) and equal(values, want_values)
-            assert status.tolist() == [NOTHING, NOTHING]
+            check_pruned(w.to(DEVICE), *pack_scored(w, scores), scores=viewed(scores, how))
 
 
 def test_scores_of_fp64_are_not_narrowed():
@@ -130,10 +133,7 @@ def test_a_mask_is_kept_as_given(dtype, mask_dtype, per_group):
         w = few_values(shape, dtype, seed=5)
         mask = nonzero_groups(torch.ones(shape, dtype=torch.uint8), per_group)
         for how in ("row-major", "transposed"):
-            values, meta, status = prune_compress24(w.to(DEVICE), mask=viewed(mask, how).to(mask_dtype))
-            want_values, want_meta = pack_masked(w, mask)
-            assert equal(meta, want_meta) and equal(values, want_values)
-            assert status.tolist() == [NOTHING, NOTHING]
+            check_pruned(w.to(DEVICE), *pack_masked(w, mask), mask=viewed(mask, how).view(mask_dtype))
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=named)
@@ -189,13 +189,15 @@ def test_the_first_bad_group_is_named(how, shape):
         for row, col in places:
             w[row, col] = scores[row, col] = float("nan")
             over[row, col // 4 * 4 : col // 4 * 4 + 3] = 1
-        assert prune_compress24(viewed(w, how))[2].tolist() == [first, NOTHING]
-        assert prune_compress24(clean.to(DEVICE), scores=viewed(scores, how))[2].tolist() == [first, NOTHING]
-        assert prune_compress24(viewed(w, how), scores=torch.ones(shape, device=DEVICE))[2].tolist() == [first, NOTHING]
+        for prune in (prune_compress24, prune24):
+            assert prune(viewed(w, how))[-1].tolist() == [first, NOTHING]
+            assert prune(clean.to(DEVICE), scores=viewed(scores, how))[-1].tolist() == [first, NOTHING]
+            assert prune(viewed(w, how), scores=torch.ones(shape, device=DEVICE))[-1].tolist() == [first, NOTHING]
         assert compress24(viewed(w, how))[2][0] == first
         assert compress24(viewed(over, how))[2].tolist() == [NOTHING, first]
         mask = viewed((over != 0).to(torch.uint8), how)
         assert prune_compress24(clean.to(DEVICE), mask=mask)[2].tolist() == [NOTHING, first]
+        assert prune24(clean.to(DEVICE), mask=mask)[1].tolist() == [NOTHING, first]
     w = clean.clone()
     w[1, -1] = float("nan")  # in a last group of one, where there is one
     assert prune_compress24(viewed(w, how))[2].tolist() == [groups + (shape[1] - 1) // 4, NOTHING]
@@ -225,6 +227,76 @@ def test_what_is_nan(dtype):
             assert prune_compress24(x)[2].tolist() == [0, NOTHING]
     numbers = numbers.reshape(2, 3).to(DEVICE)
     assert mask_rows(numbers, 1)[1].item() == mask_nm(numbers, 1, 3)[1].item() == NOTHING
+
+
+# ---- validate24 ----
+
+
+def damaged(values, meta, chance, nibbles=0, weights=0):
+    """Copies with some nibbles that may mean nothing, and some values that may belong to no column."""
+    values, meta = values.clone(), meta.clone()
+    for _ in range(nibbles):
+        meta.view(-1)[chance.randrange(meta.numel())] = chance.randrange(256)
+    for _ in range(weights):
+        row = chance.randrange(len(values))
+        as_bits(values)[row, chance.randrange(max(0, values.shape[1] - 4), values.shape[1])] = chance.randrange(-128, 128)
+    return values, meta
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=named)
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_validate24_finds_nothing_in_what_is_whole(shape, dtype):
+    values, meta = pack_largest(random_bits(shape, dtype, seed=12))
+    assert validate24(values.to(DEVICE), meta.to(DEVICE), shape[1]).tolist() == [NOTHING, NOTHING]
+
+
+@pytest.mark.parametrize("nibble", range(16), ids="{:x}".format)
+def test_which_nibbles_are_valid(nibble):
+    # One byte at a time, and four.
+    for blocks in (1, 3, 4, 8):
+        values = torch.zeros((1, 4 * blocks), device=DEVICE)
+        for group in range(2 * blocks):
+            meta = torch.full((1, blocks), 0xE4, dtype=torch.uint8)
+            meta[0, group // 2] = nibble << 4 | 4 if group % 2 else 0xE0 | nibble
+            want = NOTHING if nibble in NIBBLES.values() else group
+            assert validate24(values, meta.to(DEVICE), 8 * blocks).tolist() == [want, NOTHING]
+
+
+VALIDATED = {
+    (3, 5, 0): "bytes that make no words",
+    (3, 4, 4): "words, each row ends in half a byte",
+    (4, 5, 7): "words that end inside rows",
+    (3, 2051, 5): "bytes, four programs",
+    (4, 2051, 1): "words, two programs",
+    (600, 4, 2): "three programs of row ends",
+    (1, 1, 3): "one byte",
+}
+
+
+@pytest.mark.parametrize("case", VALIDATED, ids=VALIDATED.get)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=named)
+def test_the_first_damage_is_named(case, dtype):
+    rows, blocks, rest = case
+    cols, chance = 8 * blocks - (8 - rest if rest else 0), random.Random(sum(case))
+    whole = pack_largest(few_values((rows, cols), dtype, seed=13))
+    for nibbles, weights in [(1, 0), (0, 1), (3, 3), (0, 40), (40, 0)]:
+        for offset in (0, 1):  # in memory, so that bytes do not lie as words
+            values, meta = damaged(*whole, chance, nibbles, weights)
+            moved = torch.empty(meta.numel() + offset, dtype=torch.uint8, device=DEVICE)[offset:].view(rows, blocks).copy_(meta)
+            assert validate24(values.to(DEVICE), moved, cols).tolist() == definition24.check(values, meta, cols)
+
+
+@pytest.mark.parametrize("cols", range(1, 9))
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_every_place_past_the_last_column(cols, dtype):
+    patterns = (1, -1, torch.iinfo(definition24.INTEGERS[dtype.itemsize]).min)  # the least; NaN or -1; -0.0 or -128
+    for nibbles in NIBBLES.values():
+        meta = torch.full((2, 1), nibbles * 0x11, dtype=torch.uint8)
+        for place in range(4):
+            for pattern in patterns:
+                values = torch.zeros((2, 4), dtype=dtype)
+                as_bits(values)[1, place] = pattern
+                assert validate24(values.to(DEVICE), meta.to(DEVICE), cols).tolist() == definition24.check(values, meta, cols)
 
 
 # ---- masks ----
@@ -354,6 +426,7 @@ def weights(draw):
 @given(weights(), st.randoms(use_true_random=False), st.sampled_from(VIEWS))
 def test_properties_of_the_2_4_form(w, chance, how):
     values, meta, _ = prune_compress24(viewed(w, how))
+    assert equal(prune24(viewed(w, how))[0], expand24(values, meta, w.shape[1]).cpu())
     nibbles = torch.stack([meta & 15, meta >> 4])
     assert set(nibbles.flatten().tolist()) <= set(NIBBLES.values())
     rows = chance.sample(range(len(w)), len(w))
