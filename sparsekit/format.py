@@ -305,7 +305,7 @@ def from_torch_cutlass(values: Tensor, meta: Tensor) -> Sparse24:
 
 
 def _torch_cutlass_order(op: str, n: int, k: int, dtype: torch.dtype) -> tuple[_Order, torch.dtype]:
-    """The order of the bytes of metadata, and the dtype of its words. Source: CUTLASS, host_reorder.h, ColumnMajorInterleaved<2>."""
+    """The order of the bytes of metadata, and the dtype of its words. Source: CUTLASS, host_reorder.h, ColumnMajorInterleaved."""
     word, rows, columns = _TORCH_CUTLASS[dtype]
     if n % rows or k % columns:
         raise ValueError(
