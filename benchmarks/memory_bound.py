@@ -93,7 +93,7 @@ def row(make: Callable[[torch.Tensor], Problem], device: str, name: str, label: 
     (n, k), dtype = SHAPES[name], DTYPES[label]
     problem = make(weight(n, k, dtype, device, transposed))
     found = {"layer": name, "n": n, "k": k, "dtype": label, "layout": "transposed" if transposed else "row-major"}
-    found["mbytes"] = round(problem.nbytes / 1e6, 2)
+    found["bytes"] = problem.nbytes
     if device == "cpu":
         times = time_us({"op": problem.op, "copy": copy_of(problem.nbytes, device), **problem.rivals}, seconds=0.5)
         us, copy = times["op"], times["copy"]
