@@ -81,10 +81,19 @@ enum cudaError_t {
     cudaErrorInvalidValue = 1,
     cudaErrorInvalidConfiguration = 9,
     cudaErrorLaunchFailure = 719,
+    cudaErrorNotSupported = 801,
 };
 using cudaStream_t = void *;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-struct cudaLaunchAttribute;
+enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
+struct cudaLaunchAttribute {
+    cudaLaunchAttributeID id;
+    struct {
+        struct {
+            unsigned x, y, z;
+        } clusterDim; // y and z must be 1 here
+    } val;
+};
 struct cudaLaunchConfig_t {
     dim3 gridDim, blockDim;
     size_t dynamicSmemBytes = 0;
@@ -117,7 +126,13 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t *config, void (*kernel)(
         return emulator::last_error = cudaErrorInvalidValue;
     if (threads == 0 || threads > 1024 || g.x == 0 || g.y == 0 || g.z == 0 || g.y > 65535 || g.z > 65535)
         return emulator::last_error = cudaErrorInvalidConfiguration;
-    const bool finished = emulator::machine.launch({g.x, g.y, g.z}, {b.x, b.y, b.z}, config->dynamicSmemBytes,
-                                                   [&] { kernel(static_cast<P>(arguments)...); });
+    unsigned cluster = 1;
+    for (unsigned i = 0; i < config->numAttrs; ++i)
+        cluster = config->attrs[i].val.clusterDim.x;
+    if (cluster == 0 || cluster > 8 || g.x % cluster != 0)
+        return emulator::last_error = cudaErrorInvalidConfiguration;
+    const bool finished = emulator::machine.launch(
+        {g.x, g.y, g.z}, {b.x, b.y, b.z}, config->dynamicSmemBytes, [&] { kernel(static_cast<P>(arguments)...); },
+        cluster);
     return finished ? cudaSuccess : emulator::last_error = cudaErrorLaunchFailure;
 }

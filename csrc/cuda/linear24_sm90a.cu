@@ -1,0 +1,397 @@
+// y[m, n] = act(sum_k x[m, k] * w[n, k] + bias[n]) for w stored 2:4 in fragment order; fp16 or bf16, sums in fp32.
+// Hopper's wgmma.sp, whose sparse operand is its first: a block computes a piece of y transposed, w is A (features
+// down), x is B (tokens across).
+//
+// Two blocks of TILE_N features x TILE_M tokens form a cluster along the features. In each, one thread of the last
+// warpgroup loads x, half a token tile a block, by TMA into both (64 columns a stage, 128-byte swizzle, a ring of
+// stages with a full and an empty mbarrier each); the other warpgroups multiply, 64 features x TILE_M tokens, or two
+// such pieces, each. Blocks are persistent: while the consumers write a tile out, the producer fills the ring for the
+// next. The same inputs give the same bits: nothing is split over k, and nothing is added by atomics.
+//   Register form: w's fragments and metadata go straight from global memory to registers, into a ring of four steps of
+//     64 columns. Warp w of a warpgroup takes row tile 4 t + w.
+//   Shared form: w's values come by TMA beside x (canonical order, 64-byte swizzle), metadata as above. It is there to
+//     be measured against the register form.
+//   TILE_N x TILE_M   warpgroups x pieces   registers   stages (register, shared form)   shared memory
+//   128 x 256         2 x 1                 232          6, 5                             218, 221 KiB
+//   192 x 192         3 x 1                 160          8, 5                             218, 206 KiB
+//   256 x 128         2 x 2                 232         12, 6                             209, 209 KiB
+//   128 x 128         2 x 1                 232         12, -                             209 KiB
+//   128 x  64         2 x 1                 232         12, -                             113 KiB
+// 192 x 256 does not exist: four warpgroups start with 128 registers a thread, and ptxas wants 155 for its sums
+// (C7602).
+//
+// A step keeps one wgmma group in flight: wait for x, fence, multiply, commit, wait for the group before, release its
+// stage, refill its registers. In any other order, or with a branch between the loads and the next wait, ptxas drains
+// every wgmma (C7513); tests/test_cuda_hopper.py reads the machine code.
+//
+// Floors. Operations: 128 clocks an m64n256k32, so 2 m n k / (2 x dense rate). Bytes: 9/8 n k (w) + 2 m k (x) + 2 m n
+// (y) over copy bandwidth. Per step of k32 and 256 tokens B alone is read at the shared-memory port's whole rate, and
+// TMA's writes come on top, as does w out of L2. If they add up, the share of the sparse peak is at most
+//   128 x 256: 67 % (69 % by L2); 192 x 192: 75 % (76 %); 256 x 128: 80 % (67 %); shared form 56 %, 62 %, 55 %.
+// That is a prediction. Not yet run on hardware; tests/test_cuda_hopper.py runs this source on the CPU.
+#include "../launch.h"
+#include "epilogue.cuh"
+#include "ptx.cuh"
+#include "wgmma.cuh"
+#include <climits>
+
+namespace sparsekit {
+namespace {
+
+constexpr int kCluster = 2; // blocks along the features
+constexpr int kSliceK = 64; // columns a step: a 128-byte row of x, one metadata word a lane
+constexpr int kRasterM = 8; // token tiles that share a pass over w, for L2
+constexpr int kChunkM = 32; // tokens that a warpgroup passes through shared memory at a time on the way out
+
+template <typename T> struct Linear24 {
+    CUtensorMap x_map;      // x [m, k] in boxes of TILE_M / 2 tokens x 64 columns
+    CUtensorMap values_map; // shared form: values [n, kp / 2] in boxes of TILE_N features x 32 kept
+    const uint4 *values;    // register form: [row tile][k64 block][2][32 lanes], see format.py
+    const uint2 *meta;      // [row tile][k256 block][32 lanes][4], a word a k64 block
+    const T *bias;          // [n] or null
+    T *y;                   // [m, n]
+    int m, n, k;
+    int activation;
+    bool y_aligned; // every row starts at a multiple of 8 bytes and n is a multiple of 4
+};
+
+template <int TILE_N, int TILE_M, bool REGISTER_FORM> struct Tile {
+    static constexpr int groups = TILE_N == 192 ? 3 : 2; // consumer warpgroups
+    static constexpr int mmas = TILE_N / 64 / groups;    // pieces of 64 features a warpgroup
+    static constexpr int threads = (groups + 1) * 128;   // the last warpgroup loads
+    static constexpr int ring = 4;                       // k64 steps of fragments in registers, register form
+    static constexpr int x_bytes = TILE_M * kSliceK * 2; // a stage of x
+    static constexpr int values_bytes = REGISTER_FORM ? 0 : TILE_N * kSliceK; // and of values
+    static constexpr int stage_bytes = x_bytes + values_bytes;
+    // On the way out: fp32 [kChunkM][sums_row] a warpgroup. 4 more than 64: eight features x four token pairs, 32
+    // banks.
+    static constexpr int sums_row = 64 + 4;
+    static constexpr int sums_bytes = groups * kChunkM * sums_row * 4;
+    static constexpr int stages =
+        (226 * 1024 - sums_bytes) / stage_bytes < 12 ? (226 * 1024 - sums_bytes) / stage_bytes : 12;
+    static constexpr int sums_offset = stages * stage_bytes, barriers_offset = sums_offset + sums_bytes;
+    static constexpr int shared_bytes = barriers_offset + 2 * stages * 8;
+    // Registers a thread: what the block was given, and what its consumers and its producer have of it.
+    static constexpr int given = 65536 / threads / 8 * 8;
+    static constexpr int consumer_registers = groups == 3 ? 160 : 232, producer_registers = groups == 3 ? 32 : 40;
+    static_assert(groups * consumer_registers + producer_registers <= (groups + 1) * given, "the pool has no more");
+    static_assert(mmas * groups * 64 == TILE_N && x_bytes / 2 % 1024 == 0 && stage_bytes % 1024 == 0,
+                  "a piece of a stage breaks the swizzle's period");
+    static_assert(shared_bytes <= 227 * 1024, "a block has 227 KiB of shared memory");
+};
+
+__host__ __device__ constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
+
+__device__ __forceinline__ void copy(uint32_t (&to)[4], uint4 from) {
+    to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
+}
+
+// A K-major tile in shared memory, swizzled by its row length (1: 128 bytes, 2: 64), eight rows in eight_rows bytes.
+__device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int swizzle, int eight_rows) {
+    return address >> 4 | 1u << 16 | static_cast<uint64_t>(eight_rows >> 4) << 32 |
+           static_cast<uint64_t>(swizzle) << 62;
+}
+
+// The stage of step 0, 1, 2 .. and the parity of its phase.
+template <int STAGES> struct Position {
+    int stage = 0, parity = 0;
+    __device__ __forceinline__ void advance() {
+        if (++stage == STAGES)
+            stage = 0, parity ^= 1;
+    }
+};
+
+// The tiles of a cluster, one after the other. Clusters walk the token tiles of a raster group first: neighbours read
+// the same rows of w.
+template <int TILE_N, int TILE_M, typename T, typename F>
+__device__ __forceinline__ void for_each_tile(const Linear24<T> &p, int rank, F f) {
+    const int pairs = ceil_div(p.n, kCluster * TILE_N), tiles_m = ceil_div(p.m, TILE_M), units = pairs * tiles_m;
+    for (int unit = blockIdx.x / kCluster; unit < units; unit += gridDim.x / kCluster) {
+        const int group = unit / (kRasterM * pairs), in_group = unit % (kRasterM * pairs);
+        const int group_m = min(kRasterM, tiles_m - group * kRasterM);
+        f((group * kRasterM + in_group % group_m) * TILE_M, (in_group / group_m * kCluster + rank) * TILE_N);
+    }
+}
+
+template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
+__global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads), 1)
+    linear24_sm90a(const __grid_constant__ Linear24<T> p) {
+    using S = Tile<TILE_N, TILE_M, REGISTER_FORM>;
+    char *shared = ptx::dynamic_shared_memory();
+    uint64_t *full = reinterpret_cast<uint64_t *>(shared + S::barriers_offset), *empty = full + S::stages;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int rank = ptx::cluster_rank();
+    const int blocks_k = ceil_div(p.k, kSliceK), blocks_k256 = ceil_div(blocks_k, 4);
+
+    if (threadIdx.x == 0) {
+        for (int i = 0; i < S::stages; ++i) {
+            ptx::mbarrier_init(full + i, 1);
+            ptx::mbarrier_init(empty + i, kCluster * S::groups * 4); // a lane a consumer warp of the cluster
+        }
+        ptx::fence_mbarrier_init();
+    }
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+
+    Position<S::stages> at;
+    if (warp >= S::groups * 4) {
+        ptx::release_registers<S::producer_registers>();
+        if (warp == S::groups * 4 && lane == 0)
+            for_each_tile<TILE_N, TILE_M>(p, rank, [&](int m0, int n0) {
+#pragma unroll 1
+                for (int step = 0; step < blocks_k256 * 4; ++step, at.advance()) {
+                    char *stage = shared + at.stage * S::stage_bytes;
+                    ptx::mbarrier_wait(empty + at.stage, at.parity ^ 1);
+                    ptx::mbarrier_arrive_expect(full + at.stage, S::stage_bytes);
+                    ptx::tma_load_multicast(stage + rank * (S::x_bytes / kCluster), &p.x_map, step * kSliceK,
+                                            m0 + rank * (TILE_M / kCluster), full + at.stage, (1 << kCluster) - 1);
+                    if constexpr (!REGISTER_FORM)
+                        ptx::tma_load(stage + S::x_bytes, &p.values_map, step * (kSliceK / 2), n0, full + at.stage);
+                }
+            });
+    } else {
+        ptx::take_registers<S::consumer_registers>();
+        const int group = warp / 4;
+        const uint32_t release = ptx::map_to_rank(empty, lane % kCluster);
+        const int row_tiles = ceil_div(p.n, 16);
+        float *staging = reinterpret_cast<float *>(shared + S::sums_offset) + group * kChunkM * S::sums_row;
+
+        for_each_tile<TILE_N, TILE_M>(p, rank, [&](int m0, int n0) {
+            float sums[S::mmas][TILE_M / 2];
+            uint32_t a[S::ring][S::mmas][2][4], metadata[S::mmas][4];
+            const uint4 *values[S::mmas];
+            const uint2 *meta[S::mmas];
+#pragma unroll
+            for (int i = 0; i < S::mmas; ++i) {
+                const int64_t row_tile = min(n0 / 16 + (group * S::mmas + i) * 4 + warp % 4, row_tiles - 1);
+                values[i] = p.values + row_tile * blocks_k * 64 + lane;
+                meta[i] = p.meta + row_tile * blocks_k256 * 64 + lane * 2;
+#pragma unroll
+                for (int e = 0; e < TILE_M / 2; ++e)
+                    sums[i][e] = 0.0f;
+            }
+            int left = blocks_k;
+            auto load_values = [&](uint32_t (&slot)[S::mmas][2][4], int ahead) {
+#pragma unroll
+                for (int i = 0; i < S::mmas; ++i)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half) {
+                        uint4 v = {0, 0, 0, 0};
+                        if (ahead < left)
+                            v = ptx::ld_global_once(values[i] + ahead * 64 + half * 32);
+                        copy(slot[i][half], v);
+                    }
+            };
+            // Half a k256 block's words at a time: those of the steps that are done make room for the next block's.
+            auto load_metadata = [&](int half, int ahead) {
+#pragma unroll
+                for (int i = 0; i < S::mmas; ++i) {
+                    uint2 v = {0, 0};
+                    if (ahead * 4 < left)
+                        v = ptx::ld_global(meta[i] + ahead * 64 + half);
+                    metadata[i][half * 2] = v.x, metadata[i][half * 2 + 1] = v.y;
+                }
+            };
+            load_metadata(0, 0);
+            if constexpr (REGISTER_FORM)
+#pragma unroll
+                for (int slot = 0; slot < S::ring - 1; ++slot)
+                    load_values(a[slot], slot);
+
+            int former = 0;
+#pragma unroll 1
+            for (int block = 0; block < blocks_k256; ++block) {
+#pragma unroll
+                for (int step = 0; step < 4; ++step) {
+                    const uint32_t stage = ptx::shared_address(shared) + at.stage * S::stage_bytes;
+                    const uint64_t x = matrix_descriptor(stage, 1, 1024);
+                    ptx::mbarrier_wait(full + at.stage, at.parity);
+                    ptx::wgmma_fence();
+#pragma unroll
+                    for (int i = 0; i < S::mmas; ++i) {
+                        if constexpr (REGISTER_FORM) {
+                            ptx::wgmma_sp<T, 0>(sums[i], a[step % S::ring][i][0], x, metadata[i][step]);
+                            ptx::wgmma_sp<T, 1>(sums[i], a[step % S::ring][i][1], x + 4, metadata[i][step]);
+                        } else {
+                            const uint64_t w =
+                                matrix_descriptor(stage + S::x_bytes + (group * S::mmas + i) * 64 * kSliceK, 2, 512);
+                            ptx::wgmma_sp<T, 0>(sums[i], w, x, metadata[i][step]);
+                            ptx::wgmma_sp<T, 1>(sums[i], w + 2, x + 4, metadata[i][step]);
+                        }
+                    }
+                    ptx::wgmma_commit();
+                    ptx::wgmma_wait<1>();
+                    // The step before is done: its stage and its registers are free.
+                    if ((step > 0 || block > 0) && lane < kCluster)
+                        ptx::mbarrier_arrive_cluster(release + former * 8);
+                    if constexpr (REGISTER_FORM)
+                        load_values(a[(step + S::ring - 1) % S::ring], step - 1 + S::ring);
+                    if (step == 2)
+                        load_metadata(0, 1);
+                    if (step == 0)
+                        load_metadata(1, 0);
+                    former = at.stage;
+                    at.advance();
+                }
+#pragma unroll
+                for (int i = 0; i < S::mmas; ++i)
+                    values[i] += 4 * 64, meta[i] += 64;
+                left -= 4;
+            }
+            ptx::wgmma_wait<0>();
+            if (blocks_k256 > 0 && lane < kCluster)
+                ptx::mbarrier_arrive_cluster(release + former * 8);
+
+            // Through shared memory, where each lane's sums lie along tokens, so that rows of y are written along
+            // features.
+            constexpr int chunks = TILE_M / kChunkM;
+#pragma unroll 1
+            for (int piece = 0; piece < S::mmas * chunks; ++piece) {
+                ptx::named_barrier(1 + group, 128); // the piece before has been read
+#pragma unroll
+                for (int i = 0; i < S::mmas * chunks; ++i) // so that the sums keep their registers
+                    if (i == piece)
+#pragma unroll
+                        for (int e = 0; e < kChunkM / 2; ++e) {
+                            const int token = e / 4 * 8 + lane % 4 * 2 + e % 2;
+                            const int feature = warp % 4 * 16 + lane / 4 + e / 2 % 2 * 8;
+                            staging[token * S::sums_row + feature] = sums[i / chunks][i % chunks * (kChunkM / 2) + e];
+                        }
+                ptx::named_barrier(1 + group, 128);
+                const int first_token = m0 + piece % chunks * kChunkM;
+                const int first_feature = n0 + (group * S::mmas + piece / chunks) * 64;
+#pragma unroll 1
+                for (int i = threadIdx.x % 128; i < kChunkM * 16; i += 128) {
+                    const int token = first_token + i / 16, feature = i % 16 * 4;
+                    if (token >= p.m)
+                        break;
+                    float total[4];
+                    memcpy(total, staging + i / 16 * S::sums_row + feature, sizeof total);
+                    store_four(p.y + static_cast<int64_t>(token) * p.n, p.bias, total, first_feature + feature, p.n,
+                               p.activation, p.y_aligned);
+                }
+            }
+        });
+    }
+    // No block leaves while another may still write to its shared memory.
+    ptx::cluster_arrive();
+    ptx::cluster_wait();
+}
+
+// A row-major matrix of 16-bit elements, to be read in boxes whose rows are 64 or 128 bytes, the swizzle's width.
+cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const void *data, int rows, int columns,
+                     int64_t row_bytes, int box_rows, int box_columns) {
+    // The driver is asked for its function at the first use, so that the module loads without one.
+    static const auto encode = [] {
+        void *function = nullptr;
+        cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+        cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &found);
+#else
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &found);
+#endif
+        cudaGetLastError(); // reported here, so not to be found by the next launch
+        return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+    }();
+    if (encode == nullptr)
+        return cudaErrorNotSupported;
+    const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
+    const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
+    const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)},
+                     steps[] = {1, 1};
+    const CUresult result =
+        encode(map, type, 2, const_cast<void *>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+               box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
+               CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+    return result == CUDA_SUCCESS ? cudaSuccess
+                                  : cudaErrorNotSupported; // a stride or an address that TMA does not take
+}
+
+struct Source {
+    const void *x, *values;
+    int64_t ldx;
+};
+
+template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
+cudaError_t launch_tile(Linear24<T> &p, const Source &from, cudaStream_t stream) {
+    using S = Tile<TILE_N, TILE_M, REGISTER_FORM>;
+    const auto kernel = linear24_sm90a<T, TILE_N, TILE_M, REGISTER_FORM>;
+    constexpr auto type =
+        std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+    const int64_t units = static_cast<int64_t>(ceil_div(p.n, kCluster * TILE_N)) * ceil_div(p.m, TILE_M);
+    if (units > INT_MAX / 2)
+        return cudaErrorInvalidValue;
+    int device, multiprocessors;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error == cudaSuccess && p.k > 0)
+        error = make_map(&p.x_map, type, from.x, p.m, p.k, from.ldx * 2, TILE_M / kCluster, kSliceK);
+    if (error == cudaSuccess && p.k > 0 && !REGISTER_FORM) {
+        const int kept = ceil_div(p.k, 8) * 4;
+        error = make_map(&p.values_map, type, from.values, p.n, kept, int64_t(kept) * 2, TILE_N, kSliceK / 2);
+    }
+    if (error == cudaSuccess)
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
+    if (error == cudaSuccess) {
+        cudaLaunchAttribute cluster = {};
+        cluster.id = cudaLaunchAttributeClusterDimension;
+        cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+        cudaLaunchConfig_t config = {};
+        config.gridDim =
+            dim3(static_cast<unsigned>(min(units, int64_t(max(multiprocessors / kCluster, 1))) * kCluster));
+        config.blockDim = dim3(S::threads);
+        config.dynamicSmemBytes = S::shared_bytes;
+        config.stream = stream;
+        config.attrs = &cluster, config.numAttrs = 1;
+        error = cudaLaunchKernelEx(&config, kernel, p);
+    }
+    if (error != cudaSuccess)
+        cudaGetLastError(); // reported here, so not to be found by the next launch
+    return error;
+}
+
+// Tile 1, 2, .. of the launcher. Without one, the first whose m_max reaches m; not yet measured.
+template <typename T> struct Choice {
+    int m_max;
+    cudaError_t (*launch)(Linear24<T> &, const Source &, cudaStream_t);
+};
+template <typename T>
+constexpr Choice<T> kChoices[] = {{64, launch_tile<T, 128, 64, true>},       {512, launch_tile<T, 128, 128, true>},
+                                  {INT_MAX, launch_tile<T, 256, 128, true>}, {0, launch_tile<T, 128, 256, true>},
+                                  {0, launch_tile<T, 192, 192, true>},       {0, launch_tile<T, 256, 128, false>},
+                                  {0, launch_tile<T, 128, 256, false>},      {0, launch_tile<T, 192, 192, false>}};
+constexpr int kTiles = sizeof kChoices<__half> / sizeof(Choice<__half>);
+
+bool is_multiple(const void *pointer, int of) { return reinterpret_cast<uintptr_t>(pointer) % of == 0; }
+
+} // namespace
+
+cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
+                                  int n, int k, int64_t ldx, int dtype, int activation, int tile, cudaStream_t stream) {
+    constexpr int limit = INT_MAX - 1024; // tiles may reach past an end without overflow
+    if (m < 0 || n < 0 || k < 0 || m > limit || n > limit || k > limit || ldx < k || ldx > INT64_MAX / 2 ||
+        activation < kNone || activation > kSilu || tile < 0 || tile > kTiles)
+        return cudaErrorInvalidValue;
+    if (dtype != kFloat16 && dtype != kBFloat16)
+        return cudaErrorInvalidValue;
+    if (m == 0 || n == 0)
+        return cudaSuccess;
+    if (!is_multiple(values, 16) || !is_multiple(meta, 16))
+        return cudaErrorNotSupported;
+    auto run = [&](auto zero) {
+        using T = decltype(zero);
+        Linear24<T> p = {};
+        p.values = static_cast<const uint4 *>(values), p.meta = static_cast<const uint2 *>(meta);
+        p.bias = static_cast<const T *>(bias), p.y = static_cast<T *>(y);
+        p.m = m, p.n = n, p.k = k, p.activation = activation;
+        p.y_aligned = is_multiple(y, 8) && n % 4 == 0;
+        const Choice<T> *choice = kChoices<T> + max(tile - 1, 0);
+        while (tile == 0 && m > choice->m_max)
+            ++choice;
+        return choice->launch(p, {x, values, ldx}, stream);
+    };
+    return dtype == kFloat16 ? run(__half()) : run(__nv_bfloat16());
+}
+
+} // namespace sparsekit
