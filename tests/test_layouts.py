@@ -292,10 +292,12 @@ def test_we_read_what_the_compressor_of_cutlass_writes(dtype):
     assert (nibbles == torch.tensor([4, 12, 13, 14, 12])[picks]).all()
 
 
-def test_sm90_does_not_hide_bad_metadata():
+@pytest.mark.parametrize("kept", [(1, 0), (0, 1), (1, 1)], ids=str)
+def test_sm90_does_not_hide_bad_metadata(kept):
+    # Nibble 0 where a value is not zero: no compressor wrote that.
     values, metadata = format.to_cutlass_sm90(any_sparse(64, 128, torch.float16))
-    values.fill_(1)
-    metadata.fill_(0)
+    values[0, :2] = torch.tensor(kept)
+    metadata[0, 0] = 0x40
     with pytest.raises(ValueError, match="got 0 in row 0, group 0"):
         format.from_cutlass_sm90(values, metadata, (64, 128)).validate()
 
@@ -340,7 +342,7 @@ def test_any_weight_comes_back(data):
 @EVERY_DTYPE
 @pytest.mark.parametrize("layout", ["transposed", "every other column", "columns of wider ones", "one row for all"])
 def test_strided_weights(layout, dtype):
-    s = any_sparse(32, 64, dtype)
+    s = any_sparse(64, 128, dtype)  # nothing to pad, in any layout
 
     def strided(t):
         if layout == "transposed":
@@ -352,7 +354,7 @@ def test_strided_weights(layout, dtype):
         return t[:1].expand(*t.shape)
 
     if layout == "one row for all":
-        s = Sparse24(s.values[:1].repeat(32, 1), s.meta[:1].repeat(32, 1), s.shape)
+        s = Sparse24(s.values[:1].repeat(64, 1), s.meta[:1].repeat(64, 1), s.shape)
     apart = Sparse24(strided(s.values), strided(s.meta), s.shape)
     assert not apart.values.is_contiguous() and same(apart, s)
     for name, write, read in layouts(s):
