@@ -372,7 +372,8 @@ def _cutlass_sm90_order(op: str, n: int, k: int, dtype: torch.dtype, tile_k: int
 def to_bitmask24(s: Sparse24) -> tuple[Tensor, Tensor, Tensor]:
     """``compressed`` (n, k/2), ``bitmask`` (n, ceil(k/8)) uint8 and ``shape`` (2, 1) int64 of the format sparse-24-bitmask.
     Column j of a row is bit j % 8 of byte j // 8, set where the column is kept: two of every four, zeros among them.
-    Source: compressed_tensors, sparse_24_bitmask.py. Raises ValueError where k is no multiple of 4: it stores no such weight."""
+    Source: compressed_tensors, sparse_24_bitmask.py.
+    Raises ValueError where k is no multiple of 4: there its groups run on into the next row."""
     n, k = _check_sparse("to_bitmask24", s)
     _need_whole_groups("to_bitmask24", k)
     nibbles = _nibbles(s.meta)
