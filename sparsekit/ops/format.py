@@ -1,63 +1,23 @@
-"""Each op: schema, CPU, CUDA, fake, and a public function that says what it takes.
+"""The ops on the 2:4 form and on masks.
 
-The ops live in ``torch.ops.sparsekit``; torch.compile and opcheck see them. Kernels are called from here alone. A kernel that reads
-a user's weights or scores returns, beside its result, the first place where they are not what they must be; the reference then
-runs on the same arguments and raises, naming the place.
+A kernel that reads a user's weights or scores returns, beside its result, the first place where they are not what they must be;
+the reference then runs on the same arguments and raises, naming the place.
 """
 
 from __future__ import annotations
 
-import warnings
-from functools import cache
-from importlib import import_module
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from . import env, reference
-from .errors import listed
-from .format import DTYPES, Sparse24, check_layout, padded_columns
+from .. import reference
+from ..errors import listed
+from ..format import DTYPES, Sparse24, check_layout, padded_columns
+from .registry import _C, DTYPE_CODE, define, launch, threads
 
-try:
-    from . import _C
-except ImportError as error:
-    raise ImportError(
-        "sparsekit._C must be built, and there is none beside this file: install with `pip install .` and run outside the source "
-        "tree, or install with `pip install -e .`"
-    ) from error
-
-lib = torch.library.Library("sparsekit", "DEF")
-
-# The codes of csrc/launch.h.
-_DTYPE_CODE = {
-    torch.float32: 0,
-    torch.float16: 1,
-    torch.bfloat16: 2,
-    torch.float8_e4m3fn: 3,
-    torch.int8: 4,
-    torch.float64: 5,
-    torch.float8_e5m2: 6,
-}
-LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8)
-_ACTIVATION_CODE = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}
-_BY_WEIGHT, _BY_SCORES, _BY_MASK = 0, 1, 2
 LARGEST_M = 32  # columns (or pairs) a group of a mask may have
-
+_MASK_DTYPES = (torch.bool, torch.uint8, torch.int8)
+_BY_WEIGHT, _BY_SCORES, _BY_MASK = 0, 1, 2  # csrc/launch.h
 _NOTHING = torch.iinfo(torch.int64).max  # a kernel's status word where it found nothing wrong
-
-
-def _define(schema: str, cpu, cuda, fake) -> None:
-    name = schema[: schema.index("(")]
-    lib.define(schema)
-    lib.impl(name, cpu, "CPU")
-    lib.impl(name, cuda, "CUDA")
-    torch.library.register_fake(f"sparsekit::{name}", fake, lib=lib)
-
-
-def _threads() -> int:
-    return env.THREADS or torch.get_num_threads()
 
 
 def _clean(status: Tensor) -> bool:
@@ -66,22 +26,6 @@ def _clean(status: Tensor) -> bool:
 
 def _new_status(like: Tensor, words: int) -> Tensor:
     return torch.empty(words, dtype=torch.int64, device=like.device)
-
-
-@cache
-def _launcher(name: str):
-    try:
-        return getattr(import_module(f".kernels.{name}", __package__), name)
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise ImportError(f"{name}: Triton must be installed to run on a GPU, found none; install triton") from error
-
-
-def _launch(name: str, first: Tensor, *others):
-    """Calls the Triton launcher of that name, on the device and the current stream of its first argument."""
-    with torch.cuda.device(first.device):
-        return _launcher(name)(first, *others)
 
 
 def _new_packed(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,13 +67,13 @@ def _check_dense(op: str, w: Tensor) -> None:
 def _compress24(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
     (values, meta), status = _new_packed(w), _new_status(w, 2)
-    _C.compress24_cpu(*_matrix(w), _DTYPE_CODE[w.dtype], values.data_ptr(), meta.data_ptr(), status.data_ptr(), _threads())
+    _C.compress24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], values.data_ptr(), meta.data_ptr(), status.data_ptr(), threads())
     return (values, meta) if _clean(status) else reference.compress24(w)
 
 
 def _compress24_cuda(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
-    values, meta, status = _launch("compress24", w)
+    values, meta, status = launch("compress24", w)
     return (values, meta) if _clean(status) else reference.compress24(w)
 
 
@@ -141,13 +85,13 @@ def _compress24_fake(w: Tensor) -> tuple[Tensor, Tensor]:
 def _expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
     check_layout("expand24", values, meta, k)
     values, meta, w = values.contiguous(), meta.contiguous(), values.new_empty(values.shape[0], k)
-    _C.expand24_cpu(values.data_ptr(), meta.data_ptr(), values.element_size(), *w.shape, w.data_ptr(), _threads())
+    _C.expand24_cpu(values.data_ptr(), meta.data_ptr(), values.element_size(), *w.shape, w.data_ptr(), threads())
     return w
 
 
 def _expand24_cuda(values: Tensor, meta: Tensor, k: int) -> Tensor:
     check_layout("expand24", values, meta, k)
-    return _launch("expand24", values.contiguous(), meta.contiguous(), k)
+    return launch("expand24", values.contiguous(), meta.contiguous(), k)
 
 
 def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
@@ -155,8 +99,8 @@ def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
     return values.new_empty(values.shape[0], k)
 
 
-_define("compress24(Tensor w) -> (Tensor, Tensor)", _compress24, _compress24_cuda, _compress24_fake)
-_define("expand24(Tensor values, Tensor meta, SymInt k) -> Tensor", _expand24, _expand24_cuda, _expand24_fake)
+define("compress24(Tensor w) -> (Tensor, Tensor)", _compress24, _compress24_cuda, _compress24_fake)
+define("expand24(Tensor values, Tensor meta, SymInt k) -> Tensor", _expand24, _expand24_cuda, _expand24_fake)
 
 
 # ---- prune_compress24 and prune24 ----
@@ -183,8 +127,8 @@ def prune24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None)
 
 
 def _check_scores(op: str, scores: Tensor) -> None:
-    if scores.dtype not in _DTYPE_CODE:
-        raise TypeError(f"{op}: scores must be one of {listed(_DTYPE_CODE)}, got {scores.dtype}")
+    if scores.dtype not in DTYPE_CODE:
+        raise TypeError(f"{op}: scores must be one of {listed(DTYPE_CODE)}, got {scores.dtype}")
 
 
 def _check_prune(op: str, w: Tensor, scores: Tensor | None, mask: Tensor | None) -> None:
@@ -205,21 +149,21 @@ def _rank(scores: Tensor | None, mask: Tensor | None) -> tuple[int, int, int, in
     rank, kind = (scores, _BY_SCORES) if mask is None else (mask, _BY_MASK)
     if rank is None:
         return 0, _BY_WEIGHT, 0, 0, 0
-    return rank.data_ptr(), kind, _DTYPE_CODE.get(rank.dtype, 0), *rank.stride()
+    return rank.data_ptr(), kind, DTYPE_CODE.get(rank.dtype, 0), *rank.stride()
 
 
 def _prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_prune("prune_compress24", w, scores, mask)
     (values, meta), status = _new_packed(w), _new_status(w, 2)
     _C.prune_compress24_cpu(
-        *_matrix(w), _DTYPE_CODE[w.dtype], *_rank(scores, mask), values.data_ptr(), meta.data_ptr(), status.data_ptr(), _threads()
+        *_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), values.data_ptr(), meta.data_ptr(), status.data_ptr(), threads()
     )
     return (values, meta) if _clean(status) else reference.prune_compress24(w, scores, mask)
 
 
 def _prune_compress24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_prune("prune_compress24", w, scores, mask)
-    values, meta, status = _launch("prune_compress24", w, scores, mask)
+    values, meta, status = launch("prune_compress24", w, scores, mask)
     return (values, meta) if _clean(status) else reference.prune_compress24(w, scores, mask)
 
 
@@ -230,13 +174,13 @@ def _prune_compress24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None
 
 def _prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
     out, status = _prune24_fake(w, scores, mask), _new_status(w, 2)
-    _C.prune24_cpu(*_matrix(w), _DTYPE_CODE[w.dtype], *_rank(scores, mask), out.data_ptr(), status.data_ptr(), _threads())
+    _C.prune24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), out.data_ptr(), status.data_ptr(), threads())
     return out if _clean(status) else reference.prune24(w, scores, mask)
 
 
 def _prune24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
     _check_prune("prune24", w, scores, mask)
-    out, status = _launch("prune24", w, scores, mask)
+    out, status = launch("prune24", w, scores, mask)
     return out if _clean(status) else reference.prune24(w, scores, mask)
 
 
@@ -245,13 +189,13 @@ def _prune24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tens
     return w.new_empty(w.shape)
 
 
-_define(
+define(
     "prune_compress24(Tensor w, Tensor? scores, Tensor? mask) -> (Tensor, Tensor)",
     _prune_compress24,
     _prune_compress24_cuda,
     _prune_compress24_fake,
 )
-_define("prune24(Tensor w, Tensor? scores, Tensor? mask) -> Tensor", _prune24, _prune24_cuda, _prune24_fake)
+define("prune24(Tensor w, Tensor? scores, Tensor? mask) -> Tensor", _prune24, _prune24_cuda, _prune24_fake)
 
 
 # ---- validate24 ----
@@ -272,14 +216,14 @@ def _validate24(values: Tensor, meta: Tensor, k: int) -> Tensor:
     check_layout("validate24", values, meta, k)
     values, meta, status = values.contiguous(), meta.contiguous(), _new_status(values, 2)
     _C.validate24_cpu(
-        values.data_ptr(), meta.data_ptr(), _DTYPE_CODE[values.dtype], values.shape[0], k, status.data_ptr(), _threads()
+        values.data_ptr(), meta.data_ptr(), DTYPE_CODE[values.dtype], values.shape[0], k, status.data_ptr(), threads()
     )
     return status
 
 
 def _validate24_cuda(values: Tensor, meta: Tensor, k: int) -> Tensor:
     check_layout("validate24", values, meta, k)
-    return _launch("validate24", values.contiguous(), meta.contiguous(), k)
+    return launch("validate24", values.contiguous(), meta.contiguous(), k)
 
 
 def _validate24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
@@ -287,7 +231,7 @@ def _validate24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
     return _new_status(values, 2)
 
 
-_define("validate24(Tensor values, Tensor meta, SymInt k) -> Tensor", _validate24, _validate24_cuda, _validate24_fake)
+define("validate24(Tensor values, Tensor meta, SymInt k) -> Tensor", _validate24, _validate24_cuda, _validate24_fake)
 
 
 # ---- masks ----
@@ -321,14 +265,14 @@ def _check_mask_nm(scores: Tensor, n: int, m: int) -> None:
 
 def _mask_nm(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     mask, status = _mask_nm_fake(scores, n, m, pairs), _new_status(scores, 1)
-    code = _DTYPE_CODE[scores.dtype]
-    _C.mask_nm_cpu(*_matrix(scores), code, n, m, pairs, mask.data_ptr(), status.data_ptr(), _threads())
+    code = DTYPE_CODE[scores.dtype]
+    _C.mask_nm_cpu(*_matrix(scores), code, n, m, pairs, mask.data_ptr(), status.data_ptr(), threads())
     return mask if _clean(status) else reference.mask_nm(scores, n, m, pairs)
 
 
 def _mask_nm_cuda(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     _check_mask_nm(scores, n, m)
-    mask, status = _launch("mask_nm", scores, n, m, pairs)
+    mask, status = launch("mask_nm", scores, n, m, pairs)
     return mask if _clean(status) else reference.mask_nm(scores, n, m, pairs)
 
 
@@ -347,13 +291,13 @@ def _check_mask_rows(scores: Tensor, kept: int) -> None:
 
 def _mask_rows(scores: Tensor, kept: int) -> Tensor:
     mask, status = _mask_rows_fake(scores, kept), _new_status(scores, 1)
-    _C.mask_rows_cpu(*_matrix(scores), _DTYPE_CODE[scores.dtype], kept, mask.data_ptr(), status.data_ptr(), _threads())
+    _C.mask_rows_cpu(*_matrix(scores), DTYPE_CODE[scores.dtype], kept, mask.data_ptr(), status.data_ptr(), threads())
     return mask if _clean(status) else reference.mask_rows(scores, kept)
 
 
 def _mask_rows_cuda(scores: Tensor, kept: int) -> Tensor:
     _check_mask_rows(scores, kept)
-    mask, status = _launch("mask_rows", scores, kept)
+    mask, status = launch("mask_rows", scores, kept)
     return mask if _clean(status) else reference.mask_rows(scores, kept)
 
 
@@ -362,132 +306,5 @@ def _mask_rows_fake(scores: Tensor, kept: int) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
-_define("mask_nm(Tensor scores, int n, int m, bool pairs) -> Tensor", _mask_nm, _mask_nm_cuda, _mask_nm_fake)
-_define("mask_rows(Tensor scores, SymInt kept) -> Tensor", _mask_rows, _mask_rows_cuda, _mask_rows_fake)
-
-
-# ---- linear24 ----
-
-
-def linear24(x: Tensor, s: Sparse24, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
-    """activation(x @ W.T + bias) for a weight W (n, k) stored 2:4, summed in fp32.
-
-    x (..., k), any rank and strides, fp32, fp16 or bf16; s of such a dtype, not necessarily that of x (16-bit storage under fp32
-    activations is legal); bias (n,) in x's dtype; activation None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
-    Returns (..., n) in x's dtype. The result is the same bit for bit from run to run.
-    Raises TypeError for another dtype, ValueError for another shape, device or activation."""
-    return torch.ops.sparsekit.linear24.default(x, s.values, s.meta, s.shape[1], bias, activation)
-
-
-def _check_linear24(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> None:
-    check_layout("linear24", values, meta, k)
-    if x.dtype not in LINEAR_DTYPES or values.dtype not in LINEAR_DTYPES:
-        raise TypeError(f"linear24: x and values must be one of {listed(LINEAR_DTYPES)}, got {x.dtype} and {values.dtype}")
-    if x.dim() == 0 or x.shape[-1] != k:
-        raise ValueError(f"linear24: the last dimension of x must be k = {k}, got x {tuple(x.shape)}")
-    if x.device != values.device:
-        raise ValueError(f"linear24: x and values must be on one device, got {x.device} and {values.device}")
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != values.shape[:1] or bias.device != x.device):
-        raise ValueError(
-            f"linear24: bias must be ({values.shape[0]},) in {x.dtype} on {x.device}, "
-            f"got {tuple(bias.shape)} in {bias.dtype} on {bias.device}"
-        )
-    if activation not in _ACTIVATION_CODE:
-        raise ValueError(f"linear24: activation must be {listed(map(repr, _ACTIVATION_CODE))}, got {activation!r}")
-
-
-def _rows(x: Tensor) -> Tensor:
-    """x as (m, k) with unit stride along k: a view where one exists, else a copy."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.dim() != 2 else x
-    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
-
-
-def _linear24_cpu(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
-    _check_linear24(x, values, meta, k, bias, activation)
-    rows, n = _rows(x), values.shape[0]
-    values, meta = values.contiguous(), meta.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = x.new_empty(*x.shape[:-1], n)
-    _C.linear24_cpu(
-        rows.data_ptr(),
-        values.data_ptr(),
-        meta.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        rows.shape[0],
-        n,
-        k,
-        rows.stride(0),
-        _DTYPE_CODE[x.dtype],
-        _DTYPE_CODE[values.dtype],
-        _ACTIVATION_CODE[activation],
-        _threads(),
-    )
-    return y
-
-
-def _linear24_cuda(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
-    _check_linear24(x, values, meta, k, bias, activation)
-    if x.dtype != values.dtype or x.dtype == torch.float32 or not _has_mma_sp(x.device.index):
-        _say_once(
-            f"linear24: no kernel for {x.dtype} x {values.dtype} on {torch.cuda.get_device_name(x.device)} in this build "
-            f"(architectures: {', '.join(_C.cuda_archs()) or 'none'}); each call expands the weight"
-        )
-        y = F.linear(x, torch.ops.sparsekit.expand24.default(values, meta, k).to(x.dtype), bias)
-        return reference.ACTIVATIONS[activation](y)
-    rows, n = _rows(x), values.shape[0]
-    values, meta = values.contiguous(), meta.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    y = x.new_empty(*x.shape[:-1], n)
-    _C.linear24_sm80(
-        rows.data_ptr(),
-        values.data_ptr(),
-        meta.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        rows.shape[0],
-        n,
-        k,
-        rows.stride(0),
-        _DTYPE_CODE[x.dtype],
-        _ACTIVATION_CODE[activation],
-        x.device.index,
-        _raw_stream(x.device.index),
-    )
-    return y
-
-
-def _linear24_fake(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
-    _check_linear24(x, values, meta, k, bias, activation)
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
-# No defaults: the dispatcher would not pass on an argument that equals its default.
-_define(
-    "linear24(Tensor x, Tensor values, Tensor meta, SymInt k, Tensor? bias, str? activation) -> Tensor",
-    _linear24_cpu,
-    _linear24_cuda,
-    _linear24_fake,
-)
-
-
-# ---- the device ----
-
-
-def _raw_stream(index: int) -> int:
-    # The private name costs 0.2 us, the public call 5.
-    fast = getattr(torch._C, "_cuda_getCurrentRawStream", None)
-    return fast(index) if fast else torch.cuda.current_stream(index).cuda_stream
-
-
-@cache
-def _has_mma_sp(index: int) -> bool:
-    # Code for 80 runs on all that is later, from its PTX if need be; code for 90a on 90 alone.
-    major, minor = torch.cuda.get_device_capability(index)
-    mine = 10 * major + minor
-    return any(int(arch) <= mine if arch.isdigit() else int(arch[:-1]) == mine for arch in _C.cuda_archs())
-
-
-@cache
-def _say_once(text: str) -> None:
-    warnings.warn(text, stacklevel=4)
+define("mask_nm(Tensor scores, int n, int m, bool pairs) -> Tensor", _mask_nm, _mask_nm_cuda, _mask_nm_fake)
+define("mask_rows(Tensor scores, SymInt kept) -> Tensor", _mask_rows, _mask_rows_cuda, _mask_rows_fake)

@@ -1,0 +1,29 @@
+"""The kernels as functions on tensors, and as torch ops with a schema, CPU, CUDA and fake: ``torch.ops.sparsekit``.
+
+torch.compile and opcheck see them. Kernels are called from here alone.
+"""
+
+from .format import (
+    LARGEST_M,
+    compress24,
+    expand24,
+    mask_nm,
+    mask_rows,
+    prune24,
+    prune_compress24,
+    validate24,
+)
+from .linear import LINEAR_DTYPES, linear24
+
+__all__ = [
+    "LARGEST_M",
+    "LINEAR_DTYPES",
+    "compress24",
+    "expand24",
+    "linear24",
+    "mask_nm",
+    "mask_rows",
+    "prune24",
+    "prune_compress24",
+    "validate24",
+]
