@@ -12,11 +12,11 @@
 //   Shared form: w's values come by TMA beside x (canonical order, 64-byte swizzle), metadata as above. It is there to
 //     be measured against the register form.
 //   TILE_N x TILE_M   warpgroups x pieces   registers   stages (register, shared form)   shared memory
-//   128 x 256         2 x 1                 232          6, 5                             218, 221 KiB
-//   192 x 192         3 x 1                 160          8, 5                             218, 206 KiB
-//   256 x 128         2 x 2                 232         12, 6                             209, 209 KiB
-//   128 x 128         2 x 1                 232         12, -                             209 KiB
-//   128 x  64         2 x 1                 232         12, -                             113 KiB
+//   256 x 128         2 x 2                 232         12, 6                            209, 209 KiB
+//   128 x 256         2 x 1                 232          6, 5                            209, 217 KiB
+//   192 x 192         3 x 1                 160          8, 5                            218, 206 KiB
+//   128 x 128         2 x 1                 232         12                               209 KiB
+//   128 x  64         2 x 1                 232         12                               113 KiB
 // 192 x 256 does not exist: four warpgroups start with 128 registers a thread, and ptxas wants 155 for its sums
 // (C7602).
 //
