@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from . import ops, reference
 from .errors import SparsekitError
-from .format import Sparse24, nbytes24, padded_columns
+from .format import Fragments24, Sparse24, from_fragments, nbytes24, padded_columns, to_fragments
 from .patterns import NM
 
 NM24 = NM(2, 4)
@@ -19,9 +19,10 @@ NM24 = NM(2, 4)
 class SparseLinear(nn.Module):
     """y = x W' + b for a weight W (out_features, in_features) stored 2:4, at 9/16 of its bytes in a 16-bit dtype.
 
-    values (out, kp/2) and meta (out, kp/8) are the canonical format of sparsekit/format.py, in the state_dict as they are.
-    ``values`` may be narrower than the activations: 16-bit storage under fp32 activations is summed in fp32.
-    ``conv1d`` remembers that the layer it replaces was GPT-2's Conv1D, which holds its weight transposed.
+    On a CPU ``values`` (out, kp/2) and ``meta`` (out, kp/8) are the canonical format of sparsekit/format.py; on a CUDA device they
+    are its fragment order, the only copy there. The state_dict is canonical everywhere. ``values`` may be narrower than the
+    activations: 16-bit storage under fp32 activations is summed in fp32. ``conv1d`` remembers that the layer it replaces was
+    GPT-2's Conv1D, which holds its weight transposed.
 
     It trains like an nn.Linear: ``values`` is the parameter, so the gradient and the state of an optimiser are half the dense size,
     and what was pruned stays pruned, since it is stored nowhere. Under autocast it computes in autocast's dtype."""
@@ -34,6 +35,7 @@ class SparseLinear(nn.Module):
         self.register_buffer("meta", weight.meta)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=trainable)
         self.conv1d = conv1d
+        self._settle()
 
     @classmethod
     def from_linear(cls, linear: nn.Module) -> SparseLinear:
@@ -58,7 +60,51 @@ class SparseLinear(nn.Module):
 
     @property
     def weight24(self) -> Sparse24:
-        return Sparse24(self.values, self.meta, (self.out_features, self.in_features))
+        """The weight in the canonical format: the tensors themselves on a CPU, made from them on a CUDA device."""
+        held = self._weight(self.values)
+        return from_fragments(held) if isinstance(held, Fragments24) else held
+
+    def _weight(self, values: Tensor) -> Sparse24 | Fragments24:
+        kind = Fragments24 if self.meta.dtype == torch.int32 else Sparse24
+        return kind(values, self.meta, (self.out_features, self.in_features))
+
+    def _settle(self, fragments: bool | None = None) -> None:
+        """Brings values and meta into fragment order or out of it, by default as their device wants. values stays the object it
+        is, with its gradient."""
+        held = self._weight(self.values.detach())
+        if isinstance(held, Fragments24) == (_reads_fragments(self.values) if fragments is None else fragments):
+            return
+        turn = to_fragments if isinstance(held, Sparse24) else from_fragments
+        gradient = None if self.values.grad is None else turn(held._replace(values=self.values.grad.detach())).values
+        self.values.grad = None
+        self.values.data, self.meta, _ = turn(held)
+        self.values.grad = gradient
+
+    def _apply(self, fn, recurse: bool = True):
+        self._settle(fragments=False)  # the dtype or the device to come may have no other order
+        super()._apply(fn, recurse)
+        self._settle()
+        return self
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if isinstance(self._weight(self.values), Fragments24):
+            destination[f"{prefix}values"], destination[f"{prefix}meta"], _ = from_fragments(self._weight(self.values.detach()))
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
+        if not isinstance(self._weight(self.values), Fragments24):
+            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+            self._settle()  # assign=True may have brought tensors of another device
+            return
+        given = [state_dict.get(f"{prefix}{name}") for name in ("values", "meta")]
+        if all(isinstance(t, Tensor) and t.dim() == 2 for t in given) and given[0].shape[0] == self.out_features:
+            try:
+                turned = to_fragments(Sparse24(given[0].to(self.values.dtype), given[1], (self.out_features, self.in_features)))
+            except (ValueError, TypeError):
+                turned = None  # of another size or dtype: the base class says so
+            if turned is not None:
+                state_dict = dict(state_dict) | {f"{prefix}values": turned.values, f"{prefix}meta": turned.meta}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
     def to_linear(self) -> nn.Module:
         """The dense layer again, zeros written out: an nn.Linear, or a Conv1D where it came from one."""
@@ -82,8 +128,8 @@ class SparseLinear(nn.Module):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
         if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
-            return _Product.apply(x, values, self.meta, self.in_features, bias)
-        return ops.linear24(x, Sparse24(values, self.meta, (self.out_features, self.in_features)), bias)
+            return _Product.apply(x, values, self._weight(values), bias)
+        return ops.linear24(x, self._weight(values), bias)
 
     def extra_repr(self) -> str:
         return (
@@ -93,27 +139,36 @@ class SparseLinear(nn.Module):
 
 
 class _Product(torch.autograd.Function):
-    """ops.linear24 with a gradient: exact in x, and in the weight at the kept places alone."""
+    """ops.linear24 with a gradient: exact in x, and in the weight at the kept places alone, in the order of its values."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None) -> Tensor:
-        ctx.k = k
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, meta)
-        return ops.linear24(x, Sparse24(values, meta, (values.shape[0], k)), bias)
+    def forward(ctx, x: Tensor, values: Tensor, weight: Sparse24 | Fragments24, bias: Tensor | None) -> Tensor:
+        ctx.kind, ctx.shape = type(weight), weight.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, weight.meta)
+        return ops.linear24(x, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, values, meta = ctx.saved_tensors
+        held = ctx.kind(values, meta, ctx.shape)
+        s = from_fragments(held) if ctx.kind is Fragments24 else held
         of_x = of_values = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ ops.expand24(Sparse24(values, meta, (values.shape[0], ctx.k))).to(grad.dtype)
+            of_x = grad @ ops.expand24(s).to(grad.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
-            of_values = reference.take24(rows.T @ x.reshape(-1, ctx.k), meta).to(values.dtype)
-        if ctx.needs_input_grad[4]:
+            of_values = reference.take24(rows.T @ x.reshape(-1, x.shape[-1]), s.meta).to(values.dtype)
+            if ctx.kind is Fragments24:
+                of_values = to_fragments(s._replace(values=of_values)).values
+        if ctx.needs_input_grad[3]:
             of_bias = rows.sum(0)
-        return of_x, of_values, None, None, of_bias
+        return of_x, of_values, None, of_bias
+
+
+def _reads_fragments(values: Tensor) -> bool:
+    """Whether the kernels of the device that the values are on read fragment order."""
+    return values.is_cuda and values.dtype in (torch.float16, torch.bfloat16)
 
 
 def is_conv1d(module: nn.Module) -> bool:

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+import sparsekit.linear
 from sparsekit import Sparse24, SparsekitError, SparseLinear, compress, ops
-from sparsekit.format import nbytes24
+from sparsekit.format import Fragments24, from_fragments, nbytes24, to_fragments
 from sparsekit.linear import dense_weight, is_conv1d, is_linear
 
 SIZES = pytest.mark.parametrize("k, n", [(16, 6), (13, 6), (13, 5), (1, 3)], ids=["even", "ragged k", "odd", "one input"])
@@ -340,6 +341,101 @@ def test_memory_is_nine_sixteenths(conv1d, dense24):
     sparse = SparseLinear.from_linear(layer)
     held = sum(t.untyped_storage().nbytes() for t in (sparse.values, sparse.meta))
     assert held * 16 == layer.weight.nbytes * 9 and held == nbytes24(48, 64, torch.float16)
+
+
+# ---- in fragment order, as a CUDA device holds it ----
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def accelerator(request, monkeypatch) -> str:
+    """A device on which weights lie in fragment order: a CUDA one, or the CPU told to be like it."""
+    if request.param == "emulated":
+        monkeypatch.setattr(sparsekit.linear, "_reads_fragments", lambda values: values.dtype in (torch.float16, torch.bfloat16))
+        return "cpu"
+    return "cuda"
+
+
+@pytest.mark.parametrize("k, n", [(128, 48), (70, 20)], ids=["even", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fragment_order_is_another_place_for_the_same_weight(k, n, dtype, dense24, accelerator):
+    layer = dense24(k, n, dtype=dtype, integers=True).to(accelerator)
+    sparse, s = SparseLinear.from_linear(layer), ops.compress24(layer.weight.detach())
+    assert sparse.values.shape == to_fragments(s).values.shape and sparse.meta.dtype == torch.int32
+    assert all(torch.equal(a, b) for a, b in zip(sparse.weight24[:2], s[:2])) and sparse.weight24.shape == (n, k)
+    state = sparse.state_dict()
+    assert torch.equal(state["values"], s.values) and torch.equal(state["meta"], s.meta)
+    assert torch.equal(sparse.to_linear().weight, layer.weight)
+    x = integers(3, k, dtype=dtype).to(accelerator)
+    want = F.linear(x.double(), layer.weight.double(), layer.bias.double())
+    with torch.no_grad():
+        assert torch.equal(sparse(x), want.to(dtype))
+    for other in (copy.deepcopy(sparse), pickle.loads(pickle.dumps(sparse))):
+        assert torch.equal(other(x), sparse(x))
+
+
+def test_fragment_order_reads_and_writes_canonical_files(dense24, accelerator):
+    sparse = SparseLinear.from_linear(dense24(70, 20, dtype=torch.float16).to(accelerator))
+    other = SparseLinear.from_linear(dense24(70, 20, dtype=torch.float16, integers=True).to(accelerator))
+    for assign in (False, True):
+        target = copy.deepcopy(other)
+        parameter = target.values
+        assert str(target.load_state_dict(sparse.state_dict(), assign=assign)) == "<All keys matched successfully>"
+        assert torch.equal(target.values, sparse.values) and torch.equal(target.meta, sparse.meta)
+        assert assign or target.values is parameter
+    for wrong in (dense24(80, 20, dtype=torch.float16), dense24(70, 21, dtype=torch.float16)):
+        with pytest.raises(RuntimeError, match="size mismatch for"):
+            other.load_state_dict(SparseLinear.from_linear(wrong).state_dict())
+    with pytest.raises(RuntimeError, match="Missing key"):
+        other.load_state_dict({"bias": sparse.bias})
+
+
+def test_a_cast_out_of_fragment_order_and_back(dense24, accelerator):
+    layer = dense24(70, 20, dtype=torch.float16, integers=True).to(accelerator)
+    sparse = SparseLinear.from_linear(layer)
+    parameter, fragments = sparse.values, sparse.values.clone()
+    sparse.values.grad = torch.ones_like(sparse.values)
+    sparse.float()
+    assert sparse.values.shape == (20, 36) and sparse.values.dtype == torch.float32 and sparse.meta.dtype == torch.uint8
+    assert torch.equal(sparse.to_linear().weight, layer.weight.float())
+    sparse.half()
+    assert sparse.values is parameter and torch.equal(sparse.values, fragments) and sparse.values.grad.shape == fragments.shape
+    assert torch.equal(
+        from_fragments(Fragments24(sparse.values.grad, sparse.meta, (20, 70))).values, torch.ones(20, 36).half().to(accelerator)
+    )
+
+
+def test_training_in_fragment_order(dense24, accelerator):
+    layer = dense24(70, 20, dtype=torch.bfloat16, integers=True).to(accelerator)
+    sparse, canonical = SparseLinear.from_linear(layer), SparseLinear.from_linear(layer.cpu())
+    canonical._settle(fragments=False)
+    x, upstream = integers(5, 70, dtype=torch.bfloat16), integers(5, 20, dtype=torch.bfloat16)
+    for module, device in ((sparse, accelerator), (canonical, "cpu")):
+        (module(x.to(device)) * upstream.to(device)).sum().backward()
+    assert sparse.values.grad.shape == sparse.values.shape
+    found = from_fragments(Fragments24(sparse.values.grad, sparse.meta, (20, 70))).values.cpu()
+    assert torch.equal(found, canonical.values.grad) and torch.equal(sparse.bias.grad.cpu(), canonical.bias.grad)
+    step = torch.optim.SGD(sparse.parameters(), lr=0.5)
+    before = sparse.weight24
+    step.step()
+    assert torch.equal(sparse.weight24.values.cpu(), (before.values - 0.5 * canonical.values.grad.to(accelerator)).cpu())
+    assert torch.equal(sparse.weight24.meta, before.meta)
+
+
+def test_compiles_whole_in_fragment_order(dense24, accelerator):
+    sparse = SparseLinear.from_linear(dense24(70, 20, dtype=torch.float16).to(accelerator)).requires_grad_(False)
+    torch.compiler.reset()
+    whole = torch.compile(sparse, fullgraph=True, backend="aot_eager")
+    for m in (3, 4, 7):
+        x = normal(m, 70, dtype=torch.float16).to(accelerator)
+        assert torch.equal(whole(x), sparse(x))
+    torch.compiler.reset()
+
+
+def test_memory_in_fragment_order(dense24, accelerator):
+    layer = dense24(512, 48, dtype=torch.float16)
+    sparse = SparseLinear.from_linear(layer.to(accelerator))
+    held = sum(t.untyped_storage().nbytes() for t in (*sparse.parameters(), *sparse.buffers()) if t is not sparse.bias)
+    assert held * 16 == layer.weight.nbytes * 9
 
 
 # ---- compress ----

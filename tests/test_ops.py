@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from sparsekit import Sparse24, env, ops
+from sparsekit.format import to_fragments
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF_ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -59,6 +60,21 @@ def test_opcheck_of_linear24(bias, activation, weight24, device):
     xs = [normal(3, 13)] if activation else [normal(13), normal(2, 3, 13), normal(13, 3).T, normal(0, 13)]
     for x in xs:
         torch.library.opcheck(torch.ops.sparsekit.linear24.default, (x.to(device), s.values, s.meta, 13, b, activation))
+
+
+@pytest.mark.parametrize("bias, activation", [(False, None), (True, "silu")], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_fragment_order_gives_the_same(dtype, bias, activation, weight24, device):
+    for n, k in ((48, 128), (20, 70), (0, 8), (5, 0)):
+        s, x = ops.compress24(weight24(n, k, dtype)).to(device), normal(2, 3, k, dtype=dtype).to(device)
+        b = normal(n, dtype=dtype).to(device) if bias else None
+        f = to_fragments(s)
+        assert same_bits(ops.linear24(x, f, b, activation), ops.linear24(x, s, b, activation))
+        torch.library.opcheck(torch.ops.sparsekit.linear24_fragments.default, (x, f.values, f.meta, n, k, b, activation))
+    with pytest.raises(ValueError, match="linear24: the last dimension of x must be k = 70"):
+        ops.linear24(x, to_fragments(ops.compress24(weight24(20, 70, dtype))))
+    with pytest.raises(ValueError, match=r"linear24: shape \(36, 70\) needs values"):
+        ops.linear24(normal(2, 70, dtype=dtype), to_fragments(ops.compress24(weight24(20, 70, dtype)))._replace(shape=(36, 70)))
 
 
 @pytest.mark.parametrize("k", [0, 12, 13])

@@ -8,40 +8,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference
+from .. import reference, tune
 from ..errors import listed
-from ..format import Sparse24, check_layout
+from ..format import Fragments24, Sparse24, check_fragments, check_layout, from_fragments, to_fragments
+from ..tune import Choice
 from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, threads
 
 LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+DECODE, HOPPER, MMA_SP, SPARSE_CPU = "linear24_decode_sm80", "linear24_sm90a", "linear24_sm80", "linear24_cpu"
+DECODE_TOKENS = 64  # the most that the decode kernel takes
 _ACTIVATION_CODE = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # csrc/launch.h
 
 
-def linear24(x: Tensor, s: Sparse24, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
+def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, activation: str | None = None) -> Tensor:
     """activation(x @ W.T + bias) for a weight W (n, k) stored 2:4, summed in fp32.
 
     x (..., k), any rank and strides, fp32, fp16 or bf16; s of such a dtype, not necessarily that of x (16-bit storage under fp32
     activations is legal); bias (n,) in x's dtype; activation None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
+    A GPU's kernels read Fragments24, and a Sparse24 there is brought into that order at every call: keep ``to_fragments(s)`` of a
+    weight that is used again, as SparseLinear does. A CPU's kernels read Sparse24.
     Returns (..., n) in x's dtype. The result is the same bit for bit from run to run.
     Raises TypeError for another dtype, ValueError for another shape, device or activation."""
+    if isinstance(s, Fragments24):
+        return torch.ops.sparsekit.linear24_fragments.default(x, s.values, s.meta, *s.shape, bias, activation)
     return torch.ops.sparsekit.linear24.default(x, s.values, s.meta, s.shape[1], bias, activation)
 
 
-def _check_linear24(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> None:
-    check_layout("linear24", values, meta, k)
+def _check_product(x: Tensor, values: Tensor, n: int, k: int, bias: Tensor | None, activation: str | None) -> None:
     if x.dtype not in LINEAR_DTYPES or values.dtype not in LINEAR_DTYPES:
         raise TypeError(f"linear24: x and values must be one of {listed(LINEAR_DTYPES)}, got {x.dtype} and {values.dtype}")
     if x.dim() == 0 or x.shape[-1] != k:
         raise ValueError(f"linear24: the last dimension of x must be k = {k}, got x {tuple(x.shape)}")
     if x.device != values.device:
         raise ValueError(f"linear24: x and values must be on one device, got {x.device} and {values.device}")
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != values.shape[:1] or bias.device != x.device):
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (n,) or bias.device != x.device):
         raise ValueError(
-            f"linear24: bias must be ({values.shape[0]},) in {x.dtype} on {x.device}, "
-            f"got {tuple(bias.shape)} in {bias.dtype} on {bias.device}"
+            f"linear24: bias must be ({n},) in {x.dtype} on {x.device}, got {tuple(bias.shape)} in {bias.dtype} on {bias.device}"
         )
     if activation not in _ACTIVATION_CODE:
         raise ValueError(f"linear24: activation must be {listed(map(repr, _ACTIVATION_CODE))}, got {activation!r}")
+
+
+def _check_linear24(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> None:
+    check_layout("linear24", values, meta, k)
+    _check_product(x, values, values.shape[0], k, bias, activation)
+
+
+def _check_linear24_fragments(
+    x: Tensor, values: Tensor, meta: Tensor, n: int, k: int, bias: Tensor | None, activation: str | None
+) -> None:
+    check_fragments("linear24", Fragments24(values, meta, (n, k)))
+    _check_product(x, values, n, k, bias, activation)
 
 
 def _rows(x: Tensor) -> Tensor:
@@ -50,17 +67,34 @@ def _rows(x: Tensor) -> Tensor:
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
 
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _expanded(x: Tensor, s: Sparse24, bias: Tensor | None, activation: str | None) -> Tensor:
+    """The weight written out dense, and the library's product."""
+    dense = torch.ops.sparsekit.expand24.default(s.values, s.meta, s.shape[1])
+    return reference.ACTIVATIONS[activation](F.linear(x, dense.to(x.dtype), bias))
+
+
+# ---- on the CPU ----
+
+
 def _linear24_cpu(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
     _check_linear24(x, values, meta, k, bias, activation)
     rows, n = _rows(x), values.shape[0]
     values, meta = values.contiguous(), meta.contiguous()
+    if x.dtype == values.dtype:
+        choice = tune.choose(cpu_key(threads()), str(x.dtype).removeprefix("torch."), rows.shape[0], n, k)
+        if choice is not None and choice.kernel == tune.EXPAND:
+            return _expanded(x, Sparse24(values, meta, (n, k)), bias, activation)
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
     _C.linear24_cpu(
         rows.data_ptr(),
         values.data_ptr(),
         meta.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
+        _address(bias),
         y.data_ptr(),
         rows.shape[0],
         n,
@@ -74,48 +108,102 @@ def _linear24_cpu(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor 
     return y
 
 
+def _linear24_fragments_cpu(
+    x: Tensor, values: Tensor, meta: Tensor, n: int, k: int, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    _check_linear24_fragments(x, values, meta, n, k, bias, activation)
+    s = from_fragments(Fragments24(values, meta, (n, k)))
+    return _linear24_cpu(x, s.values, s.meta, k, bias, activation)
+
+
+@cache
+def cpu_key(used: int) -> str:
+    """What the rows of tune.py are kept under for a CPU with that many threads."""
+    return f"cpu {_C.cpu_isa()}; {_cpu_name()}; {used} threads"
+
+
+@cache
+def _cpu_name() -> str:
+    import platform
+    from pathlib import Path
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+# ---- on a GPU ----
+
+
 def _linear24_cuda(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
     _check_linear24(x, values, meta, k, bias, activation)
-    if x.dtype != values.dtype or x.dtype == torch.float32 or not _has_mma_sp(x.device.index):
-        say_once(
-            f"linear24: no kernel for {x.dtype} x {values.dtype} on {torch.cuda.get_device_name(x.device)} in this build "
-            f"(architectures: {', '.join(_C.cuda_archs()) or 'none'}); each call expands the weight"
-        )
-        y = F.linear(x, torch.ops.sparsekit.expand24.default(values, meta, k).to(x.dtype), bias)
-        return reference.ACTIVATIONS[activation](y)
-    rows, n = _rows(x), values.shape[0]
-    values, meta = values.contiguous(), meta.contiguous()
+    s = Sparse24(values, meta, (values.shape[0], k))
+    if not _has_kernel(x, values):
+        return _expanded(x, s, bias, activation)
+    return run_on_gpu(_choice(x, values.dtype, *s.shape), x, to_fragments(s), bias, activation)
+
+
+def _linear24_fragments_cuda(
+    x: Tensor, values: Tensor, meta: Tensor, n: int, k: int, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    _check_linear24_fragments(x, values, meta, n, k, bias, activation)
+    f = Fragments24(values, meta, (n, k))
+    if not _has_kernel(x, values):
+        return _expanded(x, from_fragments(f), bias, activation)
+    return run_on_gpu(_choice(x, values.dtype, n, k), x, f, bias, activation)
+
+
+def _has_kernel(x: Tensor, values: Tensor) -> bool:
+    """Whether the build has a kernel for these dtypes on this device; says so once where it has not."""
+    if x.dtype == values.dtype != torch.float32 and _has_mma_sp(x.device.index):
+        return True
+    say_once(
+        f"linear24: no kernel for {x.dtype} x {values.dtype} on {torch.cuda.get_device_name(x.device)} in this build "
+        f"(architectures: {', '.join(_C.cuda_archs()) or 'none'}); each call expands the weight"
+    )
+    return False
+
+
+def _choice(x: Tensor, dtype: torch.dtype, n: int, k: int) -> Choice:
+    index, m = x.device.index, x.shape[:-1].numel()
+    return tune.choose(gpu_key(index), str(dtype).removeprefix("torch."), m, n, k) or default_choice(index, m)
+
+
+@cache
+def default_choice(index: int, m: int) -> Choice:
+    """What runs m tokens on a CUDA device where nothing was measured. Not yet run on hardware."""
+    if m <= DECODE_TOKENS:
+        return Choice(DECODE)
+    return Choice(HOPPER if hasattr(_C, HOPPER) and torch.cuda.get_device_capability(index) == (9, 0) else MMA_SP)
+
+
+def run_on_gpu(choice: Choice, x: Tensor, f: Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
+    """The product by one kernel. Where TMA cannot take x, which only Hopper's kernel needs, the mma.sp kernel runs."""
+    if choice.kernel == tune.EXPAND:
+        return _expanded(x, from_fragments(f), bias, activation)
+    rows, (n, k), index = _rows(x), f.shape, x.device.index
+    values, meta = f.values.contiguous(), f.meta.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
-    _C.linear24_sm80(
-        rows.data_ptr(),
-        values.data_ptr(),
-        meta.data_ptr(),
-        0 if bias is None else bias.data_ptr(),
-        y.data_ptr(),
-        rows.shape[0],
-        n,
-        k,
-        rows.stride(0),
-        DTYPE_CODE[x.dtype],
-        _ACTIVATION_CODE[activation],
-        x.device.index,
-        raw_stream(x.device.index),
-    )
+    m, tile, split = rows.shape[0], choice.tile, choice.split
+    operands = rows.data_ptr(), values.data_ptr(), meta.data_ptr(), _address(bias), y.data_ptr()
+    sizes = m, n, k, rows.stride(0), DTYPE_CODE[x.dtype], _ACTIVATION_CODE[activation]
+    where = index, raw_stream(index)
+    if choice.kernel == DECODE and m <= DECODE_TOKENS:
+        needed = _C.linear24_decode_workspace(m, n, k, tile, split, index)
+        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
+        _C.linear24_decode_sm80(*operands, _address(workspace), *sizes, tile, split, *where)
+    elif choice.kernel != HOPPER or not _C.linear24_sm90a(*operands, *sizes, tile, *where):
+        _C.linear24_sm80(*operands, *sizes, tile if choice.kernel == MMA_SP else 0, *where)
     return y
 
 
-def _linear24_fake(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
-    _check_linear24(x, values, meta, k, bias, activation)
-    return x.new_empty(*x.shape[:-1], values.shape[0])
-
-
-define(
-    "linear24(Tensor x, Tensor values, Tensor meta, SymInt k, Tensor? bias, str? activation) -> Tensor",
-    _linear24_cpu,
-    _linear24_cuda,
-    _linear24_fake,
-)
+@cache
+def gpu_key(index: int) -> str:
+    """What the rows of tune.py are kept under for a CUDA device."""
+    major, minor = torch.cuda.get_device_capability(index)
+    driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else "unknown"
+    return f"{torch.cuda.get_device_name(index)}; sm_{major}{minor}; driver {driver}; CUDA {torch.version.cuda}"
 
 
 @cache
@@ -124,3 +212,32 @@ def _has_mma_sp(index: int) -> bool:
     major, minor = torch.cuda.get_device_capability(index)
     mine = 10 * major + minor
     return any(int(arch) <= mine if arch.isdigit() else int(arch[:-1]) == mine for arch in _C.cuda_archs())
+
+
+# ---- for torch ----
+
+
+def _linear24_fake(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
+    _check_linear24(x, values, meta, k, bias, activation)
+    return x.new_empty(*x.shape[:-1], values.shape[0])
+
+
+def _linear24_fragments_fake(
+    x: Tensor, values: Tensor, meta: Tensor, n: int, k: int, bias: Tensor | None, activation: str | None
+) -> Tensor:
+    _check_linear24_fragments(x, values, meta, n, k, bias, activation)
+    return x.new_empty(*x.shape[:-1], n)
+
+
+define(
+    "linear24(Tensor x, Tensor values, Tensor meta, SymInt k, Tensor? bias, str? activation) -> Tensor",
+    _linear24_cpu,
+    _linear24_cuda,
+    _linear24_fake,
+)
+define(
+    "linear24_fragments(Tensor x, Tensor values, Tensor meta, SymInt n, SymInt k, Tensor? bias, str? activation) -> Tensor",
+    _linear24_fragments_cpu,
+    _linear24_fragments_cuda,
+    _linear24_fragments_fake,
+)

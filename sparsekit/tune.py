@@ -1,0 +1,142 @@
+"""Which kernel runs a product: one cached lookup in measured rows.
+
+A row is one measurement of y (m, n) = x (m, k) W' on one kind of device: the kernel with its tile and split of k, and its time.
+"expand" is the kernel that every device has: the weight written out dense and the library's product, so where each sparse kernel
+measured slower than that, it is what the lookup says. Rows come from a cache file, written by ``sparsekit bench --tune`` for one
+machine, driver and version, else from the rows that ship with the package, else there are none and the caller's default holds.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import cache, lru_cache
+from importlib.resources import files
+from pathlib import Path
+from typing import NamedTuple
+
+from . import env
+from .errors import SparsekitError
+
+EXPAND = "expand"
+FILE_VERSION = 1
+
+
+class Choice(NamedTuple):
+    """A kernel by name, its tile and its split of k; 0 leaves the latter two to the kernel."""
+
+    kernel: str
+    tile: int = 0
+    split: int = 0
+
+
+class Row(NamedTuple):
+    """One measurement. dtype is the weight's, as torch names it; us the median microseconds of a call."""
+
+    dtype: str
+    m: int
+    n: int
+    k: int
+    kernel: str
+    tile: int
+    split: int
+    us: float
+
+
+class Table:
+    """The rows of one kind of device, as lookups want them: the fastest choice of each measured size."""
+
+    def __init__(self, rows: Iterable[Row]):
+        fastest: dict[tuple[str, int, int, int], Row] = {}
+        for row in rows:
+            place = (row.dtype, row.n, row.k, row.m)
+            if place not in fastest or row.us < fastest[place].us:
+                fastest[place] = row
+        self._weights: dict[str, dict[tuple[int, int], dict[int, Choice]]] = {}
+        for (dtype, n, k, m), row in fastest.items():
+            of_m = self._weights.setdefault(dtype, {}).setdefault((n, k), {})
+            of_m[m] = Choice(row.kernel, row.tile, row.split)
+
+    def choose(self, dtype: str, m: int, n: int, k: int) -> Choice | None:
+        """What was fastest at the nearest measured weight and, of its rows, the nearest m; sizes are compared by their ratios.
+
+        None for a dtype without rows. A tie goes to the smaller measured size."""
+        weights = self._weights.get(dtype)
+        if not weights:
+            return None
+        near = min(sorted(weights), key=lambda size: _ratio(size[0], n) + _ratio(size[1], k))
+        of_m = weights[near]
+        return of_m[min(sorted(of_m), key=lambda measured: _ratio(measured, m))]
+
+
+def _ratio(a: int, b: int) -> float:
+    return abs(math.log(max(a, 1) / max(b, 1)))
+
+
+@lru_cache(maxsize=4096)
+def choose(device: str, dtype: str, m: int, n: int, k: int) -> Choice | None:
+    """The lookup: what to run for these sizes on a device of that key, or None where nothing was measured. No search, no I/O but
+    for the first call of a device."""
+    return table(device).choose(dtype, m, n, k)
+
+
+@cache
+def table(device: str) -> Table:
+    """The rows for a device key: of its cache file, else the shipped ones of its kind, else none."""
+    with suppress(OSError):
+        return Table(read(cache_file(device), device))
+    shipped = json.loads((files(__package__) / "tune.json").read_text())
+    return Table(Row(*row) for row in shipped["devices"].get(device.split("; ")[0], {}).get("rows", []))
+
+
+def forget() -> None:
+    """Reads the rows anew at the next lookup, for one who has written them."""
+    choose.cache_clear()
+    table.cache_clear()
+
+
+# ---- the cache file ----
+
+
+def cache_file(device: str) -> Path:
+    """Where a device's rows are kept: under SPARSEKIT_CACHE, by default ~/.cache/sparsekit. The name is made of the key."""
+    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in device)
+    return env.CACHE / f"tune-{name}.json"
+
+
+def write(device: str, rows: list[Row]) -> Path:
+    """Writes the rows of a device to its cache file, in one rename, and forgets what was read before. Returns the file."""
+    path = cache_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"version": FILE_VERSION, "device": device, "rows": [list(row) for row in rows]}, indent=1)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    try:
+        with os.fdopen(handle, "w") as file:
+            file.write(text)
+        os.replace(partial, path)
+    except BaseException:
+        os.unlink(partial)
+        raise
+    forget()
+    return path
+
+
+def read(path: Path, device: str) -> list[Row]:
+    """The rows in a cache file. Raises FileNotFoundError where there is none, SparsekitError where it is another thing."""
+    text = path.read_text()
+    try:
+        found = json.loads(text)
+        if found["version"] != FILE_VERSION or found["device"] != device:
+            raise ValueError(f"version {found['version']} of {found['device']!r}")
+        rows = [Row(*row) for row in found["rows"]]
+        if not all(isinstance(a, t) for row in rows for a, t in zip(row, (str, int, int, int, str, int, int, (int, float)))):
+            raise ValueError("a row of other types")
+        return rows
+    except (ValueError, KeyError, TypeError) as error:
+        raise SparsekitError(
+            f"{path} must hold rows of version {FILE_VERSION} for {device!r}, got {error}; delete it or run sparsekit bench --tune"
+        ) from error
