@@ -57,9 +57,8 @@ def load_ranked(
     else:
         m0, m1, m2, m3 = split_groups(tl.load(rank_ptrs, mask=inside, other=0))
         on0, on1, on2, on3 = m0 != 0, m1 != 0, m2 != 0, m3 != 0
-        # What the mask drops is zero even where a group with fewer than two kept has to store it.
+        # What the mask drops is zero even where it fills a group with fewer than two kept, which columns 0 and 1 alone do.
         w0, w1 = tl.where(on0, w0, 0), tl.where(on1, w1, 0)
-        w2, w3 = tl.where(on2, w2, 0), tl.where(on3, w3, 0)
         k0, k1, k2, k3 = on0.to(tl.int32), on1.to(tl.int32), on2.to(tl.int32), on3.to(tl.int32)
         over = more_than_two(k0, k1, k2, k3)
         report(status_ptr + 1, over, row0, col0 // 4, groups, BLOCK_ROWS, BLOCK_COLS // 4)

@@ -286,6 +286,14 @@ def test_the_first_damage_is_named(case, dtype):
             assert validate24(values.to(DEVICE), moved, cols).tolist() == definition24.check(values, meta, cols)
 
 
+@pytest.mark.parametrize("start", range(4))
+@pytest.mark.parametrize("skip", range(4))
+def test_validate24_of_memory_that_starts_anywhere(start, skip):
+    meta = torch.frombuffer(bytearray(32), dtype=torch.uint8, offset=start)[skip : skip + 8].view(1, 8)
+    meta.fill_(0x44)[0, 6] = 0x40
+    assert validate24(torch.zeros((1, 32), device=DEVICE), meta.to(DEVICE), 64).tolist() == [12, NOTHING]
+
+
 @pytest.mark.parametrize("cols", range(1, 9))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn, torch.int8], ids=named)
 def test_every_place_past_the_last_column(cols, dtype):
