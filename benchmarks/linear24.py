@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.measure import copy_gbps, time_us, write
+from benchmarks.measure import copy_gbps, write
 from sparsekit import NM, Sparse24, ops
+from sparsekit.timing import time_us
 
 SHAPES = {  # (n, k): the linears of the models that they are named for
     "SmolLM2-135M qkv": (576, 576),

@@ -1,4 +1,4 @@
-"""What every benchmark here shares: time, the machine's own floor, and rows out."""
+"""What every benchmark here shares: the machine, its own floor, and rows out. Time itself is sparsekit/timing.py."""
 
 from __future__ import annotations
 
@@ -6,65 +6,12 @@ import csv
 import datetime
 import json
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
-
-def time_us(
-    calls: dict[str, Callable[[], object]], seconds: float = 0.3, synchronize: Callable[[], object] | None = None
-) -> dict[str, float]:
-    """Median microseconds of each call as its caller waits for it, the rivals taking turns so that a busy moment hits them alike.
-
-    synchronize: what waits for a device that runs behind the host."""
-    wait = synchronize or (lambda: None)
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    end = time.perf_counter() + seconds * len(calls)
-    while time.perf_counter() < end or min(map(len, samples.values())) < 5:
-        for name, call in calls.items():
-            call()  # the turn before was a rival's: its threads and its data are not ours
-            wait()
-            begin = time.perf_counter()
-            call()
-            wait()
-            samples[name].append((time.perf_counter() - begin) * 1e6)
-    return {name: statistics.median(times) for name, times in samples.items()}
-
-
-def graph_us(calls: dict[str, Sequence[Callable[[], object]]], rounds: int = 50) -> dict[str, float]:
-    """Median microseconds of one call on the current CUDA device, from CUDA graphs replayed in turns.
-
-    A name's calls do the same to different inputs: where those together exceed L2, each call finds its own in memory. The graph
-    leaves out what the host takes to launch."""
-    graphs = {}
-    for name, variants in calls.items():
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for call in variants:
-                call()
-        torch.cuda.current_stream().wait_stream(side)
-        graphs[name] = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graphs[name]):
-            for call in variants:
-                call()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 3):
-        for name, graph in graphs.items():
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
-            graph.replay()
-            end.record()
-            end.synchronize()
-            if turn >= 3:  # the first ones bring the clocks up
-                samples[name].append(begin.elapsed_time(end) * 1e3 / len(calls[name]))
-    return {name: statistics.median(times) for name, times in samples.items()}
+from sparsekit.timing import time_us
 
 
 def copy_gbps(nbytes: int = 1 << 28) -> float:

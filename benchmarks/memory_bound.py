@@ -16,8 +16,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import graph_us, time_us, write
+from benchmarks.measure import write
 from sparsekit import ops
+from sparsekit.timing import graph_us, time_us
 
 SHAPES = {  # (n, k): the linears of the models that they are named for
     "Llama-3-8B o": (4096, 4096),

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import ops
 from .errors import SparsekitError, listed
 from .format import FORMAT_VERSION, Sparse24
-from .linear import SparseLinear, is_linear
+from .linear import SparseLinear, dense_weight, is_linear
 from .report import PruneReport
 
 MAX_SHARD_BYTES = 4 << 30
@@ -375,6 +375,15 @@ def skeleton(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise SparsekitError(f"the config in {folder} must name a causal language model: {_first_sentence(error)}") from error
+
+
+def linear_shapes(folder: Path) -> tuple[tuple[int, int], ...]:
+    """The distinct shapes (out_features, in_features) of the linears in a folder's decoder blocks, by its config alone."""
+    check_model_folder(folder)
+    model = skeleton(folder)
+    head = model.get_output_embeddings()
+    linears = [module for module in model.modules() if is_linear(module) and module is not head]
+    return tuple(dict.fromkeys(tuple(dense_weight(linear).shape) for linear in linears))
 
 
 def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> None:

@@ -238,6 +238,54 @@ def generate(
     print(json.dumps(result) if json_out else f"{result['text']}\n[{result['tokens_per_second']:.1f} tokens/s]")
 
 
+@command()
+def bench(
+    model_dir: Annotated[Path | None, typer.Argument(help="A model folder, whose linears to measure.")] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(help='A weight to measure, as "4096x11008" (out x in); may be repeated.')
+    ] = None,
+    tokens: Annotated[list[int] | None, typer.Option(help="A number of tokens; may be repeated.")] = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    tune: Annotated[bool, typer.Option("--tune", help="Keep the rows: products on this machine then choose by them.")] = False,
+    json_out: Json = False,
+) -> None:
+    """How fast each kernel multiplies with a 2:4 weight here, beside the dense product."""
+    import torch
+
+    from . import bench as measuring
+    from . import checkpoint
+
+    shapes = tuple(map(_shape, shape or ())) + (checkpoint.linear_shapes(model_dir) if model_dir else ())
+    place = checkpoint.resolve_device(device)
+    compute = compute_dtype(dtype, device)
+    compute = torch.bfloat16 if compute == "auto" else compute
+    with progress_bar("measuring") as progress:
+        rows = measuring.measure(
+            place, compute, shapes or measuring.SHAPES, tuple(tokens or ()) or measuring.TOKENS, progress=progress
+        )
+    kept = measuring.save(place, rows) if tune else None
+    if json_out:
+        print(json.dumps({"device": measuring.key(place), "file": kept and str(kept), "rows": [row._asdict() for row in rows]}))
+        return
+    dense = {(row.m, row.n, row.k): row.us for row in rows if row.kernel == measuring.DENSE}
+    lines = []
+    for row in rows:
+        kernel = row.kernel + (f" {row.tile}/{row.split}" if row.tile or row.split else "")
+        times = f"{row.us:.1f}", f"{dense[row.m, row.n, row.k] / row.us:.2f}"
+        lines.append((f"{row.n}x{row.k}", str(row.m), row.dtype, kernel, *times))
+    show(measuring.key(place), ("weight", "tokens", "dtype", "kernel", "us", "of dense speed"), lines)
+    if kept:
+        print(f"kept in {kept}")
+
+
+def _shape(text: str) -> tuple[int, int]:
+    n, _, k = text.partition("x")
+    if not (n.isdecimal() and k.isdecimal() and int(n) and int(k)):
+        raise SparsekitError(f'--shape must be out x in, such as "4096x11008", got {text!r}')
+    return int(n), int(k)
+
+
 @command(after="; what was finished is kept")
 def demo(
     model: Annotated[str, typer.Option(help="tiny (shipped with the package) or smollm2 (downloaded once, 93 MB).")] = "tiny",

@@ -112,7 +112,8 @@ def write(device: str, rows: list[Row]) -> Path:
     """Writes the rows of a device to its cache file, in one rename, and forgets what was read before. Returns the file."""
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps({"version": FILE_VERSION, "device": device, "rows": [list(row) for row in rows]}, indent=1)
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    text = f'{{"version": {FILE_VERSION}, "device": {json.dumps(device)}, "rows": [\n{lines}\n]}}\n'
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w") as file:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import reference, tune
+from .. import __version__, reference, tune
 from ..errors import listed
 from ..format import Fragments24, Sparse24, check_fragments, check_layout, from_fragments, to_fragments
 from ..tune import Choice
@@ -17,6 +17,8 @@ from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, threads
 LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECODE, HOPPER, MMA_SP, SPARSE_CPU = "linear24_decode_sm80", "linear24_sm90a", "linear24_sm80", "linear24_cpu"
 DECODE_TOKENS = 64  # the most that the decode kernel takes
+DECODE_TILES, DECODE_SPLITS = (0,), (0,)
+HOPPER_TILES, MMA_SP_TILES = range(1, 6), range(1, 5)  # csrc/launch.h
 _ACTIVATION_CODE = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # csrc/launch.h
 
 
@@ -82,12 +84,18 @@ def _expanded(x: Tensor, s: Sparse24, bias: Tensor | None, activation: str | Non
 
 def _linear24_cpu(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
     _check_linear24(x, values, meta, k, bias, activation)
-    rows, n = _rows(x), values.shape[0]
-    values, meta = values.contiguous(), meta.contiguous()
+    n, choice = values.shape[0], None
     if x.dtype == values.dtype:
-        choice = tune.choose(cpu_key(threads()), str(x.dtype).removeprefix("torch."), rows.shape[0], n, k)
-        if choice is not None and choice.kernel == tune.EXPAND:
-            return _expanded(x, Sparse24(values, meta, (n, k)), bias, activation)
+        choice = tune.choose(cpu_key(threads()), str(x.dtype).removeprefix("torch."), x.shape[:-1].numel(), n, k)
+    return run_on_cpu(choice or Choice(SPARSE_CPU), x, Sparse24(values, meta, (n, k)), bias, activation)
+
+
+def run_on_cpu(choice: Choice, x: Tensor, s: Sparse24, bias: Tensor | None, activation: str | None) -> Tensor:
+    """The product by one kernel."""
+    if choice.kernel == tune.EXPAND:
+        return _expanded(x, s, bias, activation)
+    rows, (n, k) = _rows(x), s.shape
+    values, meta = s.values.contiguous(), s.meta.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
     _C.linear24_cpu(
@@ -119,7 +127,7 @@ def _linear24_fragments_cpu(
 @cache
 def cpu_key(used: int) -> str:
     """What the rows of tune.py are kept under for a CPU with that many threads."""
-    return f"cpu {_C.cpu_isa()}; {_cpu_name()}; {used} threads"
+    return f"cpu {_C.cpu_isa()}; {_cpu_name()}; {used} threads; sparsekit {__version__}"
 
 
 @cache
@@ -174,7 +182,7 @@ def default_choice(index: int, m: int) -> Choice:
     """What runs m tokens on a CUDA device where nothing was measured. Not yet run on hardware."""
     if m <= DECODE_TOKENS:
         return Choice(DECODE)
-    return Choice(HOPPER if hasattr(_C, HOPPER) and torch.cuda.get_device_capability(index) == (9, 0) else MMA_SP)
+    return Choice(HOPPER if HOPPER in gpu_kernels(index) else MMA_SP)
 
 
 def run_on_gpu(choice: Choice, x: Tensor, f: Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -198,12 +206,28 @@ def run_on_gpu(choice: Choice, x: Tensor, f: Fragments24, bias: Tensor | None, a
     return y
 
 
+def gpu_kernels(index: int) -> list[str]:
+    """The kernels of this build that run on a CUDA device."""
+    if not _has_mma_sp(index):
+        return []
+    hopper = hasattr(_C, HOPPER) and torch.cuda.get_device_capability(index) == (9, 0)
+    return [DECODE, *([HOPPER] if hopper else []), MMA_SP]
+
+
+def variants(kernel: str, m: int) -> list[tuple[int, int]]:
+    """The tiles and splits of a kernel that are worth measuring for m tokens."""
+    if kernel == DECODE:
+        return [(tile, split) for tile in DECODE_TILES for split in DECODE_SPLITS] if m <= DECODE_TOKENS else []
+    return [(tile, 0) for tile in (HOPPER_TILES if kernel == HOPPER else MMA_SP_TILES)]
+
+
 @cache
 def gpu_key(index: int) -> str:
     """What the rows of tune.py are kept under for a CUDA device."""
     major, minor = torch.cuda.get_device_capability(index)
     driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else "unknown"
-    return f"{torch.cuda.get_device_name(index)}; sm_{major}{minor}; driver {driver}; CUDA {torch.version.cuda}"
+    software = f"driver {driver}; CUDA {torch.version.cuda}; sparsekit {__version__}"
+    return f"{torch.cuda.get_device_name(index)}; sm_{major}{minor}; {software}"
 
 
 @cache
