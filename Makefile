@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := setup.py pyproject.toml $(shell find csrc kernels sparsekit tests/data examples/data -type f -not -name '*.so' -not -path '*/__pycache__/*')
 
-.PHONY: setup demo test test-triton lint format clean
+.PHONY: setup demo test test-triton gpu-evidence lint format clean
 
 setup: $(VENV)/installed
 

@@ -65,6 +65,23 @@ def test_a_rival_gives_the_same(op):
         assert torch.equal(ours, theirs), name
 
 
+def test_rows_of_the_product(monkeypatch):
+    from benchmarks import linear24
+
+    monkeypatch.setattr(linear24, "CPU_SHAPES", {"tiny": (48, 96)})
+    monkeypatch.setattr(linear24, "CPU_TOKENS", (1, 3))
+    monkeypatch.setattr(linear24, "copy_gbps", lambda: 10.0)
+    times = {"sparse": 2.0, "float32": 4.0, "bfloat16": 3.0, "float16": 5.0}
+    monkeypatch.setattr(linear24, "time_us", lambda calls: {name: (call(), times[name])[1] for name, call in calls.items()})
+    rows = linear24.rows("cpu", quick=False)
+    wanted = "m,n,k,dtype,kernel,sparse_us,sparse_eager_us,dense_us,cusparselt_us,torch_cutlass_us,rel_err,tflops,gbps,copy_gbps"
+    for row, m in zip(rows, (1, 3), strict=True):
+        assert {*wanted.split(","), "sm_mhz", "watts"} <= row.keys() and (row["m"], row["n"], row["k"]) == (m, 48, 96)
+        assert row["dense_us"] == 3 and row["dense_dtype"] == "bfloat16" and row["speedup"] == 1.5
+        assert row["tflops"] == round(2 * m * 48 * 96 / 2e6, 4) and row["gbps"] == round(9 / 16 * 48 * 96 * 2 / 2e3, 2)
+        assert 0 < row["rel_err"] < 1e-5
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
 def test_the_command(suffix, tmp_path):
     out = tmp_path / f"rows{suffix}"
@@ -78,3 +95,46 @@ def test_the_command(suffix, tmp_path):
     assert row["layer"] == "Llama-3-8B kv" and float(row["us"]) > 0 and 0 < float(row["of_copy"])
     if suffix == ".json":
         assert json.loads(text)["machine"]["threads"] == torch.get_num_threads()
+
+
+def test_the_roofline(tmp_path):
+    pytest.importorskip("matplotlib")
+    from benchmarks import roofline
+
+    row = {"m": "2", "n": "64", "k": "128", "dtype": "bfloat16", "sparse_us": "2.0", "dense_us": "4.0", "copy_gbps": "10"}
+    found = roofline.points([row])
+    operations = 2 * 2 * 64 * 128
+    packed, dense = 9 / 16 * 64 * 128 * 2, 64 * 128 * 2
+    around = 2 * (2 * 128 + 2 * 64)
+    assert found == {
+        "2:4": [(pytest.approx(operations / (packed + around)), operations / 2e6)],
+        "dense": [(pytest.approx(operations / (dense + around)), operations / 4e6)],
+    }
+    rows, picture = tmp_path / "rows.csv", tmp_path / "roofline.png"
+    rows.write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.roofline", rows, "--out", picture], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_steps_of_the_gpu_evidence(tmp_path):
+    from benchmarks import gpu_evidence
+
+    for quick in (False, True):
+        steps = gpu_evidence.steps(tmp_path, quick)
+        assert [*steps][:9] == ["tests", *gpu_evidence.MEMORY_BOUND, "linear24"] and set(gpu_evidence.MEMORY_BOUND) == set(OPS)
+    for name, command in steps.items():  # of the quick run, which has every argument
+        if name in ("mask_nm", "linear24", "roofline"):  # the others share the first one's arguments
+            done = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
+            known = set(done.stdout.replace("[", " ").replace("]", " ").split())
+            assert done.returncode == 0 and {a for a in command if a.startswith("--")} <= known, name
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu_no_evidence(tmp_path):
+    command = [sys.executable, "-m", "benchmarks.gpu_evidence", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr == "gpu_evidence: a CUDA device must be there for torch to use, found none\n"
+    assert not (tmp_path / "out").exists()

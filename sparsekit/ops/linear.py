@@ -148,7 +148,7 @@ def _linear24_cuda(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor
     s = Sparse24(values, meta, (values.shape[0], k))
     if not _has_kernel(x, values):
         return _expanded(x, s, bias, activation)
-    return run_on_gpu(_choice(x, values.dtype, *s.shape), x, to_fragments(s), bias, activation)
+    return run_on_gpu(chosen_on_gpu(x, values.dtype, *s.shape), x, to_fragments(s), bias, activation)
 
 
 def _linear24_fragments_cuda(
@@ -158,7 +158,7 @@ def _linear24_fragments_cuda(
     f = Fragments24(values, meta, (n, k))
     if not _has_kernel(x, values):
         return _expanded(x, from_fragments(f), bias, activation)
-    return run_on_gpu(_choice(x, values.dtype, n, k), x, f, bias, activation)
+    return run_on_gpu(chosen_on_gpu(x, values.dtype, n, k), x, f, bias, activation)
 
 
 def _has_kernel(x: Tensor, values: Tensor) -> bool:
@@ -172,7 +172,8 @@ def _has_kernel(x: Tensor, values: Tensor) -> bool:
     return False
 
 
-def _choice(x: Tensor, dtype: torch.dtype, n: int, k: int) -> Choice:
+def chosen_on_gpu(x: Tensor, dtype: torch.dtype, n: int, k: int) -> Choice:
+    """The kernel that runs this product: by measured rows where there are any."""
     index, m = x.device.index, x.shape[:-1].numel()
     return tune.choose(gpu_key(index), str(dtype).removeprefix("torch."), m, n, k) or default_choice(index, m)
 

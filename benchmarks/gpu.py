@@ -1,0 +1,76 @@
+"""What the rows of a GPU need beside time: its copy bandwidth, its clocks under load, and the rivals. Not yet run on hardware."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+
+import torch
+
+from sparsekit.format import Sparse24, to_torch_cutlass
+from sparsekit.timing import graph_us
+
+
+def variants(nbytes: int) -> int:
+    """How many inputs of so many bytes L2 cannot all hold: four times its size in all, at least 2 and at most 32."""
+    cached = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(2, min(32, 4 * cached // max(nbytes, 1) + 1))
+
+
+def gpu_copy_gbps(nbytes: int = 1 << 30) -> float:
+    """Bytes read and written a second by torch's copy of a tensor that L2 does not hold."""
+    source = torch.ones(nbytes // 4, device="cuda")
+    target = torch.empty_like(source)
+    return 2 * nbytes / graph_us({"copy": [lambda: target.copy_(source)]})["copy"] / 1e3
+
+
+def clocks(calls: Sequence[Callable[[], object]], seconds: float = 0.3) -> tuple[int | None, float | None]:
+    """MHz of the multiprocessors and watts while the calls run, as nvidia-smi reads them; None where there is no nvidia-smi."""
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    begin.record()
+    for call in calls:
+        call()
+    end.record()
+    end.synchronize()
+    rounds = max(1, int(seconds * 1e3 / max(begin.elapsed_time(end), 1e-3)))
+    for _ in range(min(rounds, 2000)):  # queued ahead, so that the card is still at it when it is asked
+        for call in calls:
+            call()
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None, None
+    finally:
+        torch.cuda.synchronize()
+    mhz, watts = said.splitlines()[torch.cuda.current_device()].split(",")
+    return int(mhz), float(watts)
+
+
+def rivals_of(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> dict[str, Callable[[], object]]:
+    """The products of other libraries with the same 2:4 weight that take these sizes: x (m, k), w (n, k) dense with zeros."""
+    found: dict[str, Callable[[], object]] = {}
+    for name, make in (("cusparselt", _cusparselt), ("torch_cutlass", _torch_cutlass)):
+        try:
+            call = make(x, w, s)
+            call()
+            torch.cuda.synchronize()
+        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
+            sizes = (x.shape[0], *w.shape)
+            print(f"{name} does not take m, n, k = {sizes}: {str(error).splitlines()[0]}", file=sys.stderr)
+            continue
+        found[name] = call
+    return found
+
+
+def _cusparselt(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> Callable[[], object]:
+    compressed, b = torch._cslt_compress(w), x.t()
+    best = torch._cslt_sparse_mm_search(compressed, b)
+    return lambda: torch._cslt_sparse_mm(compressed, b, alg_id=best)
+
+
+def _torch_cutlass(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> Callable[[], object]:
+    values, meta = to_torch_cutlass(s)
+    b = x.t()
+    return lambda: torch._sparse_semi_structured_mm(values, meta, b)
