@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/sparsekit demo --model $(DEMO_MODEL)
 
 $(VENV)/test: pyproject.toml | $(VENV)/installed
-	$(BIN)/pip install --quiet pytest pytest-benchmark hypothesis triton ruff clang-format pybind11 ninja setuptools
+	$(BIN)/pip install --quiet pytest pytest-benchmark hypothesis triton matplotlib ruff clang-format pybind11 ninja setuptools
 	touch $@
 
 test: $(VENV)/installed $(VENV)/test
@@ -48,6 +48,11 @@ $(OTHER_TRITON): | $(VENV)/test
 
 test-triton: $(VENV)/installed $(VENV)/test $(OTHER_TRITON)
 	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(BIN)/pytest tests/test_kernels_triton.py tests/test_kernels_aot.py $(PYTEST_ARGS)
+
+# All that only a GPU can show, into benchmarks/results/. By the caller's Python, which has torch, Triton and what the tests import.
+gpu-evidence:
+	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps .
+	$(PYTHON) -m benchmarks.gpu_evidence $(if $(QUICK),--quick)
 
 CSRC := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: $(VENV)/test
