@@ -14,21 +14,23 @@
 //   TILE_N x TILE_M   warpgroups x pieces   registers   stages (register, shared form)   shared memory
 //   256 x 128         2 x 2                 232         12, 6                            209, 209 KiB
 //   128 x 256         2 x 1                 232          6, 5                            209, 217 KiB
-//   192 x 192         3 x 1                 160          8, 5                            218, 206 KiB
-//   128 x 128         2 x 1                 232         12                               209 KiB
-//   128 x  64         2 x 1                 232         12                               113 KiB
-// 192 x 256 does not exist: four warpgroups start with 128 registers a thread, and ptxas wants 155 for its sums
-// (C7602).
+//   192 x 192         3 x 1                 160          8, -                            218 KiB
+//   192 x 256         3 x 1                 160          -, 4                            202 KiB
+//   128 x 128         2 x 1                 232         12, -                            209 KiB
+//   128 x  64         2 x 1                 232         12, -                            113 KiB
+// 192 x 256 has no register form: 128 sums and four steps of w do not fit 160 registers (C7512).
 //
 // A step keeps one wgmma group in flight: wait for x, fence, multiply, commit, wait for the group before, release its
 // stage, refill its registers. In any other order, or with a branch between the loads and the next wait, ptxas drains
 // every wgmma (C7513); tests/test_cuda_hopper.py reads the machine code.
 //
-// Floors. Operations: 128 clocks an m64n256k32, so 2 m n k / (2 x dense rate). Bytes: 9/8 n k (w) + 2 m k (x) + 2 m n
-// (y) over copy bandwidth. Per step of k32 and 256 tokens B alone is read at the shared-memory port's whole rate, and
-// TMA's writes come on top, as does w out of L2. If they add up, the share of the sparse peak is at most
-//   128 x 256: 67 % (69 % by L2); 192 x 192: 75 % (76 %); 256 x 128: 80 % (67 %); shared form 56 %, 62 %, 55 %.
-// That is a prediction. Not yet run on hardware; tests/test_cuda_hopper.py runs this source on the CPU.
+// Floors. Operations: 128 clocks an m64n256k32, so 2 m n k over twice the dense rate. Bytes: 9/8 n k (w) + 2 m k (x) +
+// 2 m n (y) over copy bandwidth. At the first floor, reading x takes the whole of shared memory's 128 bytes a clock; if
+// writing x (and in the shared form reading and writing w) comes on top, and L2 gives 34.6 bytes a clock, the share of
+// the sparse peak is at most
+//   register form   256 x 128: 80 %, L2 67 %   128 x 256: 67 %, L2 69 %   192 x 192: 75 %, L2 76 %
+//   shared form     256 x 128: 55 %, L2 67 %   128 x 256: 56 %, L2 69 %   192 x 256: 60 %, L2 88 %
+// These are predictions. Not yet run on hardware; tests/test_cuda_hopper.py runs this source on the CPU.
 #include "../launch.h"
 #include "epilogue.cuh"
 #include "ptx.cuh"
@@ -59,6 +61,9 @@ template <int TILE_N, int TILE_M, bool REGISTER_FORM> struct Tile {
     static constexpr int groups = TILE_N == 192 ? 3 : 2; // consumer warpgroups
     static constexpr int mmas = TILE_N / 64 / groups;    // pieces of 64 features a warpgroup
     static constexpr int threads = (groups + 1) * 128;   // the last warpgroup loads
+    // Tokens a wgmma. Half of 192 x 256: ptxas gives no instruction 128 sums where a block starts with 128 registers a
+    // thread (C7602).
+    static constexpr int tokens = groups == 3 && TILE_M == 256 ? 128 : TILE_M, halves = TILE_M / tokens;
     static constexpr int ring = 4;                       // k64 steps of fragments in registers, register form
     static constexpr int x_bytes = TILE_M * kSliceK * 2; // a stage of x
     static constexpr int values_bytes = REGISTER_FORM ? 0 : TILE_N * kSliceK; // and of values
@@ -157,7 +162,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
         float *staging = reinterpret_cast<float *>(shared + S::sums_offset) + group * kChunkM * S::sums_row;
 
         for_each_tile<TILE_N, TILE_M>(p, rank, [&](int m0, int n0) {
-            float sums[S::mmas][TILE_M / 2];
+            float sums[S::mmas][S::halves][S::tokens / 2];
             uint32_t a[S::ring][S::mmas][2][4], metadata[S::mmas][4];
             const uint4 *values[S::mmas];
             const uint2 *meta[S::mmas];
@@ -168,7 +173,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                 meta[i] = p.meta + row_tile * blocks_k256 * 64 + lane * 2;
 #pragma unroll
                 for (int e = 0; e < TILE_M / 2; ++e)
-                    sums[i][e] = 0.0f;
+                    sums[i][e / (S::tokens / 2)][e % (S::tokens / 2)] = 0.0f;
             }
             int left = blocks_k;
             auto load_values = [&](uint32_t (&slot)[S::mmas][2][4], int ahead) {
@@ -204,19 +209,20 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
 #pragma unroll
                 for (int step = 0; step < 4; ++step) {
                     const uint32_t stage = ptx::shared_address(shared) + at.stage * S::stage_bytes;
-                    const uint64_t x = matrix_descriptor(stage, 1, 1024);
                     ptx::mbarrier_wait(full + at.stage, at.parity);
                     ptx::wgmma_fence();
 #pragma unroll
-                    for (int i = 0; i < S::mmas; ++i) {
+                    for (int j = 0; j < S::mmas * S::halves; ++j) {
+                        const int i = j / S::halves, half = j % S::halves;
+                        const uint64_t x = matrix_descriptor(stage + half * S::tokens * kSliceK * 2, 1, 1024);
                         if constexpr (REGISTER_FORM) {
-                            ptx::wgmma_sp<T, 0>(sums[i], a[step % S::ring][i][0], x, metadata[i][step]);
-                            ptx::wgmma_sp<T, 1>(sums[i], a[step % S::ring][i][1], x + 4, metadata[i][step]);
+                            ptx::wgmma_sp<T, 0>(sums[i][half], a[step % S::ring][i][0], x, metadata[i][step]);
+                            ptx::wgmma_sp<T, 1>(sums[i][half], a[step % S::ring][i][1], x + 4, metadata[i][step]);
                         } else {
                             const uint64_t w =
                                 matrix_descriptor(stage + S::x_bytes + (group * S::mmas + i) * 64 * kSliceK, 2, 512);
-                            ptx::wgmma_sp<T, 0>(sums[i], w, x, metadata[i][step]);
-                            ptx::wgmma_sp<T, 1>(sums[i], w + 2, x + 4, metadata[i][step]);
+                            ptx::wgmma_sp<T, 0>(sums[i][half], w, x, metadata[i][step]);
+                            ptx::wgmma_sp<T, 1>(sums[i][half], w + 2, x + 4, metadata[i][step]);
                         }
                     }
                     ptx::wgmma_commit();
@@ -244,7 +250,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
 
             // Through shared memory, where each lane's sums lie along tokens, so that rows of y are written along
             // features.
-            constexpr int chunks = TILE_M / kChunkM;
+            constexpr int chunks = TILE_M / kChunkM, chunks_half = chunks / S::halves;
 #pragma unroll 1
             for (int piece = 0; piece < S::mmas * chunks; ++piece) {
                 ptx::named_barrier(1 + group, 128); // the piece before has been read
@@ -255,7 +261,8 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                         for (int e = 0; e < kChunkM / 2; ++e) {
                             const int token = e / 4 * 8 + lane % 4 * 2 + e % 2;
                             const int feature = warp % 4 * 16 + lane / 4 + e / 2 % 2 * 8;
-                            staging[token * S::sums_row + feature] = sums[i / chunks][i % chunks * (kChunkM / 2) + e];
+                            staging[token * S::sums_row + feature] =
+                                sums[i / chunks][i % chunks / chunks_half][i % chunks_half * (kChunkM / 2) + e];
                         }
                 ptx::named_barrier(1 + group, 128);
                 const int first_token = m0 + piece % chunks * kChunkM;
@@ -360,7 +367,7 @@ template <typename T>
 constexpr Choice<T> kChoices[] = {{64, launch_tile<T, 128, 64, true>},       {512, launch_tile<T, 128, 128, true>},
                                   {INT_MAX, launch_tile<T, 256, 128, true>}, {0, launch_tile<T, 128, 256, true>},
                                   {0, launch_tile<T, 192, 192, true>},       {0, launch_tile<T, 256, 128, false>},
-                                  {0, launch_tile<T, 128, 256, false>},      {0, launch_tile<T, 192, 192, false>}};
+                                  {0, launch_tile<T, 128, 256, false>},      {0, launch_tile<T, 192, 256, false>}};
 constexpr int kTiles = sizeof kChoices<__half> / sizeof(Choice<__half>);
 
 bool is_multiple(const void *pointer, int of) { return reinterpret_cast<uintptr_t>(pointer) % of == 0; }

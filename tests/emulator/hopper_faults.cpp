@@ -20,6 +20,7 @@ enum Fault {
     kChangedSum,
     kNoFence,
     kNoBarrierInit,
+    kNoBarrierFence,
     kSecondArrival,
     kTooFewBytes,
     kMisalignedTarget,
@@ -53,7 +54,8 @@ void add_columns(Arguments p) {
             ptx::mbarrier_init(full + i, 1);
             ptx::mbarrier_init(empty + i, fault == kOtherBlockNotReleased || fault == kOneWarpReleases ? 4 : 8);
         }
-        ptx::fence_mbarrier_init();
+        if (fault != kNoBarrierFence)
+            ptx::fence_mbarrier_init();
     }
     ptx::cluster_arrive();
     ptx::cluster_wait();

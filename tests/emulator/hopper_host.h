@@ -88,6 +88,8 @@ struct Barrier {
     int64_t bytes = 0;     // announced and not yet come, or come and not yet announced
     unsigned phase = 0;
     std::vector<int> waiting;
+    int maker = 0;
+    bool fenced = false;
 };
 
 struct Product { // one warp's 16 rows of a wgmma on its way
@@ -136,6 +138,14 @@ inline Barrier &barrier_at(const char *address, const char *what) {
     if (found == hopper().barriers.end())
         machine.fail("%s at offset %td, where no mbarrier has been initialised", what, address - machine.shared());
     return found->second;
+}
+
+// For TMA and other blocks, who see an mbarrier only after its maker's fence.
+inline Barrier &fenced_barrier_at(const char *address, const char *what) {
+    Barrier &b = barrier_at(address, what);
+    if (!b.fenced)
+        machine.fail("%s at an mbarrier whose initialisation was not fenced", what);
+    return b;
 }
 
 inline void end_phase(Barrier &b) {
@@ -356,9 +366,14 @@ inline char *barrier_address(uint64_t *barrier, const char *what) {
 }
 
 inline void mbarrier_init(uint64_t *barrier, int arrivals) {
-    emulator::hopper().barriers[barrier_address(barrier, "mbarrier.init")] = {arrivals, arrivals, 0, 0, {}};
+    emulator::Barrier b = {};
+    b.arrivals = b.pending = arrivals, b.maker = machine.current();
+    emulator::hopper().barriers[barrier_address(barrier, "mbarrier.init")] = b;
 }
-inline void fence_mbarrier_init() {}
+inline void fence_mbarrier_init() {
+    for (auto &[address, b] : emulator::hopper().barriers)
+        b.fenced |= b.maker == machine.current();
+}
 
 inline void mbarrier_arrive_expect(uint64_t *barrier, int bytes) {
     emulator::Barrier &b = emulator::barrier_at(barrier_address(barrier, "mbarrier.arrive"), "mbarrier.arrive");
@@ -367,7 +382,7 @@ inline void mbarrier_arrive_expect(uint64_t *barrier, int bytes) {
 }
 
 inline void mbarrier_arrive_cluster(uint32_t barrier) {
-    emulator::arrive(emulator::barrier_at(emulator::at_cluster_address(barrier), "mbarrier.arrive"));
+    emulator::arrive(emulator::fenced_barrier_at(emulator::at_cluster_address(barrier), "mbarrier.arrive"));
 }
 
 inline void mbarrier_wait(uint64_t *barrier, int parity) {
@@ -405,7 +420,7 @@ inline void tma_load_multicast(void *shared, const CUtensorMap *map, int column,
         if (rank >= machine.cluster() || machine.live(rank) == 0)
             machine.fail("a multicast to block %d of the cluster, which is not there", rank);
         char *memory = machine.shared(rank);
-        emulator::Barrier &b = emulator::barrier_at(memory + (full - machine.shared()), "a TMA load");
+        emulator::Barrier &b = emulator::fenced_barrier_at(memory + (full - machine.shared()), "a TMA load");
         memset(memory + offset, emulator::kPoison, bytes);
         machine.later([=, &b] {
             for (int r = 0; r < m.box_rows; ++r)
