@@ -1,5 +1,5 @@
-"""Every CUDA kernel of the product on a GPU, against fp64: each tile and split, every class of shape, odd strides, a thousand random
-shapes. The kernels' sources run without a GPU in test_cuda_emulated.py, test_cuda_decode.py and test_cuda_hopper.py."""
+"""Every CUDA kernel of the product on a GPU, against fp64: each tile and split, every class of shape, odd strides, a thousand
+random shapes. Their sources run without a GPU in test_cuda_emulated.py, test_cuda_decode.py and test_cuda_hopper.py."""
 
 import random
 
