@@ -175,7 +175,9 @@ class Build:
         library = toolkit.folder("lib", "libcudart_static.a") / "libcudart_static.a"
         # Static, its symbols kept inside: torch brings a runtime of its own, and no driver is needed to import.
         self.libraries += [quote(library), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
-        return ["-DSPARSEKIT_CUDA", "-DSPARSEKIT_CUDA_ARCHS='\"" + ",".join(archs) + "\"'"]
+        # A kernel for one architecture alone may be missing: bindings.cpp asks for SPARSEKIT_LINEAR24_SM90A and the like.
+        kernels = [f"-DSPARSEKIT_{source.stem.upper()}" for source in filter(chosen.get, sources)]
+        return ["-DSPARSEKIT_CUDA", "-DSPARSEKIT_CUDA_ARCHS='\"" + ",".join(archs) + "\"'", *kernels]
 
     def write(self, target: Path, nvcc: str) -> None:
         cxx = os.environ.get("CXX", "c++")

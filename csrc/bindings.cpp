@@ -114,6 +114,26 @@ void linear24_sm80(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, int64_t m, int6
 }
 #endif
 
+#ifdef SPARSEKIT_LINEAR24_SM90A
+// False where TMA cannot take an operand, so that another kernel must.
+bool linear24_sm90a(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, int64_t m, int64_t n, int64_t k, int64_t ldx,
+                    int dtype, int activation, int tile, int device, Ptr stream) {
+    const char *op = "linear24_sm90a";
+    check_linear24(op, x, values, meta, y, m, n, k, ldx, activation, INT_MAX);
+    check_range(op, "dtype", dtype, sparsekit::kFloat16, sparsekit::kBFloat16);
+    check_range(op, "tile", tile, 0, 8);
+    check_range(op, "device", device, 0, INT_MAX);
+    const DeviceGuard guard(device, op);
+    const cudaError_t error = sparsekit::launch_linear24_sm90a(
+        reinterpret_cast<const void *>(x), reinterpret_cast<const void *>(values), reinterpret_cast<const void *>(meta),
+        reinterpret_cast<const void *>(bias), reinterpret_cast<void *>(y), static_cast<int>(m), static_cast<int>(n),
+        static_cast<int>(k), ldx, dtype, activation, tile, reinterpret_cast<cudaStream_t>(stream));
+    if (error != cudaErrorNotSupported)
+        check(error, op);
+    return error == cudaSuccess;
+}
+#endif
+
 } // namespace
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
@@ -128,5 +148,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #ifdef SPARSEKIT_CUDA
     m.def("linear24_sm80", linear24_sm80, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"), arg("m"),
           arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("device"), ptr("stream"), release);
+#endif
+#ifdef SPARSEKIT_LINEAR24_SM90A
+    m.def("linear24_sm90a", linear24_sm90a, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"), arg("m"),
+          arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("tile"), arg("device"), ptr("stream"),
+          release);
 #endif
 }

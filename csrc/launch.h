@@ -21,6 +21,13 @@ void linear24_cpu(const void *x, const void *values, const uint8_t *meta, const 
 // The same product where x and w are both fp16 or both bf16 (`dtype`).
 cudaError_t launch_linear24_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
                                  int n, int k, int64_t ldx, int dtype, int activation, cudaStream_t stream);
+
+// The same for sm_90a, from fragment order (sparsekit/format.py); values of tiles 6 to 8 are canonical. tile: 0 chooses
+// by m; 1 to 8 are 128x64, 128x128, 256x128, 128x256, 192x192 (features x tokens; w through registers) and 256x128,
+// 128x256, 192x256 (w through shared memory). cudaErrorNotSupported where TMA cannot take x (or the canonical values):
+// rows and address must be multiples of 16 bytes.
+cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
+                                  int n, int k, int64_t ldx, int dtype, int activation, int tile, cudaStream_t stream);
 #endif
 
 } // namespace sparsekit
