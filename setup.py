@@ -26,10 +26,8 @@ DEFAULT_ARCHS = ("80", "90a", "120")
 
 # A file's instruction set is chosen here, the path in use by the CPU at run time. GCC's own intrinsics warn (PR 105593).
 AVX2 = "-mavx2 -mfma -mf16c -mbmi2 -Wno-uninitialized -Wno-maybe-uninitialized"
-ISA_FLAGS = {
-    "avx2": AVX2,
-    "avx512": f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512",
-}
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512vl -mavx512dq -mprefer-vector-width=512"
+ISA_FLAGS = {"avx2": AVX2, "avx512": AVX512, "vbmi2": f"{AVX512} -mavx512vbmi2"}
 
 
 def cpu_sources() -> list[Path]:
@@ -230,7 +228,8 @@ placed = {package: folder for package, folder in PLACED.items() if (ROOT / folde
 setup(
     packages=[*find_packages(include=["sparsekit", "sparsekit.*"]), *placed],
     package_dir=placed,
-    package_data={package: ["*", "**/*"] for package in placed if package.startswith("sparsekit.assets.")},
+    package_data={"sparsekit": ["tune.json"]}
+    | {package: ["*", "**/*"] for package in placed if package.startswith("sparsekit.assets.")},
     ext_modules=[
         Extension(
             "sparsekit._C",

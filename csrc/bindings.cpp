@@ -4,8 +4,10 @@
 #include "launch.h"
 
 #include <climits>
+#include <initializer_list>
 #include <pybind11/pybind11.h>
 #include <string>
+#include <utility>
 
 namespace py = pybind11;
 
@@ -53,6 +55,130 @@ void linear24_cpu(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, int64_t m, int64
     sparsekit::linear24_cpu(reinterpret_cast<const void *>(x), reinterpret_cast<const void *>(values),
                             reinterpret_cast<const uint8_t *>(meta), reinterpret_cast<const void *>(bias),
                             reinterpret_cast<void *>(y), m, n, k, ldx, x_dtype, w_dtype, activation, threads);
+}
+
+// ---- the 2:4 format ----
+
+// What every format op must hold. The limit leaves room for any index of an element, a byte or a group.
+void check_format(const std::string &op, int64_t rows, int64_t cols, Ptr status, int threads) {
+    const int64_t most = int64_t{1} << 56;
+    check_range(op, "rows", rows, 0, most);
+    check_range(op, "cols", cols, 0, most / (rows > 0 ? rows : 1));
+    check_range(op, "threads", threads, 1, INT_MAX);
+    check_pointer(op, "status", status, true);
+}
+
+// A matrix that is read; `prefix` comes before the names of its strides.
+void check_matrix(const std::string &op, const char *name, const std::string &prefix, Ptr data, int64_t rows,
+                  int64_t cols, int64_t row_stride, int64_t col_stride) {
+    check_pointer(op, name, data, rows > 0 && cols > 0);
+    const int64_t most = INT64_MAX / 16; // in bytes, from the first row or column to the last
+    check_range(op, (prefix + "row_stride").c_str(), row_stride, 0, most / (rows > 0 ? rows : 1));
+    check_range(op, (prefix + "col_stride").c_str(), col_stride, 0, most / (cols > 0 ? cols : 1));
+}
+
+// What else has data unless the matrix is empty.
+void check_pointers(const std::string &op, std::initializer_list<std::pair<const char *, Ptr>> arrays, int64_t rows,
+                    int64_t cols) {
+    for (const auto &[name, data] : arrays)
+        check_pointer(op, name, data, rows > 0 && cols > 0);
+}
+
+void check_scores(const std::string &op, Ptr scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride,
+                  int dtype, Ptr mask, Ptr status, int threads) {
+    check_format(op, rows, cols, status, threads);
+    check_matrix(op, "scores", "", scores, rows, cols, row_stride, col_stride);
+    check_range(op, "dtype", dtype, sparsekit::kFloat32, sparsekit::kFloat8E5M2);
+    check_pointers(op, {{"mask", mask}}, rows, cols);
+}
+
+void compress24_cpu(Ptr w, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype, Ptr values,
+                    Ptr meta, Ptr status, int threads) {
+    const char *op = "compress24_cpu";
+    check_format(op, rows, cols, status, threads);
+    check_matrix(op, "w", "", w, rows, cols, row_stride, col_stride);
+    check_range(op, "dtype", dtype, sparsekit::kFloat32, sparsekit::kInt8);
+    check_pointers(op, {{"values", values}, {"meta", meta}}, rows, cols);
+    sparsekit::compress24_cpu(reinterpret_cast<const void *>(w), rows, cols, row_stride, col_stride, dtype,
+                              reinterpret_cast<void *>(values), reinterpret_cast<uint8_t *>(meta),
+                              reinterpret_cast<int64_t *>(status), threads);
+}
+
+void check_prune(const std::string &op, Ptr w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride,
+                 int dtype, Ptr rank, int rank_kind, int rank_dtype, int64_t rank_row_stride, int64_t rank_col_stride,
+                 Ptr status, int threads) {
+    check_format(op, rows, cols, status, threads);
+    check_matrix(op, "w", "w_", w, rows, cols, w_row_stride, w_col_stride);
+    check_range(op, "dtype", dtype, sparsekit::kFloat32, sparsekit::kInt8);
+    check_range(op, "rank_kind", rank_kind, sparsekit::kByWeight, sparsekit::kByMask);
+    if (rank_kind != sparsekit::kByWeight)
+        check_matrix(op, "rank", "rank_", rank, rows, cols, rank_row_stride, rank_col_stride);
+    if (rank_kind == sparsekit::kByScores)
+        check_range(op, "rank_dtype", rank_dtype, sparsekit::kFloat32, sparsekit::kFloat8E5M2);
+}
+
+void prune_compress24_cpu(Ptr w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride, int dtype,
+                          Ptr rank, int rank_kind, int rank_dtype, int64_t rank_row_stride, int64_t rank_col_stride,
+                          Ptr values, Ptr meta, Ptr status, int threads) {
+    const char *op = "prune_compress24_cpu";
+    check_prune(op, w, rows, cols, w_row_stride, w_col_stride, dtype, rank, rank_kind, rank_dtype, rank_row_stride,
+                rank_col_stride, status, threads);
+    check_pointers(op, {{"values", values}, {"meta", meta}}, rows, cols);
+    sparsekit::prune_compress24_cpu(reinterpret_cast<const void *>(w), rows, cols, w_row_stride, w_col_stride, dtype,
+                                    reinterpret_cast<const void *>(rank), rank_kind, rank_dtype, rank_row_stride,
+                                    rank_col_stride, reinterpret_cast<void *>(values),
+                                    reinterpret_cast<uint8_t *>(meta), reinterpret_cast<int64_t *>(status), threads);
+}
+
+void prune24_cpu(Ptr w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride, int dtype, Ptr rank,
+                 int rank_kind, int rank_dtype, int64_t rank_row_stride, int64_t rank_col_stride, Ptr out, Ptr status,
+                 int threads) {
+    const char *op = "prune24_cpu";
+    check_prune(op, w, rows, cols, w_row_stride, w_col_stride, dtype, rank, rank_kind, rank_dtype, rank_row_stride,
+                rank_col_stride, status, threads);
+    check_pointers(op, {{"out", out}}, rows, cols);
+    sparsekit::prune24_cpu(reinterpret_cast<const void *>(w), rows, cols, w_row_stride, w_col_stride, dtype,
+                           reinterpret_cast<const void *>(rank), rank_kind, rank_dtype, rank_row_stride,
+                           rank_col_stride, reinterpret_cast<void *>(out), reinterpret_cast<int64_t *>(status),
+                           threads);
+}
+
+void expand24_cpu(Ptr values, Ptr meta, int itemsize, int64_t rows, int64_t cols, Ptr out, int threads) {
+    const char *op = "expand24_cpu";
+    check_format(op, rows, cols, 1, threads);
+    if (itemsize != 1 && itemsize != 2 && itemsize != 4)
+        refuse(op, "itemsize must be 1, 2 or 4", itemsize);
+    check_pointers(op, {{"values", values}, {"meta", meta}, {"out", out}}, rows, cols);
+    sparsekit::expand24_cpu(reinterpret_cast<const void *>(values), reinterpret_cast<const uint8_t *>(meta), itemsize,
+                            rows, cols, reinterpret_cast<void *>(out), threads);
+}
+
+void mask_nm_cpu(Ptr scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype, int n,
+                 int m, bool pairs, Ptr mask, Ptr status, int threads) {
+    const char *op = "mask_nm_cpu";
+    check_scores(op, scores, rows, cols, row_stride, col_stride, dtype, mask, status, threads);
+    check_range(op, "m", m, 1, 32);
+    check_range(op, "n", n, 0, m);
+    sparsekit::mask_nm_cpu(reinterpret_cast<const void *>(scores), rows, cols, row_stride, col_stride, dtype, n, m,
+                           pairs, reinterpret_cast<uint8_t *>(mask), reinterpret_cast<int64_t *>(status), threads);
+}
+
+void mask_rows_cpu(Ptr scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
+                   int64_t kept, Ptr mask, Ptr status, int threads) {
+    const char *op = "mask_rows_cpu";
+    check_scores(op, scores, rows, cols, row_stride, col_stride, dtype, mask, status, threads);
+    check_range(op, "kept", kept, 0, cols);
+    sparsekit::mask_rows_cpu(reinterpret_cast<const void *>(scores), rows, cols, row_stride, col_stride, dtype, kept,
+                             reinterpret_cast<uint8_t *>(mask), reinterpret_cast<int64_t *>(status), threads);
+}
+
+void validate24_cpu(Ptr values, Ptr meta, int dtype, int64_t rows, int64_t cols, Ptr status, int threads) {
+    const char *op = "validate24_cpu";
+    check_format(op, rows, cols, status, threads);
+    check_range(op, "dtype", dtype, sparsekit::kFloat32, sparsekit::kInt8);
+    check_pointers(op, {{"values", values}, {"meta", meta}}, rows, cols);
+    sparsekit::validate24_cpu(reinterpret_cast<const void *>(values), reinterpret_cast<const uint8_t *>(meta), dtype,
+                              rows, cols, reinterpret_cast<int64_t *>(status), threads);
 }
 
 void set_cpu_isa(const std::string &name) {
@@ -142,6 +268,22 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.doc() = "The compiled kernels of sparsekit: raw addresses and sizes in, see csrc/launch.h.";
     m.def("linear24_cpu", linear24_cpu, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"), arg("m"), arg("n"),
           arg("k"), arg("ldx"), arg("x_dtype"), arg("w_dtype"), arg("activation"), arg("threads"), release);
+    m.def("compress24_cpu", compress24_cpu, ptr("w"), arg("rows"), arg("cols"), arg("row_stride"), arg("col_stride"),
+          arg("dtype"), ptr("values"), ptr("meta"), ptr("status"), arg("threads"), release);
+    m.def("prune_compress24_cpu", prune_compress24_cpu, ptr("w"), arg("rows"), arg("cols"), arg("w_row_stride"),
+          arg("w_col_stride"), arg("dtype"), ptr("rank"), arg("rank_kind"), arg("rank_dtype"), arg("rank_row_stride"),
+          arg("rank_col_stride"), ptr("values"), ptr("meta"), ptr("status"), arg("threads"), release);
+    m.def("prune24_cpu", prune24_cpu, ptr("w"), arg("rows"), arg("cols"), arg("w_row_stride"), arg("w_col_stride"),
+          arg("dtype"), ptr("rank"), arg("rank_kind"), arg("rank_dtype"), arg("rank_row_stride"),
+          arg("rank_col_stride"), ptr("out"), ptr("status"), arg("threads"), release);
+    m.def("expand24_cpu", expand24_cpu, ptr("values"), ptr("meta"), arg("itemsize"), arg("rows"), arg("cols"),
+          ptr("out"), arg("threads"), release);
+    m.def("mask_nm_cpu", mask_nm_cpu, ptr("scores"), arg("rows"), arg("cols"), arg("row_stride"), arg("col_stride"),
+          arg("dtype"), arg("n"), arg("m"), arg("pairs"), ptr("mask"), ptr("status"), arg("threads"), release);
+    m.def("mask_rows_cpu", mask_rows_cpu, ptr("scores"), arg("rows"), arg("cols"), arg("row_stride"), arg("col_stride"),
+          arg("dtype"), arg("kept"), ptr("mask"), ptr("status"), arg("threads"), release);
+    m.def("validate24_cpu", validate24_cpu, ptr("values"), ptr("meta"), arg("dtype"), arg("rows"), arg("cols"),
+          ptr("status"), arg("threads"), release);
     m.def("cpu_isa", sparsekit::cpu::cpu_isa, "The path of the CPU kernels in use: avx512, avx2 or portable.");
     m.def("set_cpu_isa", set_cpu_isa, arg("name"), "Chooses the path of the CPU kernels, for tests.");
     m.def("cuda_archs", cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");

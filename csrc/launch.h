@@ -7,8 +7,16 @@
 
 namespace sparsekit {
 
-// The codes of sparsekit/ops.py.
-enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+// The codes of sparsekit/ops/registry.py.
+enum DType : int {
+    kFloat32 = 0,
+    kFloat16 = 1,
+    kBFloat16 = 2,
+    kFloat8E4M3 = 3,
+    kInt8 = 4,
+    kFloat64 = 5,
+    kFloat8E5M2 = 6
+};
 enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2 /* erf */, kGeluTanh = 3, kSilu = 4 };
 
 // y[m, n] = act(sum_k x[m, k] * w[n, k] + bias[n]), w stored 2:4 (sparsekit/format.py), kp = k rounded up to 8.
@@ -16,6 +24,44 @@ enum Activation : int { kNone = 0, kRelu = 1, kGelu = 2 /* erf */, kGeluTanh = 3
 // y [m, n] have x's dtype. Sums in fp32; x_dtype and w_dtype may differ. Bit for bit the same for every `threads`.
 void linear24_cpu(const void *x, const void *values, const uint8_t *meta, const void *bias, void *y, int64_t m,
                   int64_t n, int64_t k, int64_t ldx, int x_dtype, int w_dtype, int activation, int threads);
+
+// The 2:4 form of a weight w [rows, cols] (kFloat32 to kInt8), kp = cols rounded up to 8: values [rows, kp / 2] in w's
+// dtype and meta [rows, kp / 8]. Inputs may lie in any way, strides in elements; what is written is contiguous.
+// `status` receives the first bad place of each kind, a flat index, or INT64_MAX. The same bits for every `threads`.
+enum RankKind : int { kByWeight = 0, kByScores = 1, kByMask = 2, kByNonzero = 3 /* compress24 alone */ };
+
+// A w that holds 2:4. status [2]: the first group (of kp / 4 a row) with NaN, the first with more than two non-zeros.
+void compress24_cpu(const void *w, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
+                    void *values, uint8_t *meta, int64_t *status, int threads);
+
+// Two of every four: the largest, those with the highest scores (`rank`, of any dtype), or those that a mask of bytes
+// (`rank`) keeps. status [2]: the first group with NaN in w or scores, the first of which the mask keeps more than two.
+void prune_compress24_cpu(const void *w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride,
+                          int dtype, const void *rank, int rank_kind, int rank_dtype, int64_t rank_row_stride,
+                          int64_t rank_col_stride, void *values, uint8_t *meta, int64_t *status, int threads);
+
+// The same, as the dense weight out [rows, cols], zeros where nothing is kept.
+void prune24_cpu(const void *w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride, int dtype,
+                 const void *rank, int rank_kind, int rank_dtype, int64_t rank_row_stride, int64_t rank_col_stride,
+                 void *out, int64_t *status, int threads);
+
+// The dense weight out [rows, cols] of values and meta. itemsize 1, 2 or 4; bad metadata give bad numbers, no more.
+void expand24_cpu(const void *values, const uint8_t *meta, int itemsize, int64_t rows, int64_t cols, void *out,
+                  int threads);
+
+// mask [rows, cols], bytes 0 and 1: the n best of every m <= 32 columns, or pairs of columns by the sums of their
+// scores (any dtype). status [1]: the first group with NaN.
+void mask_nm_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
+                 int n, int m, bool pairs, uint8_t *mask, int64_t *status, int threads);
+
+// mask [rows, cols]: the `kept` best of every row. status [1]: the first row with NaN.
+void mask_rows_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
+                   int64_t kept, uint8_t *mask, int64_t *status, int threads);
+
+// status [2]: the first nibble (of kp / 4 a row) that is none of 4, 8, 9, C, D, E; the first of the values (of kp / 2 a
+// row) that is not zero though its column is past the end.
+void validate24_cpu(const void *values, const uint8_t *meta, int dtype, int64_t rows, int64_t cols, int64_t *status,
+                    int threads);
 
 #ifdef SPARSEKIT_CUDA
 // The same product where x and w are both fp16 or both bf16 (`dtype`).

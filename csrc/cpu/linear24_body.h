@@ -18,6 +18,7 @@
 // which panel is faster than dot, as measured on an Ice Lake server. Unnamed namespace: see epilogue.h.
 #pragma once
 #include "epilogue.h"
+#include "sizes.h"
 #include "threads.h"
 
 #include <type_traits>
@@ -27,10 +28,6 @@ namespace sparsekit::cpu {
 namespace {
 
 constexpr int kColumns = 32, kKept = 16; // of a word
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t min(int64_t a, int64_t b) { return a < b ? a : b; }
-constexpr int64_t max(int64_t a, int64_t b) { return a > b ? a : b; }
 
 // body(0), ..., body(N - 1) with the index known at compile time, so that arrays indexed by it stay in registers.
 template <class Body, int... I> inline void unroll(std::integer_sequence<int, I...>, const Body &body) {

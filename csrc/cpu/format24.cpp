@@ -1,0 +1,219 @@
+// The portable path of the format ops, the choice of a path, and the check of metadata, which has no vector code.
+#include "format24.h"
+#include "format24_masks.h"
+
+#include <cstring>
+
+namespace sparsekit::cpu {
+namespace {
+
+// Eight integers: what a compiler turns into registers of SSE or NEON.
+template <class Int> struct Eight {
+    struct V {
+        Int v[8];
+    };
+    static constexpr int kLanes = 8;
+
+    template <class Each> static V make(const Each &each) {
+        V a;
+        for (int i = 0; i < 8; ++i)
+            a.v[i] = static_cast<Int>(each(i));
+        return a;
+    }
+    template <class Each> static uint64_t bits(const Each &each) {
+        uint64_t found = 0;
+        for (int i = 0; i < 8; ++i)
+            found |= uint64_t{each(i)} << i;
+        return found;
+    }
+    static V load(const Int *p) {
+        V a;
+        std::memcpy(a.v, p, sizeof a.v);
+        return a;
+    }
+    static void store(Int *p, V a) { std::memcpy(p, a.v, sizeof a.v); }
+    static V set(Int a) {
+        return make([&](int) { return a; });
+    }
+    static V land(V a, V b) {
+        return make([&](int i) { return a.v[i] & b.v[i]; });
+    }
+    static V lxor(V a, V b) {
+        return make([&](int i) { return a.v[i] ^ b.v[i]; });
+    }
+    static uint64_t gt(V a, V b) {
+        return bits([&](int i) { return a.v[i] > b.v[i]; });
+    }
+    static uint64_t test(V a, V b) {
+        return bits([&](int i) { return (a.v[i] & b.v[i]) != 0; });
+    }
+    static V from_bits(uint64_t bits) {
+        return make([&](int i) { return -static_cast<Int>(bits >> i & 1); });
+    }
+    template <int r> static V rotate(V a) {
+        return make([&](int i) { return a.v[(i & 4) | ((i + r) & 3)]; });
+    }
+    static V order(V a, V) {
+        return make([&](int i) { return order_of(a.v[i]); });
+    }
+    static V flipped_abs(V a) {
+        return make([&](int i) { return (a.v[i] < 0 ? -a.v[i] : a.v[i]) ^ -128; });
+    }
+};
+
+struct Portable {
+    template <class Int> using Lanes = Eight<Int>;
+
+    template <class W> static void pack(const W *p, uint64_t kept, uint64_t live, W *out) {
+        for (; kept; kept &= kept - 1) {
+            const int column = __builtin_ctzll(kept);
+            *out++ = live >> column & 1 ? p[column] : W{0};
+        }
+    }
+    template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
+        for (int column = 0; column < kWord; ++column)
+            out[column] = kept >> column & 1 ? *values++ : W{0};
+    }
+};
+
+} // namespace
+
+const Format24Path kFormat24Portable = path<Portable>();
+
+namespace {
+
+// AVX-512 without VBMI2 cannot gather 16-bit lanes by a mask: AVX2 then does better.
+const Format24Path &format24() {
+#if defined(__x86_64__)
+    static const bool vbmi2 = __builtin_cpu_supports("avx512vbmi2");
+    const char *isa = cpu_isa();
+    if (std::strcmp(isa, "avx512") == 0 && vbmi2)
+        return kFormat24Vbmi2;
+    if (std::strcmp(isa, "portable") != 0)
+        return kFormat24Avx2;
+#endif
+    return kFormat24Portable;
+}
+
+void prune(const Prune24 &p, int threads) {
+    p.status[0] = p.status[1] = INT64_MAX;
+    if (p.rows > 0 && p.cols > 0)
+        format24().prune(p, threads);
+}
+
+struct Check24 {
+    const void *values;
+    const uint8_t *meta;
+    int64_t rows, cols;
+    First nibble, value;
+};
+
+// Every nibble; then the kept values of columns past the end, which only the last byte of a row can name.
+template <class W> void check_meta(Check24 &c, DType dtype, int threads) {
+    const int64_t bytes = ceil_div(c.cols, 8), all = c.rows * bytes;
+    const int64_t batch = 65536, tasks = ceil_div(all, batch);
+    const int used = static_cast<int>(min(min(threads, kMaxThreads), 1 + (all >> 17)));
+    parallel_for(tasks, used, [&](int64_t task, int) {
+        for (int64_t at = task * batch, end = min(all, at + batch); at < end; at += 8) {
+            const int64_t count = min(8, end - at);
+            const uint64_t bad = bad_nibbles(count == 8 ? load_meta64(c.meta + at) : load_meta64(c.meta + at, count)) &
+                                 low_bits(8 * count);
+            if (bad)
+                return c.nibble.report(2 * at + __builtin_ctzll(bad) / 4);
+        }
+    });
+    if (c.cols % 8 == 0)
+        return;
+    const W magnitude = static_cast<W>(numbers(dtype).magnitude);
+    const int64_t rows = max(1, batch / (8 * bytes)); // of a task
+    parallel_for(ceil_div(c.rows, rows), static_cast<int>(min(used, 1 + c.rows / 4096)), [&](int64_t task, int) {
+        for (int64_t row = task * rows; row < min(c.rows, (task + 1) * rows); ++row) {
+            const W *values = static_cast<const W *>(c.values) + row * 4 * bytes;
+            const int last = c.meta[(row + 1) * bytes - 1];
+            for (int64_t i = 0; i < 4; ++i) {
+                const int64_t place = 4 * (bytes - 1) + i, column = place / 2 * 4 + (last >> 2 * i & 3);
+                if (column >= c.cols && (values[place] & magnitude))
+                    return c.value.report(row * 4 * bytes + place);
+            }
+        }
+    });
+}
+
+} // namespace
+} // namespace sparsekit::cpu
+
+namespace sparsekit {
+
+using cpu::Matrix;
+
+void compress24_cpu(const void *w, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
+                    void *values, uint8_t *meta, int64_t *status, int threads) {
+    cpu::prune({rows, cols, {w, row_stride, col_stride, DType(dtype)}, kByNonzero, {}, values, meta, nullptr, status},
+               threads);
+}
+
+void prune_compress24_cpu(const void *w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride,
+                          int dtype, const void *rank, int rank_kind, int rank_dtype, int64_t rank_row_stride,
+                          int64_t rank_col_stride, void *values, uint8_t *meta, int64_t *status, int threads) {
+    const Matrix by{rank, rank_row_stride, rank_col_stride, rank_kind == kByMask ? kInt8 : DType(rank_dtype)};
+    cpu::prune({rows,
+                cols,
+                {w, w_row_stride, w_col_stride, DType(dtype)},
+                RankKind(rank_kind),
+                by,
+                values,
+                meta,
+                nullptr,
+                status},
+               threads);
+}
+
+void prune24_cpu(const void *w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride, int dtype,
+                 const void *rank, int rank_kind, int rank_dtype, int64_t rank_row_stride, int64_t rank_col_stride,
+                 void *out, int64_t *status, int threads) {
+    const Matrix by{rank, rank_row_stride, rank_col_stride, rank_kind == kByMask ? kInt8 : DType(rank_dtype)};
+    cpu::prune({rows,
+                cols,
+                {w, w_row_stride, w_col_stride, DType(dtype)},
+                RankKind(rank_kind),
+                by,
+                nullptr,
+                nullptr,
+                out,
+                status},
+               threads);
+}
+
+void expand24_cpu(const void *values, const uint8_t *meta, int itemsize, int64_t rows, int64_t cols, void *out,
+                  int threads) {
+    if (rows > 0 && cols > 0)
+        cpu::format24().expand({values, meta, itemsize, rows, cols, out}, threads);
+}
+
+void mask_nm_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
+                 int n, int m, bool pairs, uint8_t *mask, int64_t *status, int threads) {
+    status[0] = INT64_MAX;
+    if (rows > 0 && cols > 0)
+        cpu::format24().mask_nm({rows, cols, {scores, row_stride, col_stride, DType(dtype)}, n, m, pairs, mask, status},
+                                threads);
+}
+
+void mask_rows_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
+                   int64_t kept, uint8_t *mask, int64_t *status, int threads) {
+    status[0] = INT64_MAX;
+    if (rows > 0 && cols > 0)
+        cpu::format24().mask_rows({rows, cols, {scores, row_stride, col_stride, DType(dtype)}, kept, mask, status},
+                                  threads);
+}
+
+void validate24_cpu(const void *values, const uint8_t *meta, int dtype, int64_t rows, int64_t cols, int64_t *status,
+                    int threads) {
+    cpu::Check24 check{values, meta, rows, cols, {}, {}};
+    if (rows > 0 && cols > 0)
+        cpu::with_integer(cpu::width_of(DType(dtype)),
+                          [&](auto w) { cpu::check_meta<decltype(w)>(check, DType(dtype), threads); });
+    status[0] = check.nibble.place();
+    status[1] = check.value.place();
+}
+
+} // namespace sparsekit

@@ -1,0 +1,148 @@
+// 2:4 on words of 64 columns, a bit a column: what is kept, and the metadata that say so. Plain integers, no vectors.
+#pragma once
+#include "../launch.h"
+#include "sizes.h"
+
+#include <atomic>
+#include <cstring>
+
+namespace sparsekit::cpu {
+namespace {
+
+constexpr int kWord = 64; // columns of a word
+
+constexpr uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
+
+constexpr int kMostM = 32; // columns of a group
+
+// By m: the first column of every group of m that a word holds whole.
+struct Starts {
+    uint64_t bits[kMostM + 1] = {};
+    constexpr Starts() {
+        for (int m = 1; m <= kMostM; ++m)
+            for (int start = 0; start + m <= kWord; start += m)
+                bits[m] |= uint64_t{1} << start;
+    }
+};
+constexpr Starts kStarts;
+
+// The low `count` bits of every group of m columns, of as many groups as a word holds whole.
+inline uint64_t in_groups(int m, int count) { return low_bits(count) * kStarts.bits[m]; }
+
+// The n best of every group of m columns; the rest of the word, where m does not divide it, is empty. higher(r) has the
+// bit of each column whose r-th neighbour to the right beats it, a tie being no beating; what it says of neighbours in
+// the next group is not used. PLANES bits must hold m - 1, the most rivals that can beat a column.
+template <int PLANES, class Higher> inline uint64_t best(int m, int n, const Higher &higher) {
+    if (n >= m)
+        return in_groups(m, m);
+    uint64_t beaten_by[PLANES] = {}; // of each column, how many rivals: one bit of the number a word
+    const auto count = [&](uint64_t columns) {
+        for (int plane = 0; plane < PLANES; ++plane) {
+            const uint64_t carry = beaten_by[plane] & columns;
+            beaten_by[plane] ^= columns;
+            columns = carry;
+        }
+    };
+    for (int right = 1; 2 * right <= m; ++right) {
+        // A rival is `right` columns away in a ring: either to the right, or m - right to the left, where beating is
+        // the other one's not being beaten.
+        const int left = m - right;
+        const uint64_t near = higher(right), far = left == right ? near : higher(left);
+        const uint64_t with_right = in_groups(m, left), with_left = in_groups(m, right);
+        count((near & with_right) | (~far & with_left) << left);
+        if (left != right)
+            count((far & with_left) | (~near & with_right) << right);
+    }
+    uint64_t fewer = 0; // beaten by fewer than n
+    for (int plane = 0; plane < PLANES; ++plane)
+        fewer = n >> plane & 1 ? ~beaten_by[plane] | fewer : ~beaten_by[plane] & fewer;
+    return fewer & in_groups(m, m);
+}
+
+// Two of every four columns: those that `bits` has, then the lowest.
+inline uint64_t two_of(uint64_t bits) {
+    return best<2>(4, 2, [&](int r) { return bits >> r & ~bits; });
+}
+
+// The lowest bit of every group of four that has more than two.
+inline uint64_t more_than_two(uint64_t bits) {
+    const uint64_t halves = (bits & 0x5555555555555555) + (bits >> 1 & 0x5555555555555555);
+    const uint64_t count = (halves & 0x3333333333333333) + (halves >> 2 & 0x3333333333333333);
+    return (count >> 2 | (count >> 1 & count)) & 0x1111111111111111;
+}
+
+// 64 bits of metadata, four a group, from 64 columns of which every group keeps two, and back. With b3 b2 b1 b0 for the
+// kept columns the nibble is b3|b2, b3|~b2, ~b1&~b0, b1&~b0.
+inline uint64_t meta_of(uint64_t kept) {
+    return ((kept | kept << 1) & 0x8888888888888888) | ((kept >> 1 | ~kept) & 0x4444444444444444) |
+           (~(kept | kept << 1) & 0x2222222222222222) | (kept >> 1 & ~kept & 0x1111111111111111);
+}
+
+// Never more than two of a group, whatever the bits.
+inline uint64_t kept_of(uint64_t meta) {
+    return (~(meta | meta >> 1) & 0x1111111111111111) |
+           (((~meta & meta << 1) | (~(meta >> 2) & meta >> 1)) & 0x2222222222222222) |
+           (((meta << 1 & ~(meta << 2)) | (meta >> 1 & ~meta)) & 0x4444444444444444) |
+           (meta & meta << 1 & 0x8888888888888888);
+}
+
+// The lowest bit of every nibble that is not one of 4, 8, 9, C, D, E: whose first column is not below its second.
+inline uint64_t bad_nibbles(uint64_t meta) {
+    const uint64_t n0 = meta, n1 = meta >> 1, n2 = meta >> 2, n3 = meta >> 3;
+    return ~((n3 & ~n1) | (~(n3 ^ n1) & n2 & ~n0)) & 0x1111111111111111;
+}
+
+// count <= 8 bytes of metadata, the first lowest.
+inline uint64_t load_meta64(const uint8_t *p, int64_t count = 8) {
+    uint64_t meta = 0;
+    for (int64_t i = 0; i < count; ++i)
+        meta |= uint64_t{p[i]} << 8 * i;
+    return meta;
+}
+
+inline void store_meta64(uint64_t meta, uint8_t *p, int64_t count = 8) {
+    for (int64_t i = 0; i < count; ++i)
+        p[i] = static_cast<uint8_t>(meta >> 8 * i);
+}
+
+// The first bad place of a matrix, whoever finds it.
+class First {
+  public:
+    void report(int64_t place) {
+        int64_t seen = place_.load(std::memory_order_relaxed);
+        while (place < seen && !place_.compare_exchange_weak(seen, place, std::memory_order_relaxed)) {
+        }
+    }
+    int64_t place() const { return place_.load(std::memory_order_relaxed); }
+
+  private:
+    std::atomic<int64_t> place_{INT64_MAX}; // where there is none
+};
+
+// How the bits of a number of some dtype are read, as signed integers of its own width.
+struct Numbers {
+    int64_t magnitude; // the bits of it; all of an integer's
+    int64_t largest;   // magnitude that is not NaN
+    int64_t lowest;    // the bits of the lowest number
+    bool integer;
+};
+
+inline int width_of(DType dtype) {
+    return dtype == kFloat64 ? 8 : dtype == kFloat32 ? 4 : dtype == kFloat16 || dtype == kBFloat16 ? 2 : 1;
+}
+
+inline Numbers numbers(DType dtype) {
+    const int64_t sign = int64_t(uint64_t{1} << (8 * width_of(dtype) - 1)), magnitude = int64_t(uint64_t(sign) - 1);
+    if (dtype == kInt8)
+        return {-1, 0, -128, true};
+    const int64_t largest = dtype == kFloat64      ? 0x7ff0000000000000
+                            : dtype == kFloat32    ? 0x7f800000
+                            : dtype == kFloat16    ? 0x7c00
+                            : dtype == kBFloat16   ? 0x7f80
+                            : dtype == kFloat8E4M3 ? 0x7e // has no infinity: 448
+                                                   : 0x7c;
+    return {magnitude, largest, sign | largest, false};
+}
+
+} // namespace
+} // namespace sparsekit::cpu

@@ -1,0 +1,341 @@
+// Masks of one instruction set `Isa` (see format24_body.h): the n best of every m columns, the best k of every row.
+//
+// A group's columns are ranked against one another, m - 1 comparisons a column; of a row, the k-th highest score is
+// found first: bit by bit, counting, or, where that would read a long row too often, digit by digit in histograms.
+// Bound by memory for m up to 8: scores read once, a byte a column written; beyond by the comparisons. A row is read a
+// few times more from the caches.
+#pragma once
+#include "epilogue.h"
+#include "format24_body.h"
+
+#include <limits>
+
+namespace sparsekit::cpu {
+namespace {
+
+// A byte a column, of `count` columns.
+template <class Isa> inline void store_mask(uint64_t bits, uint8_t *out, int64_t count) {
+    using L = Lanes<Isa, int8_t>;
+    int8_t copy[kWord], *to = count == kWord ? reinterpret_cast<int8_t *>(out) : copy;
+    for (int i = 0; i < kWord; i += L::kLanes)
+        L::store(to + i, L::land(L::from_bits(bits >> i), L::set(1)));
+    if (to == copy)
+        std::memcpy(out, copy, count);
+}
+
+// ---- n of m ----
+
+struct E4M3 {
+    uint8_t bits;
+};
+struct E5M2 {
+    uint8_t bits;
+};
+
+inline double to_float(double v) { return v; }
+inline float to_float(int8_t v) { return v; }
+inline float to_float(E5M2 v) {
+    return to_float(Half{static_cast<uint16_t>(v.bits << 8)});
+} // the upper byte of an fp16
+// The exponent field, moved into fp32's, is 120 too small; the product is exact for subnormals too.
+inline float to_float(E4M3 v) {
+    const uint32_t sign = uint32_t{v.bits & 0x80u} << 24, rest = v.bits & 0x7fu;
+    return bit_cast<float>(sign |
+                           (rest == 0x7f ? 0x7fc00000 : bit_cast<uint32_t>(bit_cast<float>(rest << 20) * 0x1p120f)));
+}
+
+template <class Int> Int order_of(Int bits) {
+    const Int size = static_cast<Int>(bits & std::numeric_limits<Int>::max());
+    return bits < 0 ? static_cast<Int>(-size) : size;
+}
+
+inline int32_t sum_key(float a, float b) { return order_of(bit_cast<int32_t>(a + b)); }
+inline int64_t sum_key(double a, double b) { return order_of(bit_cast<int64_t>(a + b)); }
+
+template <class Isa, class Int>
+int64_t read_keys(const Reader<Isa, Int> &reader, const Int *row, int64_t cols, Int *keys) {
+    using L = Lanes<Isa, Int>;
+    for_words(Tile<Int>{row, 0}, Span{0, 1, 0, cols}, Int{0},
+              [&](int64_t, int64_t col, const Int *at, int64_t, int64_t) {
+                  for (int i = 0; i < kWord; i += L::kLanes)
+                      L::store(keys + col + i, reader.order(L::load(at + i)));
+              });
+    return cols;
+}
+
+// Keys of the sums of pairs; a column past the end adds nothing.
+template <class T, class Key> int64_t read_pair_keys(const T *row, int64_t cols, Key *keys) {
+    for (int64_t i = 0; i < cols / 2; ++i)
+        keys[i] = sum_key(to_float(row[2 * i]), to_float(row[2 * i + 1]));
+    if (cols % 2)
+        keys[cols / 2] = sum_key(to_float(row[cols - 1]), decltype(to_float(row[0]))(0));
+    return ceil_div(cols, 2);
+}
+
+// Bit i of `half` to bits 2i and 2i + 1.
+inline uint64_t doubled(uint64_t half) {
+    half = (half | half << 16) & 0x0000ffff0000ffff;
+    half = (half | half << 8) & 0x00ff00ff00ff00ff;
+    half = (half | half << 4) & 0x0f0f0f0f0f0f0f0f;
+    half = (half | half << 2) & 0x3333333333333333;
+    half = (half | half << 1) & 0x5555555555555555;
+    return half | half << 1;
+}
+
+// A span by the keys of its members (columns, or pairs of them) that read(row, cols, keys) makes and counts.
+template <class Isa, class Key, class T, class Read>
+void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key_dtype, First &nan, const Read &read) {
+    using L = Lanes<Isa, Key>;
+    constexpr Key kLowest = static_cast<Key>(uint64_t{1} << (8 * sizeof(Key) - 1));
+    const int per = kWord / p.m * p.m, width = p.pairs ? 2 : 1; // members of a step, columns of a member
+    const Numbers n = numbers(key_dtype);
+    const auto top = L::set(static_cast<Key>(n.largest)), bottom = L::set(static_cast<Key>(-n.largest));
+    Key keys[32 * kWord + kWord + kMostM]; // a step reads a word and the m - 1 neighbours to its right
+    for (int64_t row = 0; row < s.rows; ++row) {
+        const int64_t members = read(tile.data + row * tile.stride, s.cols, keys);
+        for (Key *past = keys + members; past < keys + ceil_div(members, per) * per + kWord + kMostM; ++past)
+            *past = kLowest; // they lose every tie, as the last
+        uint8_t *out = p.mask + (s.row + row) * p.cols + s.col;
+        for (int64_t first = 0; first < members; first += per) {
+            const Key *at = keys + first;
+            const uint64_t kept = best<5>(p.m, p.n, [&](int right) {
+                uint64_t bits = 0;
+#pragma GCC unroll 16
+                for (int i = 0; i < kWord; i += L::kLanes)
+                    bits |= L::gt(L::load(at + i + right), L::load(at + i)) << i;
+                return bits;
+            });
+            if (!n.integer) {
+                const uint64_t bad = each<Isa>(at, [&](auto v) { return L::gt(v, top) | L::gt(bottom, v); }) &
+                                     low_bits(min(per, members - first));
+                if (bad)
+                    nan.report((s.row + row) * ceil_div(p.cols, p.m * width) +
+                               (s.col / width + first + __builtin_ctzll(bad)) / p.m);
+            }
+            const int64_t col = first * width, count = min(per * width, s.cols - col);
+            if (p.pairs) {
+                store_mask<Isa>(doubled(kept & low_bits(32)), out + col, min(count, kWord));
+                if (count > kWord)
+                    store_mask<Isa>(doubled(kept >> 32), out + col + kWord, count - kWord);
+            } else {
+                store_mask<Isa>(kept, out + col, count);
+            }
+        }
+    }
+}
+
+template <class Isa, class Int> [[gnu::flatten]] void mask_columns(const MaskNM &p, const Span &s, First &nan) {
+    Int room[kRoom];
+    const Tile<Int> tile = fetch(p.scores, s, room);
+    const Reader<Isa, Int> reader(p.scores.dtype);
+    if (p.m != 4) {
+        mask_by_keys<Isa, Int>(p, s, tile, p.scores.dtype, nan, [&](const Int *row, int64_t cols, Int *keys) {
+            return read_keys<Isa>(reader, row, cols, keys);
+        });
+        return;
+    }
+    const Int lowest = static_cast<Int>(numbers(p.scores.dtype).lowest);
+    for_words(tile, s, lowest, [&](int64_t row, int64_t col, const Int *at, int64_t count, int64_t) {
+        row += s.row;
+        col += s.col;
+        const uint64_t kept = best_of_four<Isa>(at, p.n, [&](auto v) { return reader.order(v); });
+        store_mask<Isa>(kept, p.mask + row * p.cols + col, count);
+        if (const uint64_t bad = reader.nan(at))
+            nan.report(row * ceil_div(p.cols, 4) + (col + __builtin_ctzll(bad)) / 4);
+    });
+}
+
+template <class Isa, class T> [[gnu::flatten]] void mask_pairs(const MaskNM &p, const Span &s, First &nan) {
+    using Key = decltype(sum_key(to_float(T{}), to_float(T{})));
+    T room[kRoom];
+    const DType key_dtype = sizeof(Key) == 8 ? kFloat64 : kFloat32;
+    mask_by_keys<Isa, Key>(p, s, fetch(p.scores, s, room), key_dtype, nan, read_pair_keys<T, Key>);
+}
+
+template <class Isa> void mask_nm(const MaskNM &problem, int threads) {
+    MaskNM p = problem;
+    const int width = p.pairs ? 2 : 1, itemsize = width_of(p.scores.dtype);
+    if (p.cols % (p.m * width) == 0 && dense_rows(p.scores, p.rows, p.cols)) {
+        p.cols *= p.rows;
+        p.rows = 1;
+    }
+    using Do = void (*)(const MaskNM &, const Span &, First &);
+    const Do of_dtype[] = {mask_pairs<Isa, float>, mask_pairs<Isa, Half>,   mask_pairs<Isa, BFloat16>,
+                           mask_pairs<Isa, E4M3>,  mask_pairs<Isa, int8_t>, mask_pairs<Isa, double>,
+                           mask_pairs<Isa, E5M2>}; // as in DType
+    const Do tile = p.pairs ? of_dtype[p.scores.dtype]
+                            : with_integer(itemsize, [](auto s) -> Do { return mask_columns<Isa, decltype(s)>; });
+    const Tiling tiling(p.rows, p.cols, kWord / p.m * p.m * width, p.scores.col_stride != 1, itemsize);
+    First nan;
+    for_tiles(tiling, p.rows * p.cols * (itemsize + 1), threads, [&](const Span &s) { tile(p, s, nan); });
+    p.status[0] = nan.place();
+}
+
+// ---- k of a row ----
+
+// The columns whose key is above `key`, from the bits of the scores: for a negative key those whose magnitude is not,
+// as a negative number's, at least as large.
+template <class Isa, class Int> class Above {
+    using L = Lanes<Isa, Int>;
+    typename L::V flip_, bound_;
+    uint64_t invert_;
+
+  public:
+    Above(int64_t key, bool integer) {
+        const bool negative = key < 0 && !integer;
+        flip_ = L::set(static_cast<Int>(negative ? uint64_t{1} << (8 * sizeof(Int) - 1) : 0));
+        bound_ = L::set(static_cast<Int>(negative ? ~key : key));
+        invert_ = negative ? ~uint64_t{0} : 0;
+    }
+    uint64_t operator()(const Int *p) const {
+        return invert_ ^ each<Isa>(p, [&](auto v) { return L::gt(L::lxor(v, flip_), bound_); });
+    }
+};
+
+// A row of scores and the k-th highest of its keys.
+template <class Isa, class Int> class RowCut {
+    static constexpr int kBits = 8 * sizeof(Int);
+    static constexpr int64_t kLowest = std::numeric_limits<Int>::min();
+
+    const Int *row_;
+    int64_t cols_;
+    bool integer_;
+
+  public:
+    int64_t cut = kLowest, room; // keys above the cut are kept, and the first `room` of those that equal it
+
+    // 0 < kept < cols.
+    RowCut(const Int *row, int64_t cols, int64_t kept, bool integer)
+        : row_(row), cols_(cols), integer_(integer), room(kept) {
+        const int64_t bytes = cols * int64_t(sizeof(Int));
+        if (bytes <= 4096 || (sizeof(Int) <= 2 && bytes <= (1 << 18)))
+            count_bits();
+        else
+            count_digits();
+    }
+
+    template <class Body> void for_words(const Body &body) const {
+        cpu::for_words(Tile<Int>{row_, 0}, Span{0, 1, 0, cols_}, Int{0},
+                       [&](int64_t, int64_t col, const Int *at, int64_t count, int64_t) { body(col, at, count); });
+    }
+
+  private:
+    int64_t above(int64_t key) const {
+        const Above<Isa, Int> test(key, integer_);
+        int64_t found = 0;
+        for_words(
+            [&](int64_t, const Int *at, int64_t count) { found += __builtin_popcountll(test(at) & low_bits(count)); });
+        return found;
+    }
+
+    void count_bits() {
+        for (int bit = kBits - 1; bit >= 0; --bit) {
+            const int64_t higher = int64_t(uint64_t(cut) + (uint64_t{1} << bit));
+            if (above(higher - 1) >= room)
+                cut = higher;
+        }
+        room -= above(cut);
+    }
+
+    void count_digits() {
+        for (int shift = kBits - 8; shift >= 0; shift -= 8) {
+            int64_t counts[4][256] = {}; // four, as neighbours are often equal and would wait for one another
+            const auto digit = [&](Int bits) {
+                const int64_t key = integer_ ? bits : order_of(bits);
+                return (uint64_t(key) - uint64_t(cut)) >> shift & 255;
+            };
+            if (shift == kBits - 8) {
+                for_words([&](int64_t, const Int *at, int64_t count) {
+                    for (int64_t i = 0; i < count; ++i)
+                        ++counts[i % 4][digit(at[i])];
+                });
+            } else {
+                const Above<Isa, Int> below(cut - 1, integer_), beyond(cut + (int64_t{256} << shift) - 1, integer_);
+                const bool none_below = cut == kLowest;
+                for_words([&](int64_t, const Int *at, int64_t count) {
+                    uint64_t in = (none_below ? ~uint64_t{0} : below(at)) & ~beyond(at) & low_bits(count);
+                    for (; in; in &= in - 1) {
+                        const int i = __builtin_ctzll(in);
+                        ++counts[i % 4][digit(at[i])];
+                    }
+                });
+            }
+            for (int d = 255;; --d) {
+                const int64_t here = counts[0][d] + counts[1][d] + counts[2][d] + counts[3][d];
+                if (here >= room || d == 0) {
+                    cut = int64_t(uint64_t(cut) + (uint64_t(d) << shift));
+                    break;
+                }
+                room -= here;
+            }
+        }
+    }
+};
+
+template <class Isa, class Int>
+[[gnu::flatten]] void mask_row(const MaskRows &p, const Int *row, uint8_t *mask, int64_t place, First &nan) {
+    const Reader<Isa, Int> reader(p.scores.dtype);
+    const auto write = [&](const auto &choose) {
+        uint64_t bad = 0;
+        for_words(Tile<Int>{row, 0}, Span{0, 1, 0, p.cols}, Int{0},
+                  [&](int64_t, int64_t col, const Int *at, int64_t count, int64_t) {
+                      store_mask<Isa>(choose(at, count), mask + col, count);
+                      bad |= reader.nan(at);
+                  });
+        if (bad)
+            nan.report(place);
+    };
+    if (p.kept == 0 || p.kept == p.cols)
+        return write([&](const Int *, int64_t) { return p.kept ? ~uint64_t{0} : 0; });
+    const RowCut<Isa, Int> found(row, p.cols, p.kept, reader.integer);
+    const Above<Isa, Int> above(found.cut, reader.integer);
+    const bool lowest = found.cut == std::numeric_limits<Int>::min();
+    const Above<Isa, Int> below(lowest ? found.cut : found.cut - 1, reader.integer);
+    int64_t room = found.room;
+    write([&](const Int *at, int64_t count) {
+        const uint64_t over = above(at) & low_bits(count);
+        uint64_t ties = (lowest ? ~uint64_t{0} : below(at)) & ~over & low_bits(count), kept = over;
+        if (const int64_t equal = __builtin_popcountll(ties); equal <= room) {
+            room -= equal;
+            return kept | ties;
+        }
+        for (; room > 0; --room, ties &= ties - 1)
+            kept |= ties & -ties;
+        return kept;
+    });
+}
+
+template <class Isa, class Int> void mask_rows(const MaskRows &p, int threads) {
+    const bool turned = p.scores.col_stride != 1;
+    const int64_t stride = ceil_div(p.cols, kWord) * kWord + kWord; // not a multiple of a page: see linear24_body.h
+    const int64_t most =
+        turned ? max(1, min(128 / sizeof(Int), (4 << 20) / (stride * sizeof(Int)))) : max(1, 16384 / p.cols);
+    const int64_t band = min(p.rows, most), bands = ceil_div(p.rows, band);
+    const int64_t bytes = p.rows * p.cols * int64_t(sizeof(Int) + 1);
+    const int used = static_cast<int>(min(min(threads, min(kMaxThreads, bands)), 1 + (bytes >> 17)));
+    const int64_t room = turned ? ceil_div(band * stride * sizeof(Int), sizeof(float)) : 0; // floats
+    const Scratch scratch(used * room);
+    First nan;
+    parallel_for(bands, used, [&](int64_t task, int worker) {
+        const int64_t row = task * band, rows = min(band, p.rows - row);
+        Tile<Int> tile{static_cast<const Int *>(p.scores.data) + row * p.scores.row_stride, p.scores.row_stride};
+        if (turned) {
+            Int *copy = reinterpret_cast<Int *>(scratch.data() + worker * room);
+            for (int64_t col = 0; col < p.cols; col += kWord)
+                turn(p.scores, Span{row, rows, col, min(kWord, p.cols - col)}, copy + col, stride);
+            tile = {copy, stride};
+        }
+        for (int64_t r = 0; r < rows; ++r)
+            mask_row<Isa>(p, tile.data + r * tile.stride, p.mask + (row + r) * p.cols, row + r, nan);
+    });
+    p.status[0] = nan.place();
+}
+
+template <class Isa> void mask_rows(const MaskRows &p, int threads) {
+    with_integer(width_of(p.scores.dtype), [&](auto s) { mask_rows<Isa, decltype(s)>(p, threads); });
+}
+
+template <class Isa> constexpr Format24Path path() { return {prune<Isa>, expand<Isa>, mask_nm<Isa>, mask_rows<Isa>}; }
+
+} // namespace
+} // namespace sparsekit::cpu
