@@ -6,7 +6,8 @@
 // warpgroup loads x, half a token tile a block, by TMA into both (64 columns a stage, 128-byte swizzle, a ring of
 // stages with a full and an empty mbarrier each); the other warpgroups multiply, 64 features x TILE_M tokens, or two
 // such pieces, each. Blocks are persistent: while the consumers write a tile out, the producer fills the ring for the
-// next. The same inputs give the same bits: nothing is split over k, and nothing is added by atomics.
+// next, and where registers suffice the first of w for the next are on their way too. The same inputs give the same
+// bits: nothing is split over k, and nothing is added by atomics.
 //   Register form: w's fragments and metadata go straight from global memory to registers, into a ring of four steps of
 //     64 columns. Warp w of a warpgroup takes row tile 4 t + w.
 //   Shared form: w's values come by TMA beside x (canonical order, 64-byte swizzle), metadata as above. It is there to
@@ -64,7 +65,9 @@ template <int TILE_N, int TILE_M, bool REGISTER_FORM> struct Tile {
     // Tokens a wgmma. Half of 192 x 256: ptxas gives no instruction 128 sums where a block starts with 128 registers a
     // thread (C7602).
     static constexpr int tokens = groups == 3 && TILE_M == 256 ? 128 : TILE_M, halves = TILE_M / tokens;
-    static constexpr int ring = 4;                       // k64 steps of fragments in registers, register form
+    static constexpr int ring = 4; // k64 steps of fragments in registers, register form
+    static constexpr bool early =
+        REGISTER_FORM && mmas == 1 && groups == 2;       // registers for the next tile's first loads
     static constexpr int x_bytes = TILE_M * kSliceK * 2; // a stage of x
     static constexpr int values_bytes = REGISTER_FORM ? 0 : TILE_N * kSliceK; // and of values
     static constexpr int stage_bytes = x_bytes + values_bytes;
@@ -106,16 +109,21 @@ template <int STAGES> struct Position {
     }
 };
 
-// The tiles of a cluster, one after the other. Clusters walk the token tiles of a raster group first: neighbours read
-// the same rows of w.
-template <int TILE_N, int TILE_M, typename T, typename F>
-__device__ __forceinline__ void for_each_tile(const Linear24<T> &p, int rank, F f) {
-    const int pairs = ceil_div(p.n, kCluster * TILE_N), tiles_m = ceil_div(p.m, TILE_M), units = pairs * tiles_m;
-    for (int unit = blockIdx.x / kCluster; unit < units; unit += gridDim.x / kCluster) {
-        const int group = unit / (kRasterM * pairs), in_group = unit % (kRasterM * pairs);
-        const int group_m = min(kRasterM, tiles_m - group * kRasterM);
-        f((group * kRasterM + in_group % group_m) * TILE_M, (in_group / group_m * kCluster + rank) * TILE_N);
-    }
+// A cluster's tiles are units blockIdx.x / kCluster, then + gridDim.x / kCluster, to the end. They walk the token tiles
+// of a raster group first: neighbours read the same rows of w.
+template <int TILE_N, int TILE_M, typename T> __device__ __forceinline__ int units(const Linear24<T> &p) {
+    return ceil_div(p.n, kCluster * TILE_N) * ceil_div(p.m, TILE_M);
+}
+
+struct Place {
+    int m0, n0; // the block's first token and feature
+};
+template <int TILE_N, int TILE_M, typename T>
+__device__ __forceinline__ Place place(const Linear24<T> &p, int unit, int rank) {
+    const int pairs = ceil_div(p.n, kCluster * TILE_N), tiles_m = ceil_div(p.m, TILE_M);
+    const int group = unit / (kRasterM * pairs), in_group = unit % (kRasterM * pairs);
+    const int group_m = min(kRasterM, tiles_m - group * kRasterM);
+    return {(group * kRasterM + in_group % group_m) * TILE_M, (in_group / group_m * kCluster + rank) * TILE_N};
 }
 
 template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
@@ -138,22 +146,26 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
     ptx::cluster_arrive();
     ptx::cluster_wait();
 
+    const int stride = gridDim.x / kCluster;
+    int unit = blockIdx.x / kCluster;
     Position<S::stages> at;
     if (warp >= S::groups * 4) {
         ptx::release_registers<S::producer_registers>();
         if (warp == S::groups * 4 && lane == 0)
-            for_each_tile<TILE_N, TILE_M>(p, rank, [&](int m0, int n0) {
+            for (; unit < units<TILE_N, TILE_M>(p); unit += stride) {
+                const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
 #pragma unroll 1
                 for (int step = 0; step < blocks_k256 * 4; ++step, at.advance()) {
                     char *stage = shared + at.stage * S::stage_bytes;
                     ptx::mbarrier_wait(empty + at.stage, at.parity ^ 1);
                     ptx::mbarrier_arrive_expect(full + at.stage, S::stage_bytes);
                     ptx::tma_load_multicast(stage + rank * (S::x_bytes / kCluster), &p.x_map, step * kSliceK,
-                                            m0 + rank * (TILE_M / kCluster), full + at.stage, (1 << kCluster) - 1);
+                                            tile.m0 + rank * (TILE_M / kCluster), full + at.stage, (1 << kCluster) - 1);
                     if constexpr (!REGISTER_FORM)
-                        ptx::tma_load(stage + S::x_bytes, &p.values_map, step * (kSliceK / 2), n0, full + at.stage);
+                        ptx::tma_load(stage + S::x_bytes, &p.values_map, step * (kSliceK / 2), tile.n0,
+                                      full + at.stage);
                 }
-            });
+            }
     } else {
         ptx::take_registers<S::consumer_registers>();
         const int group = warp / 4;
@@ -161,48 +173,58 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
         const int row_tiles = ceil_div(p.n, 16);
         float *staging = reinterpret_cast<float *>(shared + S::sums_offset) + group * kChunkM * S::sums_row;
 
-        for_each_tile<TILE_N, TILE_M>(p, rank, [&](int m0, int n0) {
-            float sums[S::mmas][S::halves][S::tokens / 2];
-            uint32_t a[S::ring][S::mmas][2][4], metadata[S::mmas][4];
-            const uint4 *values[S::mmas];
-            const uint2 *meta[S::mmas];
+        uint32_t a[S::ring][S::mmas][2][4], metadata[S::mmas][4];
+        const uint4 *values[S::mmas];
+        const uint2 *meta[S::mmas];
+        int left; // k64 blocks from here to the end
+        auto load_values = [&](uint32_t (&slot)[S::mmas][2][4], int ahead) {
+#pragma unroll
+            for (int i = 0; i < S::mmas; ++i)
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    uint4 v = {0, 0, 0, 0};
+                    if (ahead < left)
+                        v = ptx::ld_global_once(values[i] + ahead * 64 + half * 32);
+                    copy(slot[i][half], v);
+                }
+        };
+        // Half a k256 block's words at a time: those of the steps that are done make room for the next block's.
+        auto load_metadata = [&](int half, int ahead) {
 #pragma unroll
             for (int i = 0; i < S::mmas; ++i) {
-                const int64_t row_tile = min(n0 / 16 + (group * S::mmas + i) * 4 + warp % 4, row_tiles - 1);
-                values[i] = p.values + row_tile * blocks_k * 64 + lane;
-                meta[i] = p.meta + row_tile * blocks_k256 * 64 + lane * 2;
-#pragma unroll
-                for (int e = 0; e < TILE_M / 2; ++e)
-                    sums[i][e / (S::tokens / 2)][e % (S::tokens / 2)] = 0.0f;
+                uint2 v = {0, 0};
+                if (ahead * 4 < left)
+                    v = ptx::ld_global(meta[i] + ahead * 64 + half);
+                metadata[i][half * 2] = v.x, metadata[i][half * 2 + 1] = v.y;
             }
-            int left = blocks_k;
-            auto load_values = [&](uint32_t (&slot)[S::mmas][2][4], int ahead) {
+        };
+        auto start = [&](int unit) { // the first loads of a tile
+            const int row_tile = place<TILE_N, TILE_M>(p, unit, rank).n0 / 16 + group * S::mmas * 4 + warp % 4;
 #pragma unroll
-                for (int i = 0; i < S::mmas; ++i)
-#pragma unroll
-                    for (int half = 0; half < 2; ++half) {
-                        uint4 v = {0, 0, 0, 0};
-                        if (ahead < left)
-                            v = ptx::ld_global_once(values[i] + ahead * 64 + half * 32);
-                        copy(slot[i][half], v);
-                    }
-            };
-            // Half a k256 block's words at a time: those of the steps that are done make room for the next block's.
-            auto load_metadata = [&](int half, int ahead) {
-#pragma unroll
-                for (int i = 0; i < S::mmas; ++i) {
-                    uint2 v = {0, 0};
-                    if (ahead * 4 < left)
-                        v = ptx::ld_global(meta[i] + ahead * 64 + half);
-                    metadata[i][half * 2] = v.x, metadata[i][half * 2 + 1] = v.y;
-                }
-            };
+            for (int i = 0; i < S::mmas; ++i) {
+                const int64_t row = min(row_tile + i * 4, row_tiles - 1);
+                values[i] = p.values + row * blocks_k * 64 + lane;
+                meta[i] = p.meta + row * blocks_k256 * 64 + lane * 2;
+            }
+            left = blocks_k;
             load_metadata(0, 0);
             if constexpr (REGISTER_FORM)
 #pragma unroll
                 for (int slot = 0; slot < S::ring - 1; ++slot)
                     load_values(a[slot], slot);
+        };
 
+        if (S::early && unit < units<TILE_N, TILE_M>(p))
+            start(unit);
+        for (; unit < units<TILE_N, TILE_M>(p); unit += stride) {
+            if (!S::early)
+                start(unit);
+            float sums[S::mmas][S::halves][S::tokens / 2];
+#pragma unroll
+            for (int i = 0; i < S::mmas; ++i)
+#pragma unroll
+                for (int e = 0; e < TILE_M / 2; ++e)
+                    sums[i][e / (S::tokens / 2)][e % (S::tokens / 2)] = 0.0f;
             int former = 0;
 #pragma unroll 1
             for (int block = 0; block < blocks_k256; ++block) {
@@ -247,9 +269,12 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
             ptx::wgmma_wait<0>();
             if (blocks_k256 > 0 && lane < kCluster)
                 ptx::mbarrier_arrive_cluster(release + former * 8);
+            if (S::early && unit + stride < units<TILE_N, TILE_M>(p))
+                start(unit + stride); // while this tile is written out
 
             // Through shared memory, where each lane's sums lie along tokens, so that rows of y are written along
             // features.
+            const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
             constexpr int chunks = TILE_M / kChunkM, chunks_half = chunks / S::halves;
 #pragma unroll 1
             for (int piece = 0; piece < S::mmas * chunks; ++piece) {
@@ -265,8 +290,8 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                                 sums[i / chunks][i % chunks / chunks_half][i % chunks_half * (kChunkM / 2) + e];
                         }
                 ptx::named_barrier(1 + group, 128);
-                const int first_token = m0 + piece % chunks * kChunkM;
-                const int first_feature = n0 + (group * S::mmas + piece / chunks) * 64;
+                const int first_token = tile.m0 + piece % chunks * kChunkM;
+                const int first_feature = tile.n0 + (group * S::mmas + piece / chunks) * 64;
 #pragma unroll 1
                 for (int i = threadIdx.x % 128; i < kChunkM * 16; i += 128) {
                     const int token = first_token + i / 16, feature = i % 16 * 4;
@@ -278,7 +303,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                                p.activation, p.y_aligned);
                 }
             }
-        });
+        }
     }
     // No block leaves while another may still write to its shared memory.
     ptx::cluster_arrive();

@@ -61,7 +61,6 @@ inline CUresult cuTensorMapEncodeTiled(CUtensorMap *map, CUtensorMapDataType, cu
 
 enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriverEntryPointSymbolNotFound = 1 };
 constexpr unsigned long long cudaEnableDefault = 0;
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 
 inline cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function, unsigned, unsigned long long,
                                                     cudaDriverEntryPointQueryResult *found) {
@@ -69,14 +68,6 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **fun
     *found = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
     *function = known ? reinterpret_cast<void *>(cuTensorMapEncodeTiled) : nullptr;
     return cudaSuccess;
-}
-inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
-
-namespace emulator {
-inline int multiprocessors = 4; // few, so that persistent blocks have several tiles each
-}
-inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
-    return *value = emulator::multiprocessors, cudaSuccess;
 }
 
 // ---- what the machine's cluster holds besides threads and memory
