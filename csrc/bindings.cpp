@@ -238,6 +238,36 @@ void linear24_sm80(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, int64_t m, int6
                                           reinterpret_cast<cudaStream_t>(stream)),
           op);
 }
+
+// The bytes of workspace that linear24_decode_sm80 needs for the same arguments.
+int64_t linear24_decode_workspace(int64_t m, int64_t n, int64_t k, int tile, int split, int device) {
+    const char *op = "linear24_decode_workspace";
+    check_range(op, "m", m, 0, INT_MAX);
+    check_range(op, "n", n, 0, INT_MAX);
+    check_range(op, "k", k, 0, INT_MAX);
+    check_range(op, "device", device, 0, INT_MAX);
+    const DeviceGuard guard(device, op);
+    const int64_t bytes = sparsekit::linear24_decode_workspace(static_cast<int>(m), static_cast<int>(n),
+                                                               static_cast<int>(k), tile, split);
+    if (bytes < 0)
+        check(cudaErrorInvalidValue, op);
+    return bytes;
+}
+
+void linear24_decode_sm80(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, Ptr workspace, int64_t m, int64_t n, int64_t k,
+                          int64_t ldx, int dtype, int activation, int tile, int split, int device, Ptr stream) {
+    const char *op = "linear24_decode_sm80";
+    check_linear24(op, x, values, meta, y, m, n, k, ldx, activation, INT_MAX);
+    check_range(op, "dtype", dtype, sparsekit::kFloat16, sparsekit::kBFloat16);
+    check_range(op, "device", device, 0, INT_MAX);
+    const DeviceGuard guard(device, op);
+    check(sparsekit::launch_linear24_decode_sm80(
+              reinterpret_cast<const void *>(x), reinterpret_cast<const void *>(values),
+              reinterpret_cast<const void *>(meta), reinterpret_cast<const void *>(bias), reinterpret_cast<void *>(y),
+              reinterpret_cast<void *>(workspace), static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), ldx,
+              dtype, activation, tile, split, reinterpret_cast<cudaStream_t>(stream)),
+          op);
+}
 #endif
 
 #ifdef SPARSEKIT_LINEAR24_SM90A
@@ -290,6 +320,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #ifdef SPARSEKIT_CUDA
     m.def("linear24_sm80", linear24_sm80, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"), arg("m"),
           arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("device"), ptr("stream"), release);
+    m.def("linear24_decode_workspace", linear24_decode_workspace, arg("m"), arg("n"), arg("k"), arg("tile"),
+          arg("split"), arg("device"), "The bytes of workspace that linear24_decode_sm80 needs; no need to fill them.");
+    m.def("linear24_decode_sm80", linear24_decode_sm80, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"),
+          ptr("workspace"), arg("m"), arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("tile"),
+          arg("split"), arg("device"), ptr("stream"), release);
 #endif
 #ifdef SPARSEKIT_LINEAR24_SM90A
     m.def("linear24_sm90a", linear24_sm90a, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"), arg("m"),

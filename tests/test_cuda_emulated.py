@@ -12,7 +12,8 @@ import pytest
 import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-SOURCES = [ROOT / "csrc/cuda/linear24_sm80.cu", ROOT / "tests/emulator/entry.cpp", ROOT / "tests/emulator/faults.cpp"]
+SOURCES = [ROOT / "csrc/cuda" / name for name in ("linear24_sm80.cu", "linear24_decode_sm80.cu")]
+SOURCES += [ROOT / "tests/emulator" / name for name in ("entry.cpp", "faults.cpp")]
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build the emulator with")
 
@@ -49,6 +50,7 @@ def emulator(tmp_path_factory):
     loaded = ctypes.CDLL(str(library))
     loaded.emulator_error.restype = ctypes.c_char_p
     loaded.emulator_bank_conflicts.restype = ctypes.c_long
+    loaded.emulated_linear24_decode_workspace.restype = ctypes.c_int64
     return loaded
 
 

@@ -40,9 +40,17 @@ def compile_sass(source, arch, folder):
     return built.stderr, dict(functions), dict(re.findall(r"Function (\S+):\n\s*(.*)", usage))
 
 
-@pytest.fixture(scope="session", params=ARCHITECTURES, ids=[f"sm_{a}" for a in ARCHITECTURES])
-def linear24_sm80(request, tmp_path_factory):
-    return compile_sass(ROOT / "csrc/cuda/linear24_sm80.cu", request.param, tmp_path_factory.mktemp("sass"))
+def compiled(name):
+    """A fixture: csrc/cuda/`name`.cu, compiled for each architecture."""
+
+    @pytest.fixture(scope="session", params=ARCHITECTURES, ids=[f"sm_{a}" for a in ARCHITECTURES])
+    def sass(request, tmp_path_factory):
+        return compile_sass(ROOT / f"csrc/cuda/{name}.cu", request.param, tmp_path_factory.mktemp("sass"))
+
+    return sass
+
+
+linear24_sm80, linear24_decode_sm80 = compiled("linear24_sm80"), compiled("linear24_decode_sm80")
 
 
 EVERY_INSTRUCTION = """
@@ -104,13 +112,58 @@ def test_products_are_sparse_and_copies_are_wide(linear24_sm80):
         assert set(re.findall(r"LDSM\S*", code)) == {"LDSM.16.M88.4"}, name
 
 
-def test_nothing_spills_and_two_blocks_fit(linear24_sm80):
-    notes, sass, usage = linear24_sm80
+def check_registers(compiled, blocks):
+    """Nothing is spilled, and blocks(name) blocks of so many threads share a multiprocessor's registers."""
+    notes, sass, usage = compiled
     assert "warning" not in notes.lower(), notes
     spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", notes)
-    assert len(spills) == len(sass) and set(spills) == {("0", "0", "0")}
+    assert len(spills) == len(sass) == len(usage) and set(spills) == {("0", "0", "0")}
     for name, code in sass.items():
         assert not re.search(r"\b(STL|LDL)\b", code), f"{name} uses local memory"
         registers = int(re.search(r"REG:(\d+)", usage[name])[1])
         allocated = -(-registers // 8) * 8  # a warp's registers come in eights
-        assert 2 * 128 * allocated <= REGISTERS_A_MULTIPROCESSOR, f"{name}: {registers} registers"
+        count, threads = blocks(name)
+        assert count * threads * allocated <= REGISTERS_A_MULTIPROCESSOR, f"{name}: {registers} registers"
+
+
+def test_nothing_spills_and_two_blocks_fit(linear24_sm80):
+    check_registers(linear24_sm80, lambda name: (2, 128))
+
+
+DECODE = {8: (4, 256), 16: (8, 256), 32: (16, 256), 64: (64, 128)}  # tokens: products a stage, threads a block
+
+
+def decode_tokens(name):
+    """The class of a decode kernel; None is the kernel that sums parts."""
+    found = re.search(r"20linear24_decode_sm80I(?:6__half|13__nv_bfloat16)Li(\d+)E", name)
+    return int(found[1]) if found else None
+
+
+def test_decode_has_every_instance(linear24_decode_sm80):
+    _, sass, _ = linear24_decode_sm80
+    for dtype in ("6__half", "13__nv_bfloat16"):
+        tokens = [decode_tokens(name) for name in sass if dtype in name]
+        assert len(tokens) == 5 and set(tokens) == {*DECODE, None}
+
+
+def test_decode_reads_weights_by_16_bytes_and_multiplies_sparse(linear24_decode_sm80):
+    """Values by cp.async past L1, metadata by streaming loads; only misaligned x, and bias, come by the element. What is stored
+    for later stages is shared memory's: four stages less one are on their way at each wait."""
+    _, sass, _ = linear24_decode_sm80
+    for name, code in sass.items():
+        tokens = decode_tokens(name)
+        if tokens is None:
+            assert not re.search("HMMA|LDGSTS", code) and "LDG.E.128" in code, name
+            continue
+        products, copies = re.findall(r"HMMA\S*", code), re.findall(r"LDGSTS\S*", code)
+        assert set(products) == {"HMMA.SP.16832.F32" + (".BF16" if "bfloat16" in name else "")}, name
+        assert len(products) == DECODE[tokens][0], f"{name}: {len(products)} products in a stage"
+        assert set(copies) == {"LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.128.ZFILL"}, f"{name}: {sorted(set(copies))}"
+        loads = set(re.findall(r"LDG\.\S*", code))
+        assert {load for load in loads if "U16" not in load} == {load for load in loads if ".NA" in load and ".128" in load}, name
+        assert len(loads) == 2 and set(re.findall(r"LDSM\S*", code)) == {"LDSM.16.M88.4"}, f"{name}: {sorted(loads)}"
+        assert re.findall(r"DEPBAR\.LE SB0, (0x\d+)", code).count("0x2") == 1, name
+
+
+def test_decode_does_not_spill_and_two_blocks_fit(linear24_decode_sm80):
+    check_registers(linear24_decode_sm80, lambda name: (2, DECODE.get(decode_tokens(name), (0, 128))[1]))

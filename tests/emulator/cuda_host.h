@@ -26,6 +26,10 @@ struct uint2 {
 struct uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 struct dim3 {
     unsigned x, y, z;
     dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
@@ -85,6 +89,7 @@ enum cudaError_t {
 };
 using cudaStream_t = void *;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
@@ -105,6 +110,7 @@ struct cudaLaunchConfig_t {
 namespace emulator {
 inline std::map<const void *, size_t> dynamic_shared_limit; // by kernel; 48 KiB where none was set
 inline cudaError_t last_error = cudaSuccess;
+inline int multiprocessors = 1; // what a launcher is told; blocks run one after another all the same
 } // namespace emulator
 
 template <typename... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int value) {
@@ -112,6 +118,11 @@ template <typename... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), 
         return cudaErrorInvalidValue;
     emulator::dynamic_shared_limit[reinterpret_cast<const void *>(kernel)] = static_cast<size_t>(value);
     return cudaSuccess;
+}
+
+inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
+    return *value = emulator::multiprocessors, cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }

@@ -13,11 +13,22 @@ void emulator_allow(const void *pointer, size_t bytes, int writable) {
     machine.ranges.push_back({begin, begin + bytes, writable != 0});
 }
 long emulator_bank_conflicts() { return std::exchange(machine.bank_conflicts, 0); }
+void emulator_multiprocessors(int count) { emulator::multiprocessors = count; }
 const char *emulator_error() { return machine.error.c_str(); }
 
 int emulated_linear24_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y, int m, int n,
                            int k, int64_t ldx, int dtype, int activation) {
     return sparsekit::launch_linear24_sm80(x, values, meta, bias, y, m, n, k, ldx, dtype, activation, nullptr);
+}
+
+int emulated_linear24_decode_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y,
+                                  void *workspace, int m, int n, int k, int64_t ldx, int dtype, int activation,
+                                  int tile, int split) {
+    return sparsekit::launch_linear24_decode_sm80(x, values, meta, bias, y, workspace, m, n, k, ldx, dtype, activation,
+                                                  tile, split, nullptr);
+}
+int64_t emulated_linear24_decode_workspace(int m, int n, int k, int tile, int split) {
+    return sparsekit::linear24_decode_workspace(m, n, k, tile, split);
 }
 
 // One warp, one instruction, registers as arrays over lanes: d[32][4] += a[32][4] * b[32][4].

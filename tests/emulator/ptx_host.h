@@ -55,12 +55,16 @@ template <int MATRICES> void ldmatrix(uint32_t *r, const void *row) {
     } mine{static_cast<const char *>(row), r};
     machine.collective(32, MATRICES == 4 ? "ldmatrix.x4" : "ldmatrix.x2", &mine, [](void *const *lanes) {
         for (int matrix = 0; matrix < MATRICES; ++matrix) {
-            int rows_in_banks[8] = {}; // four banks, 16 bytes, each
+            int rows_in_banks[8] = {}; // four banks, 16 bytes, each; a row asked for twice is read once
             for (int lane = 0; lane < 32; ++lane) {
-                const char *source = static_cast<Operands *>(lanes[matrix * 8 + lane / 4])->row;
+                const auto row_of = [&](int i) { return static_cast<Operands *>(lanes[matrix * 8 + i])->row; };
+                const char *source = row_of(lane / 4);
                 machine.check_shared(source, 16, 16, "a row of ldmatrix");
                 memcpy(static_cast<Operands *>(lanes[lane])->r + matrix, source + lane % 4 * 4, 4);
-                if (lane % 4 == 0)
+                bool again = lane % 4 != 0;
+                for (int i = 0; i < lane / 4; ++i)
+                    again |= row_of(i) == source;
+                if (!again)
                     ++rows_in_banks[(source - machine.shared()) / 16 % 8];
             }
             machine.bank_conflicts += *std::max_element(rows_in_banks, rows_in_banks + 8) - 1;
