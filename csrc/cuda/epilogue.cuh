@@ -32,18 +32,41 @@ __device__ __forceinline__ float activate(float v, int activation) {
     }
 }
 
-// row[column .. column + 3] = act(sums + bias), columns from n on left out. aligned: every row starts at a multiple of
-// 8 bytes and n is a multiple of 4, as column always is. bias may be null.
-template <typename T>
-__device__ __forceinline__ void store_four(T *row, const T *bias, const float (&sums)[4], int column, int n,
-                                           int activation, bool aligned) {
+template <int ACTIVATION> struct Chosen { // stands for the number
+    __device__ __forceinline__ operator int() const { return ACTIVATION; }
+};
+
+// f with the activation as a constant, so that it is chosen once for many elements.
+template <typename F> __device__ __forceinline__ void with_activation(int activation, F f) {
+    switch (activation) {
+    case kRelu:
+        return f(Chosen<kRelu>());
+    case kGelu:
+        return f(Chosen<kGelu>());
+    case kGeluTanh:
+        return f(Chosen<kGeluTanh>());
+    case kSilu:
+        return f(Chosen<kSilu>());
+    default:
+        return f(Chosen<kNone>());
+    }
+}
+
+// bias[column]; 0 from n on, and where bias is null.
+template <typename T> __device__ __forceinline__ float bias_at(const T *bias, int column, int n) {
+    return bias != nullptr && column < n ? to_float(__ldg(bias + column)) : 0.0f;
+}
+
+// row[column .. column + 3] = act(sums + bias(0 .. 3)), columns from n on left out. aligned: every row starts at a
+// multiple of 8 bytes and n is a multiple of 4, as column always is.
+template <typename T, typename Bias>
+__device__ __forceinline__ void store_four_with(T *row, Bias bias, const float (&sums)[4], int column, int n,
+                                                int activation, bool aligned) {
     T out[4];
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-        const bool inside = column + i < n;
-        const float b = bias != nullptr && inside ? to_float(__ldg(bias + column + i)) : 0.0f;
-        out[i] = round_to<T>(activate(sums[i] + b, activation));
-        if (!aligned && inside)
+        out[i] = round_to<T>(activate(sums[i] + bias(i), activation));
+        if (!aligned && column + i < n)
             __stcs(row + column + i, out[i]);
     }
     if (aligned && column < n) {
@@ -51,6 +74,13 @@ __device__ __forceinline__ void store_four(T *row, const T *bias, const float (&
         memcpy(&packed, out, sizeof packed);
         __stcs(reinterpret_cast<uint2 *>(row + column), packed);
     }
+}
+
+// The same with the bias read where it lies; it may be null.
+template <typename T>
+__device__ __forceinline__ void store_four(T *row, const T *bias, const float (&sums)[4], int column, int n,
+                                           int activation, bool aligned) {
+    store_four_with(row, [&](int i) { return bias_at(bias, column + i, n); }, sums, column, n, activation, aligned);
 }
 
 } // namespace sparsekit

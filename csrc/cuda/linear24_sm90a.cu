@@ -68,6 +68,7 @@ template <int TILE_N, int TILE_M, bool REGISTER_FORM> struct Tile {
     static constexpr int ring = 4; // k64 steps of fragments in registers, register form
     static constexpr bool early =
         REGISTER_FORM && mmas == 1 && groups == 2;       // registers for the next tile's first loads
+    static constexpr int rows = halves == 2 ? 1 : 4;     // tokens a thread has in hand on the way out
     static constexpr int x_bytes = TILE_M * kSliceK * 2; // a stage of x
     static constexpr int values_bytes = REGISTER_FORM ? 0 : TILE_N * kSliceK; // and of values
     static constexpr int stage_bytes = x_bytes + values_bytes;
@@ -290,17 +291,33 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                                 sums[i / chunks][i % chunks / chunks_half][i % chunks_half * (kChunkM / 2) + e];
                         }
                 ptx::named_barrier(1 + group, 128);
-                const int first_token = tile.m0 + piece % chunks * kChunkM;
-                const int first_feature = tile.n0 + (group * S::mmas + piece / chunks) * 64;
 #pragma unroll 1
-                for (int i = threadIdx.x % 128; i < kChunkM * 16; i += 128) {
-                    const int token = first_token + i / 16, feature = i % 16 * 4;
+                for (int i = threadIdx.x % 128; i < kChunkM * 16; i += S::rows * 128) {
+                    const int token = tile.m0 + piece % chunks * kChunkM + i / 16, feature = i % 16 * 4;
+                    const int column = tile.n0 + (group * S::mmas + piece / chunks) * 64 + feature;
                     if (token >= p.m)
                         break;
-                    float total[4];
-                    memcpy(total, staging + i / 16 * S::sums_row + feature, sizeof total);
-                    store_four(p.y + static_cast<int64_t>(token) * p.n, p.bias, total, first_feature + feature, p.n,
-                               p.activation, p.y_aligned);
+                    float total[S::rows][4];
+#pragma unroll
+                    for (int r = 0; r < S::rows; ++r)
+                        memcpy(total[r], staging + (i / 16 + r * 8) * S::sums_row + feature, sizeof total[r]);
+                    T *y = p.y + static_cast<int64_t>(token) * p.n;
+                    if constexpr (S::rows == 1) {
+                        store_four(y, p.bias, total[0], column, p.n, p.activation, p.y_aligned);
+                    } else {
+                        float bias[4];
+#pragma unroll
+                        for (int e = 0; e < 4; ++e)
+                            bias[e] = bias_at(p.bias, column + e, p.n);
+                        auto bias_of = [&](int e) { return bias[e]; };
+                        with_activation(p.activation, [&](auto activation) {
+#pragma unroll
+                            for (int r = 0; r < S::rows; ++r)
+                                if (token + r * 8 < p.m)
+                                    store_four_with(y + static_cast<int64_t>(r * 8) * p.n, bias_of, total[r], column,
+                                                    p.n, activation, p.y_aligned);
+                        });
+                    }
                 }
             }
         }
