@@ -31,6 +31,7 @@
 #include "../launch.h"
 #include "epilogue.cuh"
 #include "ptx.cuh"
+#include "tiles.cuh"
 #include <climits>
 
 namespace sparsekit {
@@ -66,14 +67,6 @@ template <int TOKENS> struct Shape {
     static constexpr int x_row = blocks * 128, x_chunks = x_row / 16;
     static_assert(values_bytes == 16 * 1024 && blocks * steps == 4, "a stage is 16 blocks of 64 columns");
 };
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
-
-// Byte offset of a 16-byte chunk, permuted so that the eight rows of an ldmatrix fall into different banks.
-template <int ROW_BYTES> __device__ __forceinline__ int swizzled(int row, int chunk) {
-    static_assert(ROW_BYTES % 128 == 0, "a row fills all banks");
-    return row * ROW_BYTES + ((chunk ^ (row & 7)) << 4);
-}
 
 // One 16-byte piece of x, of which `columns` (0 to 8) exist; the rest are zeros.
 template <typename T>
@@ -251,14 +244,14 @@ __global__ void __launch_bounds__(Shape<TOKENS>::threads, 2) linear24_decode_sm8
 
 // The second stage: y = act(sum of the parts + bias). A thread owns four features of every gridDim.y-th token.
 template <typename T>
-__global__ void __launch_bounds__(kSumThreads) linear24_decode_sum(const __grid_constant__ Decode<T> p, int split) {
+__global__ void __launch_bounds__(kSumThreads, 8) linear24_decode_sum(const __grid_constant__ Decode<T> p, int split) {
     const int column = static_cast<int>(blockIdx.x * kSumThreads + threadIdx.x) * 4, padded_n = ceil_div(p.n, 4) * 4;
     if (column >= p.n)
         return;
 #pragma unroll 1
     for (int token = blockIdx.y; token < p.m; token += gridDim.y) {
         float total[4] = {};
-#pragma unroll 4
+#pragma unroll 8
         for (int part = 0; part < split; ++part) {
             const float4 v = __ldg(reinterpret_cast<const float4 *>(
                 p.parts + (part * static_cast<int64_t>(p.m) + token) * padded_n + column));
@@ -266,23 +259,6 @@ __global__ void __launch_bounds__(kSumThreads) linear24_decode_sum(const __grid_
         }
         store_four(p.y + static_cast<int64_t>(token) * p.n, p.bias, total, column, p.n, p.activation, p.y_aligned);
     }
-}
-
-template <typename... P>
-cudaError_t launch(void (*kernel)(P...), dim3 grid, int threads, int shared, cudaStream_t stream, P... arguments) {
-    cudaLaunchConfig_t config = {};
-    config.gridDim = grid;
-    config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared;
-    config.stream = stream;
-    cudaError_t error = cudaSuccess;
-    if (shared > 48 * 1024)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (error == cudaSuccess)
-        error = cudaLaunchKernelEx(&config, kernel, arguments...);
-    if (error != cudaSuccess)
-        cudaGetLastError(); // reported here, so not to be found by the next launch
-    return error;
 }
 
 // Which block for which problem. rows == 0: the arguments are out of range.
@@ -344,10 +320,6 @@ template <typename R, typename F> R with_plan(int m, int n, int k, int tile, int
                      : with(std::integral_constant<int, 64>());
 }
 
-bool is_multiple(const void *pointer, int64_t row_bytes, int of) {
-    return reinterpret_cast<uintptr_t>(pointer) % of == 0 && row_bytes % of == 0;
-}
-
 template <typename T, int TOKENS> cudaError_t launch_plan(Decode<T> p, Plan plan, cudaStream_t stream) {
     using S = Shape<TOKENS>;
     p.log_warps_k = plan.log_warps_k;
@@ -359,12 +331,13 @@ template <typename T, int TOKENS> cudaError_t launch_plan(Decode<T> p, Plan plan
     const int64_t blocks = static_cast<int64_t>(ceil_div(p.n, plan.rows)) * ceil_div(p.m, TOKENS);
     if (blocks > INT_MAX || (plan.split > 1 && !is_multiple(p.parts, 0, 16)) || (plan.split > 1 && p.parts == nullptr))
         return cudaErrorInvalidValue;
-    const cudaError_t error = launch(linear24_decode_sm80<T, TOKENS>, dim3(static_cast<unsigned>(blocks), plan.split),
-                                     S::threads, max(kStages * p.stage_bytes, sums_bytes), stream, p);
+    const cudaError_t error =
+        launch_kernel(linear24_decode_sm80<T, TOKENS>, dim3(static_cast<unsigned>(blocks), plan.split), S::threads,
+                      max(kStages * p.stage_bytes, sums_bytes), stream, p);
     if (error != cudaSuccess || plan.split == 1)
         return error;
-    return launch(linear24_decode_sum<T>, dim3(ceil_div(p.n, 4 * kSumThreads), min(p.m, 65535)), kSumThreads, 0, stream,
-                  p, plan.split);
+    return launch_kernel(linear24_decode_sum<T>, dim3(ceil_div(p.n, 4 * kSumThreads), min(p.m, 65535)), kSumThreads, 0,
+                         stream, p, plan.split);
 }
 
 } // namespace
