@@ -64,12 +64,13 @@ void validate24_cpu(const void *values, const uint8_t *meta, int dtype, int64_t 
                     int threads);
 
 #ifdef SPARSEKIT_CUDA
-// The same product where x and w are both fp16 or both bf16 (`dtype`).
+// The same product where x and w are both fp16 or both bf16 (`dtype`), w in fragment order (Fragments24 of
+// sparsekit/format.py), both arrays 16-byte aligned. tile: 0 chooses by m; 1 to 4 are 32x8, 32x16, 64x64 and 128x128
+// (features x tokens).
 cudaError_t launch_linear24_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
-                                 int n, int k, int64_t ldx, int dtype, int activation, cudaStream_t stream);
+                                 int n, int k, int64_t ldx, int dtype, int activation, int tile, cudaStream_t stream);
 
-// The same for few tokens, w in fragment order (Fragments24 of sparsekit/format.py), both arrays 16-byte aligned. tile:
-// features a block (16 to 256, a power of two, which ones depends on m); split: blocks that share the columns; 0
+// The same for few tokens. tile: features a block (16 to 256, a power of two, which ones depends on m); split: blocks that share the columns; 0
 // chooses for the current device. workspace: as many bytes, 16-byte aligned, as linear24_decode_workspace says for the
 // same arguments on the same device (-1: they are out of range); its content does not matter.
 cudaError_t launch_linear24_decode_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y,
@@ -77,10 +78,12 @@ cudaError_t launch_linear24_decode_sm80(const void *x, const void *values, const
                                         int tile, int split, cudaStream_t stream);
 int64_t linear24_decode_workspace(int m, int n, int k, int tile, int split);
 
-// The same for sm_90a, from fragment order (sparsekit/format.py); values of tiles 6 to 8 are canonical. tile: 0 chooses
-// by m; 1 to 8 are 128x64, 128x128, 256x128, 128x256, 192x192 (features x tokens; w through registers) and 256x128,
-// 128x256, 192x256 (w through shared memory). cudaErrorNotSupported where TMA cannot take x (or the canonical values):
+// The same for sm_90a, from fragment order (sparsekit/format.py); values of tiles 6 to 8 are canonical. Tiles 1 to 8
+// are 128x64, 128x128, 256x128, 128x256, 192x192 (features x tokens; w through registers) and 256x128, 128x256, 192x256
+// (w through shared memory); 0 is linear24_sm90a_tile's: of the first three, the largest that gives every
+// multiprocessor a block, not yet measured. cudaErrorNotSupported where TMA cannot take x (or the canonical values):
 // rows and address must be multiples of 16 bytes.
+int linear24_sm90a_tile(int m, int n, int multiprocessors);
 cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
                                   int n, int k, int64_t ldx, int dtype, int activation, int tile, cudaStream_t stream);
 #endif

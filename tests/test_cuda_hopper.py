@@ -26,6 +26,7 @@ from test_cuda_emulated import (
 )
 from test_cuda_sass import CUOBJDUMP, NVCC, compile_sass
 
+from sparsekit import _C
 from sparsekit.format import Sparse24, to_fragments
 
 NOT_SUPPORTED = 801
@@ -302,9 +303,15 @@ def test_linear24_sm90a_does_not_depend_on_the_schedule(hopper, tile):
     assert ((results[0][0].double() - want).abs() <= bound(x, dense, bias, want, 1.0)).all()
 
 
-@pytest.mark.parametrize("m", [64, 65, 513])  # the last of the smallest tile, the first of each other
-def test_linear24_sm90a_chooses_a_tile(hopper, m):
-    check(hopper, m, 40, 64, torch.float16, 0)
+@pytest.mark.parametrize(
+    "m, n, tile",
+    [(130, 512, {4: 3, 5: 2, 8: 2, 9: 1}), (64, 4096, {1: 1}), (65, 1, {2: 3, 3: 1}), (2**31 - 1025, 2**31 - 1025, {132: 3})],
+)
+def test_linear24_sm90a_chooses_a_tile(hopper, m, n, tile):
+    """130 x 512: 4 blocks of 256 x 128 or 8 of 128 x 128, whole clusters. tile: multiprocessors to what fills them."""
+    assert {count: hopper.emulated_linear24_sm90a_tile(m, n, count) for count in tile} == tile
+    if m == 130:
+        check(hopper, m, n, 64, torch.float16, 0)
 
 
 @pytest.mark.parametrize("tile", [1, 6])
@@ -361,6 +368,22 @@ def test_linear24_sm90a_refuses(hopper, wrong):
         ctypes.c_int64(a["ldx"]), a["dtype"], a["activation"], a["tile"],
     )  # fmt: skip
     assert code == (NOT_SUPPORTED if wrong in UNSUPPORTED else INVALID_VALUE)
+
+
+def test_linear24_sm90a_binding():
+    """It is there where the build has sm_90a, and checks before it launches."""
+    assert hasattr(_C, "linear24_sm90a") == ("90a" in _C.cuda_archs())
+    if "90a" not in _C.cuda_archs():
+        pytest.skip("built without sm_90a")
+    right = dict(x=64, values=64, meta=64, bias=0, y=64, m=1, n=8, k=8, ldx=8, dtype=1, activation=0, tile=0, device=0, stream=0)
+    for name, value in dict(m=-1, k=2**31, x=0, values=0, meta=0, y=0, dtype=0, activation=5, tile=9, device=-1).items():
+        with pytest.raises(ValueError, match=f"linear24_sm90a: {name} must be"):
+            _C.linear24_sm90a(**right | {name: value})
+    with pytest.raises(TypeError):
+        _C.linear24_sm90a(**right | {"x": torch.zeros(64)})
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match=r"^linear24_sm90a: .*CUDA"):
+            _C.linear24_sm90a(**right)
 
 
 # --- its machine code

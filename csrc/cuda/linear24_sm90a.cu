@@ -359,6 +359,7 @@ cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const void *dat
 struct Source {
     const void *x, *values;
     int64_t ldx;
+    int multiprocessors;
 };
 
 template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
@@ -370,11 +371,8 @@ cudaError_t launch_tile(Linear24<T> &p, const Source &from, cudaStream_t stream)
     const int64_t units = static_cast<int64_t>(ceil_div(p.n, kCluster * TILE_N)) * ceil_div(p.m, TILE_M);
     if (units > INT_MAX / 2)
         return cudaErrorInvalidValue;
-    int device, multiprocessors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error == cudaSuccess && p.k > 0)
+    cudaError_t error = cudaSuccess;
+    if (p.k > 0)
         error = make_map(&p.x_map, type, from.x, p.m, p.k, from.ldx * 2, TILE_M / kCluster, kSliceK);
     if (error == cudaSuccess && p.k > 0 && !REGISTER_FORM) {
         const int kept = ceil_div(p.k, 8) * 4;
@@ -387,8 +385,8 @@ cudaError_t launch_tile(Linear24<T> &p, const Source &from, cudaStream_t stream)
         cluster.id = cudaLaunchAttributeClusterDimension;
         cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
         cudaLaunchConfig_t config = {};
-        config.gridDim =
-            dim3(static_cast<unsigned>(min(units, int64_t(max(multiprocessors / kCluster, 1))) * kCluster));
+        const int64_t clusters = min(units, int64_t(max(from.multiprocessors / kCluster, 1)));
+        config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
         config.blockDim = dim3(S::threads);
         config.dynamicSmemBytes = S::shared_bytes;
         config.stream = stream;
@@ -400,27 +398,32 @@ cudaError_t launch_tile(Linear24<T> &p, const Source &from, cudaStream_t stream)
     return error;
 }
 
-// Tile 1, 2, .. of the launcher. Without one, the first whose m_max reaches m; not yet measured.
-template <typename T> struct Choice {
-    int m_max;
-    cudaError_t (*launch)(Linear24<T> &, const Source &, cudaStream_t);
-};
+// Tile 1, 2, .. of the launcher.
+template <typename T> using Launch = cudaError_t (*)(Linear24<T> &, const Source &, cudaStream_t);
 template <typename T>
-constexpr Choice<T> kChoices[] = {{64, launch_tile<T, 128, 64, true>},       {512, launch_tile<T, 128, 128, true>},
-                                  {INT_MAX, launch_tile<T, 256, 128, true>}, {0, launch_tile<T, 128, 256, true>},
-                                  {0, launch_tile<T, 192, 192, true>},       {0, launch_tile<T, 256, 128, false>},
-                                  {0, launch_tile<T, 128, 256, false>},      {0, launch_tile<T, 192, 256, false>}};
-constexpr int kTiles = sizeof kChoices<__half> / sizeof(Choice<__half>);
+constexpr Launch<T> kTiles[] = {launch_tile<T, 128, 64, true>,   launch_tile<T, 128, 128, true>,
+                                launch_tile<T, 256, 128, true>,  launch_tile<T, 128, 256, true>,
+                                launch_tile<T, 192, 192, true>,  launch_tile<T, 256, 128, false>,
+                                launch_tile<T, 128, 256, false>, launch_tile<T, 192, 256, false>};
+constexpr int kLastTile = sizeof kTiles<__half> / sizeof(Launch<__half>);
 
 bool is_multiple(const void *pointer, int of) { return reinterpret_cast<uintptr_t>(pointer) % of == 0; }
 
 } // namespace
 
+int linear24_sm90a_tile(int m, int n, int multiprocessors) {
+    const auto fills = [&](int tile_n, int tile_m) {
+        const int64_t blocks = int64_t(ceil_div(n, kCluster * tile_n)) * kCluster * ceil_div(m, tile_m);
+        return m > 64 && blocks >= multiprocessors;
+    };
+    return fills(256, 128) ? 3 : fills(128, 128) ? 2 : 1;
+}
+
 cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
                                   int n, int k, int64_t ldx, int dtype, int activation, int tile, cudaStream_t stream) {
     constexpr int limit = INT_MAX - 1024; // tiles may reach past an end without overflow
     if (m < 0 || n < 0 || k < 0 || m > limit || n > limit || k > limit || ldx < k || ldx > INT64_MAX / 2 ||
-        activation < kNone || activation > kSilu || tile < 0 || tile > kTiles)
+        activation < kNone || activation > kSilu || tile < 0 || tile > kLastTile)
         return cudaErrorInvalidValue;
     if (dtype != kFloat16 && dtype != kBFloat16)
         return cudaErrorInvalidValue;
@@ -428,6 +431,16 @@ cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void 
         return cudaSuccess;
     if (!is_multiple(values, 16) || !is_multiple(meta, 16))
         return cudaErrorNotSupported;
+    int device, multiprocessors;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess) {
+        cudaGetLastError(); // as above
+        return error;
+    }
+    if (tile == 0)
+        tile = linear24_sm90a_tile(m, n, multiprocessors);
     auto run = [&](auto zero) {
         using T = decltype(zero);
         Linear24<T> p = {};
@@ -435,10 +448,7 @@ cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void 
         p.bias = static_cast<const T *>(bias), p.y = static_cast<T *>(y);
         p.m = m, p.n = n, p.k = k, p.activation = activation;
         p.y_aligned = is_multiple(y, 8) && n % 4 == 0;
-        const Choice<T> *choice = kChoices<T> + max(tile - 1, 0);
-        while (tile == 0 && m > choice->m_max)
-            ++choice;
-        return choice->launch(p, {x, values, ldx}, stream);
+        return kTiles<T>[tile - 1](p, {x, values, ldx, multiprocessors}, stream);
     };
     return dtype == kFloat16 ? run(__half()) : run(__nv_bfloat16());
 }

@@ -91,6 +91,10 @@ int emulated_linear24_sm90a(const void *x, const void *values, const void *meta,
     return sparsekit::launch_linear24_sm90a(x, values, meta, bias, y, m, n, k, ldx, dtype, activation, tile, nullptr);
 }
 
+int emulated_linear24_sm90a_tile(int m, int n, int multiprocessors) {
+    return sparsekit::linear24_sm90a_tile(m, n, multiprocessors);
+}
+
 // One warpgroup, one wgmma.sp m64nNk32 with N = 2 count: d[128][count] += a * b. a null: the shared form.
 int emulated_wgmma_sp(float *d, const uint32_t *a, const char *a_tile, const char *b_tile, const uint32_t *metadata,
                       uint64_t a_descriptor, uint64_t b_descriptor, int count, int dtype, int selector) {
