@@ -17,8 +17,9 @@ from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, threads
 LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECODE, HOPPER, MMA_SP, SPARSE_CPU = "linear24_decode_sm80", "linear24_sm90a", "linear24_sm80", "linear24_cpu"
 DECODE_TOKENS = 64  # the most that the decode kernel takes
-DECODE_TILES, DECODE_SPLITS = (0,), (0,)
-HOPPER_TILES, MMA_SP_TILES = range(1, 6), range(1, 5)  # csrc/launch.h
+# What csrc/launch.h offers of tiles and splits. The decode kernel's tiles are rows of the weight, by the most tokens they are for.
+DECODE_TILES, DECODE_SPLITS = {16: (16, 32, 64, 128), 32: (32, 64, 128, 256), 64: (64, 128, 256)}, (1, 2, 4, 8)
+HOPPER_TILES, MMA_SP_TILES = range(1, 6), range(1, 5)
 _ACTIVATION_CODE = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # csrc/launch.h
 
 
@@ -218,7 +219,8 @@ def gpu_kernels(index: int) -> list[str]:
 def variants(kernel: str, m: int) -> list[tuple[int, int]]:
     """The tiles and splits of a kernel that are worth measuring for m tokens."""
     if kernel == DECODE:
-        return [(tile, split) for tile in DECODE_TILES for split in DECODE_SPLITS] if m <= DECODE_TOKENS else []
+        tiles = next((tiles for most, tiles in DECODE_TILES.items() if m <= most), ())
+        return [(tile, split) for tile in tiles for split in DECODE_SPLITS]
     return [(tile, 0) for tile in (HOPPER_TILES if kernel == HOPPER else MMA_SP_TILES)]
 
 
