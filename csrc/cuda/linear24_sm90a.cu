@@ -35,6 +35,7 @@
 #include "../launch.h"
 #include "epilogue.cuh"
 #include "ptx.cuh"
+#include "tiles.cuh"
 #include "wgmma.cuh"
 #include <climits>
 
@@ -88,8 +89,6 @@ template <int TILE_N, int TILE_M, bool REGISTER_FORM> struct Tile {
                   "a piece of a stage breaks the swizzle's period");
     static_assert(shared_bytes <= 227 * 1024, "a block has 227 KiB of shared memory");
 };
-
-__host__ __device__ constexpr int ceil_div(int a, int b) { return a / b + (a % b != 0); }
 
 __device__ __forceinline__ void copy(uint32_t (&to)[4], uint4 from) {
     to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
@@ -378,24 +377,11 @@ cudaError_t launch_tile(Linear24<T> &p, const Source &from, cudaStream_t stream)
         const int kept = ceil_div(p.k, 8) * 4;
         error = make_map(&p.values_map, type, from.values, p.n, kept, int64_t(kept) * 2, TILE_N, kSliceK / 2);
     }
-    if (error == cudaSuccess)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, S::shared_bytes);
-    if (error == cudaSuccess) {
-        cudaLaunchAttribute cluster = {};
-        cluster.id = cudaLaunchAttributeClusterDimension;
-        cluster.val.clusterDim.x = kCluster, cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-        cudaLaunchConfig_t config = {};
-        const int64_t clusters = min(units, int64_t(max(from.multiprocessors / kCluster, 1)));
-        config.gridDim = dim3(static_cast<unsigned>(clusters * kCluster));
-        config.blockDim = dim3(S::threads);
-        config.dynamicSmemBytes = S::shared_bytes;
-        config.stream = stream;
-        config.attrs = &cluster, config.numAttrs = 1;
-        error = cudaLaunchKernelEx(&config, kernel, p);
-    }
     if (error != cudaSuccess)
-        cudaGetLastError(); // reported here, so not to be found by the next launch
-    return error;
+        return error;
+    const int64_t clusters = min(units, int64_t(max(from.multiprocessors / kCluster, 1)));
+    return launch_clusters(kernel, dim3(static_cast<unsigned>(clusters * kCluster)), kCluster, S::threads,
+                           S::shared_bytes, stream, p);
 }
 
 // Tile 1, 2, .. of the launcher.
@@ -406,8 +392,6 @@ constexpr Launch<T> kTiles[] = {launch_tile<T, 128, 64, true>,   launch_tile<T, 
                                 launch_tile<T, 192, 192, true>,  launch_tile<T, 256, 128, false>,
                                 launch_tile<T, 128, 256, false>, launch_tile<T, 192, 256, false>};
 constexpr int kLastTile = sizeof kTiles<__half> / sizeof(Launch<__half>);
-
-bool is_multiple(const void *pointer, int of) { return reinterpret_cast<uintptr_t>(pointer) % of == 0; }
 
 } // namespace
 
@@ -429,7 +413,7 @@ cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void 
         return cudaErrorInvalidValue;
     if (m == 0 || n == 0)
         return cudaSuccess;
-    if (!is_multiple(values, 16) || !is_multiple(meta, 16))
+    if (!is_multiple(values, 0, 16) || !is_multiple(meta, 0, 16))
         return cudaErrorNotSupported;
     int device, multiprocessors;
     cudaError_t error = cudaGetDevice(&device);
@@ -447,7 +431,7 @@ cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void 
         p.values = static_cast<const uint4 *>(values), p.meta = static_cast<const uint2 *>(meta);
         p.bias = static_cast<const T *>(bias), p.y = static_cast<T *>(y);
         p.m = m, p.n = n, p.k = k, p.activation = activation;
-        p.y_aligned = is_multiple(y, 8) && n % 4 == 0;
+        p.y_aligned = is_multiple(y, int64_t(n) * 2, 8);
         return kTiles<T>[tile - 1](p, {x, values, ldx, multiprocessors}, stream);
     };
     return dtype == kFloat16 ? run(__half()) : run(__nv_bfloat16());

@@ -17,14 +17,19 @@ inline bool is_multiple(const void *pointer, int64_t row_bytes, int of) {
     return reinterpret_cast<uintptr_t>(pointer) % of == 0 && row_bytes % of == 0;
 }
 
+// Blocks in clusters of `cluster` along x; above 1, for sm_90 and later.
 template <typename... P>
-cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
-                          P... arguments) {
+cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, int shared_bytes,
+                            cudaStream_t stream, const P &...arguments) {
+    cudaLaunchAttribute shape = {};
+    shape.id = cudaLaunchAttributeClusterDimension;
+    shape.val.clusterDim.x = cluster, shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = shared_bytes;
     config.stream = stream;
+    config.attrs = &shape, config.numAttrs = cluster > 1;
     cudaError_t error = cudaSuccess;
     if (shared_bytes > 48 * 1024)
         error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
@@ -33,6 +38,12 @@ cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, int threads, int shar
     if (error != cudaSuccess)
         cudaGetLastError(); // reported here, so not to be found by the next launch
     return error;
+}
+
+template <typename... P>
+cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+                          P... arguments) {
+    return launch_clusters(kernel, grid, 1, threads, shared_bytes, stream, arguments...);
 }
 
 } // namespace sparsekit
