@@ -153,6 +153,19 @@ def test_linear24_decode_does_not_depend_on_the_schedule(emulator, tokens, tile)
         assert ((results[0][0].double() - want).abs() <= bound(x, dense, bias, want, 1.0)).all()
 
 
+@pytest.mark.parametrize("tokens, tile", [(t, tile) for t, tiles in CLASSES.items() for tile in (tiles[0], tiles[-1])])
+@pytest.mark.parametrize("split", [1, 3])
+def test_linear24_decode_streams_weights_once(emulator, tokens, tile, split):
+    """Every byte of values and metadata is read once, x by each row block once. n does not fill the last block, k not the last
+    chunk, the chunks neither the splits nor the warps."""
+    n, k = tile + 64, 64 * 29
+    check(emulator, tokens, n, k, tile=tile, split=split)
+    blocks, chunks = k // 64, -(-k // 256)
+    tiles, row_blocks = n // 16, -(-n // tile)
+    read = [emulator.emulator_bytes_read(i) for i in range(4)]
+    assert read == [row_blocks * tokens * k * 2, tiles * blocks * 1024, tiles * chunks * 512, read[3]]
+
+
 @pytest.mark.parametrize("m", [1, 3, 8, 16, 32, 64])
 def test_linear24_decode_has_no_bank_conflicts(emulator, m):
     emulator.emulator_bank_conflicts()

@@ -50,6 +50,7 @@ def emulator(tmp_path_factory):
     loaded = ctypes.CDLL(str(library))
     loaded.emulator_error.restype = ctypes.c_char_p
     loaded.emulator_bank_conflicts.restype = ctypes.c_long
+    loaded.emulator_bytes_read.restype = ctypes.c_size_t
     loaded.emulated_linear24_decode_workspace.restype = ctypes.c_int64
     return loaded
 

@@ -12,6 +12,7 @@ void emulator_allow(const void *pointer, size_t bytes, int writable) {
     const auto begin = reinterpret_cast<uintptr_t>(pointer);
     machine.ranges.push_back({begin, begin + bytes, writable != 0});
 }
+size_t emulator_bytes_read(int range) { return machine.ranges[range].bytes_read; } // numbered as they were allowed
 long emulator_bank_conflicts() { return std::exchange(machine.bank_conflicts, 0); }
 void emulator_multiprocessors(int count) { emulator::multiprocessors = count; }
 const char *emulator_error() { return machine.error.c_str(); }

@@ -62,6 +62,7 @@ struct Meeting { // a warp or warpgroup gathering for one instruction
 struct Range {
     uintptr_t begin, end;
     bool writable;
+    size_t bytes_read = 0;
 };
 
 using Collective = void (*)(void *const *operands);
@@ -118,9 +119,11 @@ class Machine {
             fail("%s needs a global address that is a multiple of %zu, got %p", what, alignment, pointer);
         if (bytes == 0)
             return;
-        for (const Range &r : ranges)
-            if (begin >= r.begin && begin + bytes <= r.end && (r.writable || !write))
+        for (Range &r : ranges)
+            if (begin >= r.begin && begin + bytes <= r.end && (r.writable || !write)) {
+                r.bytes_read += write ? 0 : bytes;
                 return;
+            }
         fail("%s of %zu bytes at %p lies outside the memory given to the kernel", what, bytes, pointer);
     }
     void check_shared(const void *pointer, size_t bytes, size_t alignment, const char *what) {
