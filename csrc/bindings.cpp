@@ -225,16 +225,17 @@ class DeviceGuard {
 };
 
 void linear24_sm80(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, int64_t m, int64_t n, int64_t k, int64_t ldx,
-                   int dtype, int activation, int device, Ptr stream) {
+                   int dtype, int activation, int tile, int device, Ptr stream) {
     const char *op = "linear24_sm80";
     check_linear24(op, x, values, meta, y, m, n, k, ldx, activation, INT_MAX);
     check_range(op, "dtype", dtype, sparsekit::kFloat16, sparsekit::kBFloat16);
+    check_range(op, "tile", tile, 0, 4);
     check_range(op, "device", device, 0, INT_MAX);
     const DeviceGuard guard(device, op);
     check(sparsekit::launch_linear24_sm80(reinterpret_cast<const void *>(x), reinterpret_cast<const void *>(values),
                                           reinterpret_cast<const void *>(meta), reinterpret_cast<const void *>(bias),
                                           reinterpret_cast<void *>(y), static_cast<int>(m), static_cast<int>(n),
-                                          static_cast<int>(k), ldx, dtype, activation,
+                                          static_cast<int>(k), ldx, dtype, activation, tile,
                                           reinterpret_cast<cudaStream_t>(stream)),
           op);
 }
@@ -319,7 +320,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("cuda_archs", cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");
 #ifdef SPARSEKIT_CUDA
     m.def("linear24_sm80", linear24_sm80, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"), arg("m"),
-          arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("device"), ptr("stream"), release);
+          arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("tile"), arg("device"), ptr("stream"),
+          release);
     m.def("linear24_decode_workspace", linear24_decode_workspace, arg("m"), arg("n"), arg("k"), arg("tile"),
           arg("split"), arg("device"), "The bytes of workspace that linear24_decode_sm80 needs; no need to fill them.");
     m.def("linear24_decode_sm80", linear24_decode_sm80, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"),

@@ -70,9 +70,10 @@ void validate24_cpu(const void *values, const uint8_t *meta, int dtype, int64_t 
 cudaError_t launch_linear24_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
                                  int n, int k, int64_t ldx, int dtype, int activation, int tile, cudaStream_t stream);
 
-// The same for few tokens. tile: features a block (16 to 256, a power of two, which ones depends on m); split: blocks that share the columns; 0
-// chooses for the current device. workspace: as many bytes, 16-byte aligned, as linear24_decode_workspace says for the
-// same arguments on the same device (-1: they are out of range); its content does not matter.
+// The same for few tokens. tile: features a block (16 to 256, a power of two, which ones depends on m); split: blocks
+// that share the columns; 0 chooses for the current device. workspace: as many bytes, 16-byte aligned, as
+// linear24_decode_workspace says for the same arguments on the same device (-1: they are out of range); its content
+// does not matter.
 cudaError_t launch_linear24_decode_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y,
                                         void *workspace, int m, int n, int k, int64_t ldx, int dtype, int activation,
                                         int tile, int split, cudaStream_t stream);

@@ -1,5 +1,6 @@
 """The CUDA sources, compiled for the host and run on tests/emulator, against fp64. The emulator is tested first: its mma.sp
-against the ISA's tables, and each kind of fault it promises to catch with a kernel that has it."""
+against the ISA's tables, and each kind of fault it promises to catch with a kernel that has it. Weights reach the kernels
+through to_fragments, which test_layouts.py holds against the ISA's tables."""
 
 import ctypes
 import pathlib
@@ -10,6 +11,8 @@ import isa_model
 import numpy as np
 import pytest
 import torch
+
+from sparsekit.format import Sparse24, to_fragments
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 SOURCES = [ROOT / "csrc/cuda" / name for name in ("linear24_sm80.cu", "linear24_decode_sm80.cu")]
@@ -102,21 +105,27 @@ def sparse_weight(n, k, dtype, generator, integers=False):
     return kept.reshape(n, kp // 2), meta, dense
 
 
-def linear24(emulator, x, values, meta, bias, ldx, activation=0, seed=0, shifts=(0, 0, 0, 0)):
-    """Runs launch_linear24_sm80 on x (m, k), its rows ldx apart with NaN between; shifts move x, values, meta and y off their
-    alignment by so many bytes. Returns y (m, n) and the error code."""
-    (m, k), n = x.shape, meta.shape[0]
+def fragments_of(values, meta, k):
+    """Both arrays in fragment order, as numpy."""
+    f = to_fragments(Sparse24(values, torch.from_numpy(meta), (len(meta), k)))
+    return bits(f.values), f.meta.numpy()
+
+
+def linear24(emulator, x, fragments, n, bias, ldx, activation=0, seed=0, shifts=(0, 0), tile=0):
+    """Runs launch_linear24_sm80 on x (m, k), its rows ldx apart with NaN between; shifts move x and y off their alignment by so
+    many bytes. Returns y (m, n) and the error code."""
+    m, k = x.shape
     rows = np.full(max((m - 1) * ldx + k, 0) if m else 0, -1, np.int16)
     np.lib.stride_tricks.as_strided(rows, (m, k), (2 * ldx, 2))[...] = bits(x)
-    reads = [Buffer(rows, shifts[0]), Buffer(bits(values), shifts[1]), Buffer(meta, shifts[2])]
+    reads = [Buffer(rows, shifts[0]), *map(Buffer, fragments)]
     if bias is not None:
         reads.append(Buffer(bits(bias)))
-    y = Buffer(np.full((m, n), -1, np.int16), shifts[3])
+    y = Buffer(np.full((m, n), -1, np.int16), shifts[1])
     allow(emulator, reads, [y])
     emulator.emulator_seed(ctypes.c_uint64(seed))
     code = emulator.emulated_linear24_sm80(
         reads[0].address, reads[1].address, reads[2].address, reads[3].address if bias is not None else None, y.address,
-        m, n, k, ctypes.c_int64(ldx), DTYPE_CODES[x.dtype], activation,
+        m, n, k, ctypes.c_int64(ldx), DTYPE_CODES[x.dtype], activation, tile,
     )  # fmt: skip
     y.check_border()
     return torch.from_numpy(y.array().copy()).view(x.dtype), code
@@ -130,12 +139,12 @@ def bound(x, dense, bias, want, slope):
     return ROUNDOFF[x.dtype] * want.abs() + TINIEST[x.dtype] + 1.01 * slope * roundings * 2.0**-24 * magnitude
 
 
-def check(emulator, m, n, k, dtype, ldx=None, bias=True, activation="none", seed=0, shifts=(0, 0, 0, 0)):
+def check(emulator, m, n, k, dtype, ldx=None, bias=True, activation="none", seed=0, **options):
     g = torch.Generator().manual_seed(1000 * m + 10 * n + k + seed)
     values, meta, dense = sparse_weight(n, k, dtype, g)
     x, b = torch.randn((m, k), generator=g).to(dtype), torch.randn(n, generator=g).to(dtype) if bias else None
     code, function = ACTIVATIONS[activation]
-    y, error = linear24(emulator, x, values, meta, b, ldx or k, code, seed, shifts)
+    y, error = linear24(emulator, x, fragments_of(values, meta, k), n, b, ldx or k, code, seed, **options)
     assert error == SUCCESS, emulator.emulator_error().decode()
     want = function(x.double() @ dense.double().T + (0 if b is None else b.double()))
     worst = (y.double() - want).abs() - bound(x, dense, b, want, slope=1.13)
@@ -277,12 +286,16 @@ SHAPES = {  # m, n, k, ldx: every tile class, and each way a size can miss its t
     "k odd: x rows unaligned": (5, 37, 75, None),
     "k % 8 with an aligned ldx": (18, 70, 203, 208),
     "k % 8 = 4, ldx = k + 1: unaligned": (66, 20, 100, 101),
-    "k % 16 = 8: values rows unaligned": (4, 35, 200, None),
-    "k % 64 = 16: meta rows unaligned": (33, 66, 144, None),
-    "k past a stage, not past a slice": (7, 32, 320, 328),
-    "k = 64 x odd in a 128 stage": (40, 64, 192, None),
+    "k % 16 = 8": (4, 35, 200, None),
+    "k % 64 = 16": (33, 66, 144, None),
+    "k past a step of one warp": (7, 32, 320, 328),
+    "a chunk for one warp of two, 64 of the next": (40, 64, 320, None),
+    "a round of the warps and a bit": (16, 32, 1096, None),
+    "three rounds and a chunk": (2, 16, 3328, None),
+    "an odd number of chunks between two": (24, 80, 1344, None),
+    "n past one row tile of a warp's four": (80, 81, 128, None),
     "ldx > k, NaN between rows": (12, 34, 96, 160),
-    "more steps than stages": (128, 128, 640, None),
+    "more steps than stages and chunks of metadata": (128, 128, 832, None),
     "more token tiles than a raster group": (1025, 130, 8, None),
 }
 
@@ -300,13 +313,32 @@ def test_linear24_sm80_epilogue(emulator, activation, bias):
     check(emulator, 19, 70, 64, torch.float16, bias=bias, activation=activation)
 
 
+@pytest.mark.parametrize("tile", range(1, 5))
+@pytest.mark.parametrize("m", [1, 21, 70])
+def test_linear24_sm80_every_tile_takes_every_m(emulator, m, tile):
+    check(emulator, m, 50, 712, torch.bfloat16, tile=tile, seed=tile)
+
+
+@pytest.mark.parametrize("m, tile", [(8, 1), (9, 2), (16, 2), (17, 3), (64, 3), (65, 4)])
+def test_linear24_sm80_chooses_the_tile_by_m(emulator, m, tile):
+    """The tiles run different numbers of blocks."""
+    g = torch.Generator().manual_seed(m)
+    values, meta, _ = sparse_weight(300, 64, torch.float16, g)
+    fragments, x = fragments_of(values, meta, 64), torch.randn((m, 64), generator=g).half()
+    blocks = []
+    for asked in (0, *range(1, 5)):
+        _, error = linear24(emulator, x, fragments, 300, None, 64, tile=asked)
+        assert error == SUCCESS
+        blocks.append(emulator.emulator_blocks())
+    assert blocks[1:] == [-(-300 // n) * -(-m // tokens) for n, tokens in ((32, 8), (32, 16), (64, 64), (128, 128))]
+    assert blocks[0] == blocks[tile]
+
+
 @pytest.mark.parametrize("m", [4, 16, 50, 90])  # one a tile class
-@pytest.mark.parametrize("operand", range(4), ids=["x", "values", "meta", "y"])
-def test_linear24_sm80_misaligned_pointer(emulator, operand, m):
-    """Every row length is aligned, one pointer is off by one element (meta: one byte)."""
-    shifts = [0, 0, 0, 0]
-    shifts[operand] = 1 if operand == 2 else 2
-    check(emulator, m, 64, 128, torch.bfloat16, shifts=tuple(shifts))
+@pytest.mark.parametrize("shifts", [(2, 0), (0, 2)], ids=["x", "y"])
+def test_linear24_sm80_misaligned_pointer(emulator, shifts, m):
+    """Every row length is aligned, one pointer is off by one element."""
+    check(emulator, m, 64, 328, torch.bfloat16, shifts=shifts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -316,31 +348,32 @@ def test_linear24_sm80_is_exact_on_small_integers(emulator, m, dtype):
     g = torch.Generator().manual_seed(m)
     values, meta, dense = sparse_weight(66, 192, dtype, g, integers=True)
     x = torch.randint(-1, 2, (m, 192), generator=g).to(dtype)
-    y, error = linear24(emulator, x, values, meta, None, 192, seed=m)
+    y, error = linear24(emulator, x, fragments_of(values, meta, 192), 66, None, 192, seed=m)
     assert error == SUCCESS, emulator.emulator_error().decode()
     assert torch.equal(y.double(), x.double() @ dense.double().T)
 
 
-@pytest.mark.parametrize("shape", [(5, 40, 600), (14, 33, 520), (60, 70, 456), (140, 130, 328)])
+@pytest.mark.parametrize("shape", [(5, 40, 2600), (14, 33, 2072), (60, 70, 968), (140, 130, 584)])
 def test_linear24_sm80_does_not_depend_on_the_schedule(emulator, shape):
-    """One shape a tile class, k long enough that every stage is used twice; the schedule, the landing of each copy and the
-    order of the blocks change with the seed."""
+    """One shape a tile class, k long enough that stages and metadata registers are used again; the schedule, the landing of each
+    copy and the order of the blocks change with the seed."""
     m, n, k = shape
     g = torch.Generator().manual_seed(k)
-    values, meta, _ = sparse_weight(n, k, torch.float16, g)
+    values, meta, dense = sparse_weight(n, k, torch.float16, g)
+    fragments = fragments_of(values, meta, k)
     x, bias = torch.randn((m, k), generator=g).half(), torch.randn(n, generator=g).half()
-    results = [linear24(emulator, x, values, meta, bias, k, seed=seed) for seed in range(1, 5)]
+    results = [linear24(emulator, x, fragments, n, bias, k, seed=seed) for seed in range(1, 5)]
     for y, error in results:
         assert error == SUCCESS, emulator.emulator_error().decode()
         assert torch.equal(y.view(torch.int16), results[0][0].view(torch.int16))
-    want = x.double() @ values_dense(values, meta, k).double().T + bias.double()
-    assert ((results[0][0].double() - want).abs() <= bound(x, values_dense(values, meta, k), bias, want, 1.0)).all()
+    want = x.double() @ dense.double().T + bias.double()
+    assert ((results[0][0].double() - want).abs() <= bound(x, dense, bias, want, 1.0)).all()
 
 
 @pytest.mark.parametrize("m", [8, 16, 64, 128])  # one a tile class, full tiles
 def test_linear24_sm80_has_no_bank_conflicts(emulator, m):
     emulator.emulator_bank_conflicts()
-    check(emulator, m, 128, 256, torch.float16)
+    check(emulator, m, 128, 512, torch.float16)
     assert emulator.emulator_bank_conflicts() == 0
 
 
@@ -349,24 +382,17 @@ def test_linear24_sm80_reaches_past_two_gib(emulator):
     ldx, k, g = 2**31 + 64, 64, torch.Generator().manual_seed(0)
     values, meta, dense = sparse_weight(32, k, torch.float16, g)
     x = torch.randn((2, k), generator=g).half()
-    memory, w, e = np.zeros(ldx + k, np.int16), Buffer(bits(values)), Buffer(meta)
+    memory, (w, e) = np.zeros(ldx + k, np.int16), map(Buffer, fragments_of(values, meta, k))
     memory[:k], memory[ldx:] = bits(x)
     y = Buffer(np.full((2, 32), -1, np.int16))
     allow(emulator, [w, e], [y])
     address = ctypes.c_void_p(memory.ctypes.data)
     emulator.emulator_allow(address, ctypes.c_size_t(memory.nbytes), 0)
-    code = emulator.emulated_linear24_sm80(address, w.address, e.address, None, y.address, 2, 32, k, ctypes.c_int64(ldx), 1, 0)
+    code = emulator.emulated_linear24_sm80(address, w.address, e.address, None, y.address, 2, 32, k, ctypes.c_int64(ldx), 1, 0, 0)
     assert code == SUCCESS, emulator.emulator_error().decode()
     want = x.double() @ dense.double().T
     worst = (torch.from_numpy(y.array()).view(torch.float16).double() - want).abs() - bound(x, dense, None, want, 1)
     assert (worst <= 0).all()
-
-
-def values_dense(values, meta, k):
-    nibbles = torch.from_numpy(np.stack([meta & 15, meta >> 4], -1).reshape(len(meta), -1).astype(np.int64))
-    columns = torch.stack([nibbles & 3, nibbles >> 2], -1) + torch.arange(nibbles.shape[1])[:, None] * 4
-    dense = torch.zeros((len(meta), nibbles.shape[1] * 4), dtype=values.dtype)
-    return dense.scatter_(1, columns.reshape(len(meta), -1), values)[:, :k]
 
 
 @pytest.mark.parametrize("m", [2, 90])
@@ -375,7 +401,8 @@ def test_linear24_sm80_without_columns(emulator, m, bias):
     """k = 0: an empty sum, so act(bias)."""
     b = torch.randn(35, generator=torch.Generator().manual_seed(m)).half() if bias else None
     empty = torch.zeros((35, 0), dtype=torch.float16)
-    y, error = linear24(emulator, empty[:1].expand(m, 0), empty, np.zeros((35, 0), np.uint8), b, 0, activation=1)
+    fragments = fragments_of(empty, np.zeros((35, 0), np.uint8), 0)
+    y, error = linear24(emulator, empty[:1].expand(m, 0), fragments, 35, b, 0, activation=1)
     assert error == SUCCESS, emulator.emulator_error().decode()
     assert torch.equal(y, (torch.zeros(35) if b is None else torch.relu(b)).half().expand(m, 35))
 
@@ -383,21 +410,22 @@ def test_linear24_sm80_without_columns(emulator, m, bias):
 @pytest.mark.parametrize("m, n", [(0, 8), (8, 0), (0, 0)])
 def test_linear24_sm80_without_outputs(emulator, m, n):
     x, values = torch.zeros((m, 64)).half(), torch.zeros((n, 32)).half()
-    y, error = linear24(emulator, x, values, np.full((n, 8), 0x44, np.uint8), None, 64)
+    y, error = linear24(emulator, x, fragments_of(values, np.full((n, 8), 0x44, np.uint8), 64), n, None, 64)
     assert error == SUCCESS and y.shape == (m, n)
 
 
 @pytest.mark.parametrize(
     "wrong",
     [dict(m=-1), dict(n=-1), dict(k=-1), dict(ldx=7), dict(dtype=0), dict(dtype=3), dict(activation=5), dict(activation=-1),
-     dict(k=2**31 - 1, ldx=2**31 - 1)],
+     dict(k=2**31 - 1, ldx=2**31 - 1), dict(tile=-1), dict(tile=5), dict(values=8), dict(meta=8)],
     ids=str,
 )  # fmt: skip
 def test_linear24_sm80_refuses(emulator, wrong):
     """Nothing is launched: no memory is allowed here, so a launch would be a failure of another kind."""
-    a = dict(m=1, n=8, k=8, ldx=8, dtype=1, activation=0) | wrong
+    a = dict(m=1, n=8, k=8, ldx=8, dtype=1, activation=0, tile=0, values=0, meta=0) | wrong
     emulator.emulator_forget_memory()
+    pointers = [ctypes.c_void_p(a[name]) for name in ("values", "meta")]
     code = emulator.emulated_linear24_sm80(
-        None, None, None, None, None, a["m"], a["n"], a["k"], ctypes.c_int64(a["ldx"]), a["dtype"], a["activation"]
+        None, *pointers, None, None, a["m"], a["n"], a["k"], ctypes.c_int64(a["ldx"]), a["dtype"], a["activation"], a["tile"]
     )
     assert code == INVALID_VALUE

@@ -62,12 +62,13 @@ __global__ void every_instruction(const char *in, float *out, int bytes) {
     cp_async_commit();
     cp_async_wait<0>();
     const uint4 v = ld_global_streaming(in);
-    uint32_t a[4], b[4] = {v.x, v.y, v.z, v.w}, two[2];
+    uint32_t a[4], b[4] = {v.x, v.y, v.z, v.w}, two[2], four[4];
     ldmatrix_x4(a, shared);
+    ld_shared(four, shared + 64);
     ldmatrix_x2(two, shared);
     float d[4] = {};
     mma_sp_m16n8k32<__half, 0>(d, a, b, two[0]);
-    mma_sp_m16n8k32<__nv_bfloat16, 1>(d, a, b, two[1]);
+    mma_sp_m16n8k32<__nv_bfloat16, 1>(d, a, four, two[1]);
     for (int i = 0; i < 4; ++i)
         out[i] = d[i];
 }
@@ -81,10 +82,10 @@ def test_every_instruction_assembles(arch, tmp_path):
     source.write_text(EVERY_INSTRUCTION)
     _, sass, _ = compile_sass(source, arch, tmp_path)
     (code,) = sass.values()
-    found = set(re.findall(r"(?:LDGSTS|LDG\b|LDSM|HMMA)\S*", code))
+    found = set(re.findall(r"(?:LDGSTS|LDG\b|LDSM?\b|HMMA)\S*", code))
     for pattern in (
         r"LDGSTS\.E\.ZFILL", r"LDGSTS\.E\.64\.ZFILL", r"LDGSTS\.E\.BYPASS\.128\.ZFILL", r"LDG\.E\.NA\..*128.*",
-        r"LDSM\.16\.M88\.4", r"LDSM\.16\.M88\.2", r"HMMA\.SP\.16832\.F32", r"HMMA\.SP\.16832\.F32\.BF16",
+        r"LDS\.128", r"LDSM\.16\.M88\.4", r"LDSM\.16\.M88\.2", r"HMMA\.SP\.16832\.F32", r"HMMA\.SP\.16832\.F32\.BF16",
     ):  # fmt: skip
         assert any(re.fullmatch(pattern, f) for f in found), f"no {pattern} in {sorted(found)}"
 
@@ -107,9 +108,15 @@ def test_products_are_sparse_and_copies_are_wide(linear24_sm80):
         warp_n, warp_m = (64 if tile_n == 128 else 32), min(tile_m, 64)
         assert len(products) == 2 * (warp_n // 16) * (warp_m // 8), f"{name}: {len(products)} products in a step"
         copies = re.findall(r"LDGSTS\S*", code)
-        assert any(".BYPASS" in c and ".128" in c for c in copies), f"{name}: {sorted(set(copies))}"
-        assert {re.search(r"\.(64|128)\b", c)[1] for c in copies} == {"64", "128"}, f"{name}: {sorted(set(copies))}"
-        assert set(re.findall(r"LDSM\S*", code)) == {"LDSM.16.M88.4"}, name
+        assert set(copies) == {"LDGSTS.E.BYPASS.128", "LDGSTS.E.BYPASS.128.ZFILL"}, f"{name}: {sorted(set(copies))}"
+        # Metadata by 16 bytes, once before the loop and once in it; only misaligned x, and bias, come by the element.
+        loads = [load for load in re.findall(r"LDG\.\S*", code) if "U16" not in load]
+        assert len(loads) == 2 * warp_n // 16, f"{name}: {loads}"
+        assert all(".NA" in load and ".128" in load for load in loads), f"{name}: {loads}"
+        assert len(re.findall(r"LDS\.128", code)) >= 2 * warp_n // 16, name
+        assert re.findall(r"LDSM\S*", code) == ["LDSM.16.M88.4"] * (2 * warp_m // 8), name
+        stages = int(re.search(r"Li(\d+)EEE", name)[1])
+        assert [int(n, 16) for n in re.findall(r"DEPBAR\.LE SB0, (0x\d+)", code)] == [stages - 2], name
 
 
 def check_registers(compiled, blocks):

@@ -138,8 +138,9 @@ def test_archs_say_whether_cuda_is_compiled_in():
 @pytest.mark.skipif(not _C.cuda_archs(), reason="built without CUDA")
 def test_cuda_launch_is_checked():
     at = torch.zeros(64, dtype=torch.float16).data_ptr()
-    right = dict(x=at, values=at, meta=at, bias=0, y=at, m=1, n=1, k=8, ldx=8, dtype=1, activation=0, device=0, stream=0)
-    for name, value in (("m", -1), ("n", 2**31), ("k", -1), ("ldx", -1), ("dtype", 0), ("activation", 5), ("device", -1)):
+    right = dict(x=at, values=at, meta=at, bias=0, y=at, m=1, n=1, k=8, ldx=8, dtype=1, activation=0, tile=0, device=0, stream=0)
+    wrong = dict(m=-1, n=2**31, k=-1, ldx=-1, dtype=0, activation=5, tile=5, device=-1)
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"linear24_sm80: {name} must be"):
             _C.linear24_sm80(**right | {name: value})
     with pytest.raises(TypeError, match="incompatible function arguments"):

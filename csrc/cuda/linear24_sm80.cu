@@ -13,12 +13,13 @@
 //    4       128 x 128        2 x 2 x 1                       3
 // x and the values come by cp.async, 16 bytes a lane; a row tile's 64 columns are 1 KiB in one piece and are read back
 // as they lie, one 16-byte load a lane and mma.sp, so only x needs ldmatrix and the swizzle. Metadata go straight to
-// registers, one chunk ahead: staged, they would be read four words at a time for one that is used.
+// registers, ahead of their use by a chunk, or by a step in the large instance, whose steps are long and whose
+// registers are few: staged, they would be read four words at a time for one that is used.
 //
 // In the large instance shared memory must feed 64 x 64 warp tiles: 64 columns are 48 KiB of fragments a block, 384
 // clocks to read, under the 512 clocks that their products take on sm_80; the copies write 24 KiB besides, 192 clocks
 // more where they do not overlap. Values loaded past shared memory would save 64 of the 192, but the two warps that
-// share features would each fetch them from L2, and 64 columns ahead are 32 registers a lane, which 128 of sums and 32
+// share features would each fetch them from L2, and 64 columns ahead are 32 registers a lane, which 128 of sums and 20
 // of metadata do not leave for two blocks on an SM.
 //
 // Floors. Operations: 2 m n k over the sparse fp16 rate. Bytes: 9/8 n k (w) + 2 m k (x) + 2 m n (y) over copy
@@ -143,30 +144,25 @@ __global__ void __launch_bounds__(kThreads, 2) linear24_sm80(const __grid_consta
     };
 
     const int tile0 = n0 / 16 + warp_n * MMAS_N, last_tile = ceil_div(p.n, 16) - 1;
+    constexpr bool ONE_SET = MMAS_N > 2; // of metadata registers: loaded a step ahead, otherwise four
     uint4 metadata[MMAS_N] = {}, coming[MMAS_N] = {};
-    auto fetch_metadata = [&](int round) {
+    auto fetch_metadata = [&](uint4(&target)[MMAS_N], int round) {
         const int chunk = round * S::warps_k + warp_k;
         if (chunk < chunks) {
 #pragma unroll
             for (int i = 0; i < MMAS_N; ++i) {
                 const int64_t tile = min(tile0 + i, last_tile);
-                coming[i] = ptx::ld_global_streaming(p.meta + (tile * chunks + chunk) * kMetaBytes + lane * 16);
+                target[i] = ptx::ld_global_streaming(p.meta + (tile * chunks + chunk) * kMetaBytes + lane * 16);
             }
         }
     };
 
-    auto multiply = [&](int step) {
+    auto multiply = [&](int step, const uint32_t (&words)[MMAS_N]) {
         if (S::block_of(step, warp_k) >= blocks)
             return;
         const char *stage = shared + step % STAGES * S::stage_bytes;
         const char *values = stage + (warp_k * S::warps_n + warp_n) * MMAS_N * kValuesBytes + lane * 16;
         const char *x = stage + S::x_offset + warp_k * TILE_M * kXRow;
-        uint32_t words[MMAS_N]; // lane q of a quad holds columns 16 q .. 16 q + 15 of its two rows
-#pragma unroll
-        for (int i = 0; i < MMAS_N; ++i) {
-            const uint2 pair = step % 4 < 2 ? uint2{metadata[i].x, metadata[i].y} : uint2{metadata[i].z, metadata[i].w};
-            words[i] = step % 2 == 0 ? pair.x : pair.y;
-        }
         auto half_block = [&](auto selector) { // 32 columns
             constexpr int SELECTOR = decltype(selector)::value;
             uint32_t a[MMAS_N][4];
@@ -187,21 +183,29 @@ __global__ void __launch_bounds__(kThreads, 2) linear24_sm80(const __grid_consta
         half_block(std::integral_constant<int, 1>());
     };
 
-    fetch_metadata(0);
+    fetch_metadata(ONE_SET ? metadata : coming, 0);
     for (int step = 0; step < STAGES - 1; ++step)
         fetch(step);
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-        if (step % 4 == 0) {
+        if (!ONE_SET && step % 4 == 0) {
 #pragma unroll
             for (int i = 0; i < MMAS_N; ++i)
                 metadata[i] = coming[i];
-            fetch_metadata(step / 4 + 1);
+            fetch_metadata(coming, step / 4 + 1);
         }
+        uint32_t words[MMAS_N]; // lane q of a quad holds columns 16 q .. 16 q + 15 of its two rows
+#pragma unroll
+        for (int i = 0; i < MMAS_N; ++i) {
+            const uint2 pair = step % 4 < 2 ? uint2{metadata[i].x, metadata[i].y} : uint2{metadata[i].z, metadata[i].w};
+            words[i] = step % 2 == 0 ? pair.x : pair.y;
+        }
+        if (ONE_SET && step % 4 == 3)
+            fetch_metadata(metadata, step / 4 + 1);
         ptx::cp_async_wait<STAGES - 2>();
         __syncthreads(); // step's stage is there for all, and the stage before it has been read by all
         fetch(step + STAGES - 1);
-        multiply(step);
+        multiply(step, words);
     }
 
     // Through shared memory, where each lane's sums lie along tokens, so that rows of y are written along features.

@@ -60,6 +60,14 @@ __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void *row) {
                  : "memory");
 }
 
+// 16 bytes of shared memory, at a multiple of 16. A warp's 512 bytes in one piece meet no bank twice.
+__device__ __forceinline__ void ld_shared(uint32_t (&r)[4], const void *shared) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+                 : "r"(shared_address(shared))
+                 : "memory");
+}
+
 // 16 bytes that no kernel writes, read once and so kept out of L1; L2 fetches ahead. The address is a multiple of 16.
 __device__ __forceinline__ uint4 ld_global_streaming(const void *global) {
     uint4 v;

@@ -14,12 +14,13 @@ void emulator_allow(const void *pointer, size_t bytes, int writable) {
 }
 size_t emulator_bytes_read(int range) { return machine.ranges[range].bytes_read; } // numbered as they were allowed
 long emulator_bank_conflicts() { return std::exchange(machine.bank_conflicts, 0); }
+int emulator_blocks() { return static_cast<int>(machine.grid_dim.x); } // of the last launch
 void emulator_multiprocessors(int count) { emulator::multiprocessors = count; }
 const char *emulator_error() { return machine.error.c_str(); }
 
 int emulated_linear24_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y, int m, int n,
-                           int k, int64_t ldx, int dtype, int activation) {
-    return sparsekit::launch_linear24_sm80(x, values, meta, bias, y, m, n, k, ldx, dtype, activation, nullptr);
+                           int k, int64_t ldx, int dtype, int activation, int tile) {
+    return sparsekit::launch_linear24_sm80(x, values, meta, bias, y, m, n, k, ldx, dtype, activation, tile, nullptr);
 }
 
 int emulated_linear24_decode_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y,

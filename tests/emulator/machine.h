@@ -72,7 +72,7 @@ class Machine {
     std::vector<Range> ranges;
     std::string error;
     unsigned run = 0;        // how many clusters have been started
-    long bank_conflicts = 0; // extra passes over shared memory that ldmatrix has needed so far
+    long bank_conflicts = 0; // extra passes over shared memory that ldmatrix and ld.shared have needed so far
     Index thread_index{}, block_index{}, block_dim{}, grid_dim{};
 
     void seed(uint64_t s) { state_ = s * 0x9E3779B97F4A7C15u + 0xD1B54A32D192ED03u; }

@@ -47,6 +47,36 @@ inline uint4 ld_global_streaming(const void *global) {
     return v;
 }
 
+// The passes over shared memory that eight lanes' 16 bytes need beyond the first: lanes 8 i .. 8 i + 7 go together,
+// four banks each; what is asked for twice is read once.
+template <typename F> long extra_passes(F address, int i) {
+    int in_banks[8] = {};
+    for (int lane = 8 * i; lane < 8 * i + 8; ++lane) {
+        bool again = false;
+        for (int before = 8 * i; before < lane; ++before)
+            again |= address(before) == address(lane);
+        if (!again)
+            ++in_banks[(address(lane) - machine.shared()) / 16 % 8];
+    }
+    return *std::max_element(in_banks, in_banks + 8) - 1;
+}
+
+// Not collective on hardware; all lanes meet here so that their banks can be counted.
+inline void ld_shared(uint32_t (&r)[4], const void *shared) {
+    struct Operands {
+        const char *shared;
+        uint32_t *r;
+    } mine{static_cast<const char *>(shared), r};
+    machine.check_shared(shared, 16, 16, "ld.shared.v4");
+    machine.collective(32, "ld.shared.v4", &mine, [](void *const *lanes) {
+        const auto address = [&](int lane) { return static_cast<Operands *>(lanes[lane])->shared; };
+        for (int lane = 0; lane < 32; ++lane)
+            memcpy(static_cast<Operands *>(lanes[lane])->r, address(lane), 16);
+        for (int i = 0; i < 4; ++i)
+            machine.bank_conflicts += extra_passes(address, i);
+    });
+}
+
 // Row j of matrix i comes from lane 8 i + j; lane T receives elements 2 (T % 4) and 2 (T % 4) + 1 of row T / 4.
 template <int MATRICES> void ldmatrix(uint32_t *r, const void *row) {
     struct Operands {
@@ -55,19 +85,13 @@ template <int MATRICES> void ldmatrix(uint32_t *r, const void *row) {
     } mine{static_cast<const char *>(row), r};
     machine.collective(32, MATRICES == 4 ? "ldmatrix.x4" : "ldmatrix.x2", &mine, [](void *const *lanes) {
         for (int matrix = 0; matrix < MATRICES; ++matrix) {
-            int rows_in_banks[8] = {}; // four banks, 16 bytes, each; a row asked for twice is read once
+            const auto row_of = [&](int lane) { return static_cast<Operands *>(lanes[lane])->row; };
             for (int lane = 0; lane < 32; ++lane) {
-                const auto row_of = [&](int i) { return static_cast<Operands *>(lanes[matrix * 8 + i])->row; };
-                const char *source = row_of(lane / 4);
+                const char *source = row_of(matrix * 8 + lane / 4);
                 machine.check_shared(source, 16, 16, "a row of ldmatrix");
                 memcpy(static_cast<Operands *>(lanes[lane])->r + matrix, source + lane % 4 * 4, 4);
-                bool again = lane % 4 != 0;
-                for (int i = 0; i < lane / 4; ++i)
-                    again |= row_of(i) == source;
-                if (!again)
-                    ++rows_in_banks[(source - machine.shared()) / 16 % 8];
             }
-            machine.bank_conflicts += *std::max_element(rows_in_banks, rows_in_banks + 8) - 1;
+            machine.bank_conflicts += extra_passes(row_of, matrix);
         }
     });
 }
