@@ -1,6 +1,7 @@
 """The CPU kernels of the 2:4 format by tensors: addresses, strides and codes in, what they write checked for its borders.
 
-What is written lies between marked bytes, at odd addresses, and is marked before."""
+Every call runs on every instruction set of this CPU, and all must write the same. What is written lies between marked bytes, at
+odd addresses, and is marked before."""
 
 import torch
 
@@ -30,12 +31,36 @@ class Output:
         return self.tensor
 
 
+def paths() -> list[str]:
+    """The instruction sets that this CPU has kernels for."""
+    before, found = _C.cpu_isa(), []
+    for name in ("portable", "avx2", "avx512"):
+        try:
+            _C.set_cpu_isa(name)
+        except ValueError:
+            continue
+        found.append(name)
+    _C.set_cpu_isa(before)
+    return found
+
+
+PATHS = paths()
+
+
 def call(function, *arguments, **outputs) -> list[torch.Tensor]:
-    """Tensors go as addresses; outputs are given as (shape, dtype)."""
-    made = {name: Output(*spec) for name, spec in outputs.items()}
-    by_name = {name: output.tensor.data_ptr() for name, output in made.items()}
-    function(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments], **by_name)
-    return [output.close() for output in made.values()]
+    """What every path writes alike. Tensors go as addresses; outputs are given as (shape, dtype)."""
+    before, first = _C.cpu_isa(), None
+    for path in PATHS:
+        made = {name: Output(*spec) for name, spec in outputs.items()}
+        by_name = {name: output.tensor.data_ptr() for name, output in made.items()}
+        _C.set_cpu_isa(path)
+        function(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments], **by_name)
+        _C.set_cpu_isa(before)
+        written = [output.close() for output in made.values()]
+        first = first or written
+        for name, a, b in zip(made, first, written):
+            assert torch.equal(a.view(torch.uint8), b.view(torch.uint8)), f"{name} of {path} differs from that of {PATHS[0]}"
+    return first
 
 
 def packed(rows, cols, dtype):

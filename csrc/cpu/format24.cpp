@@ -1,6 +1,7 @@
 // The portable path of the format ops, the choice of a path, and the check of metadata, which has no vector code.
 #include "format24.h"
 #include "format24_masks.h"
+#include "memory.h"
 
 #include <cstring>
 
@@ -97,8 +98,13 @@ const Format24Path &format24() {
 
 void prune(const Prune24 &p, int threads) {
     p.status[0] = p.status[1] = INT64_MAX;
-    if (p.rows > 0 && p.cols > 0)
-        format24().prune(p, threads);
+    if (p.rows <= 0 || p.cols <= 0)
+        return;
+    const int64_t blocks = ceil_div(p.cols, 8), size = width_of(p.w.dtype);
+    prefer_huge_pages(p.values, p.rows * blocks * 4 * size);
+    prefer_huge_pages(p.meta, p.rows * blocks);
+    prefer_huge_pages(p.dense, p.rows * p.cols * size);
+    format24().prune(p, threads);
 }
 
 struct Check24 {
@@ -186,24 +192,30 @@ void prune24_cpu(const void *w, int64_t rows, int64_t cols, int64_t w_row_stride
 
 void expand24_cpu(const void *values, const uint8_t *meta, int itemsize, int64_t rows, int64_t cols, void *out,
                   int threads) {
-    if (rows > 0 && cols > 0)
-        cpu::format24().expand({values, meta, itemsize, rows, cols, out}, threads);
+    if (rows <= 0 || cols <= 0)
+        return;
+    cpu::prefer_huge_pages(out, rows * cols * itemsize);
+    cpu::format24().expand({values, meta, itemsize, rows, cols, out}, threads);
 }
 
 void mask_nm_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
                  int n, int m, bool pairs, uint8_t *mask, int64_t *status, int threads) {
     status[0] = INT64_MAX;
-    if (rows > 0 && cols > 0)
-        cpu::format24().mask_nm({rows, cols, {scores, row_stride, col_stride, DType(dtype)}, n, m, pairs, mask, status},
-                                threads);
+    if (rows <= 0 || cols <= 0)
+        return;
+    cpu::prefer_huge_pages(mask, rows * cols);
+    cpu::format24().mask_nm({rows, cols, {scores, row_stride, col_stride, DType(dtype)}, n, m, pairs, mask, status},
+                            threads);
 }
 
 void mask_rows_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
                    int64_t kept, uint8_t *mask, int64_t *status, int threads) {
     status[0] = INT64_MAX;
-    if (rows > 0 && cols > 0)
-        cpu::format24().mask_rows({rows, cols, {scores, row_stride, col_stride, DType(dtype)}, kept, mask, status},
-                                  threads);
+    if (rows <= 0 || cols <= 0)
+        return;
+    cpu::prefer_huge_pages(mask, rows * cols);
+    cpu::format24().mask_rows({rows, cols, {scores, row_stride, col_stride, DType(dtype)}, kept, mask, status},
+                              threads);
 }
 
 void validate24_cpu(const void *values, const uint8_t *meta, int dtype, int64_t rows, int64_t cols, int64_t *status,

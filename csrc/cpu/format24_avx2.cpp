@@ -2,6 +2,7 @@
 #include "format24_masks.h"
 
 #include <immintrin.h>
+#include <type_traits>
 
 namespace sparsekit::cpu {
 namespace {

@@ -21,8 +21,10 @@
 namespace sparsekit::cpu {
 namespace {
 
-constexpr int kTileWords = 64;            // most of a tile
-constexpr int kRoom = kTileWords * kWord; // columns of a tile that is turned over
+constexpr int kRoomBytes = 32768;              // of a tile that is turned over
+constexpr int kTileWords = kRoomBytes / kWord; // most of a tile
+
+template <class Int> constexpr int kRoom = kRoomBytes / sizeof(Int);
 
 template <class Body> auto with_integer(int width, const Body &body) {
     switch (width) {
@@ -47,10 +49,11 @@ struct Span {
 struct Tiling {
     int64_t rows, cols, tile_rows, tile_cols, down, across;
 
-    Tiling(int64_t rows, int64_t cols, int64_t step, bool turned, int narrowest) : rows(rows), cols(cols) {
-        if (turned) { // two lines of the cache along each column
+    Tiling(int64_t rows, int64_t cols, int64_t step, int turned) : rows(rows), cols(cols) {
+        if (turned) { // as tall as there is room for: a column of the matrix is a page of memory or more away from the
+                      // next
             tile_cols = step;
-            tile_rows = min(128 / narrowest, kRoom / (ceil_div(step, kWord) * kWord));
+            tile_rows = kRoomBytes / turned / (ceil_div(step, kWord) * kWord);
         } else {
             tile_cols = step * min(ceil_div(cols, step), 32);
             tile_rows = max(1, 32 / ceil_div(tile_cols, step));
@@ -77,17 +80,52 @@ template <class Int> struct Tile {
     int64_t stride; // of a row; those of a column are neighbours
 };
 
+constexpr int kSide = 8; // of a block that is turned over in registers
+
+// to[r * stride + c] = from[c * col_stride + r]. Three times interleaving the first half of eight with the second turns
+// them over.
+template <class Int> inline void turn_block(const Int *from, int64_t col_stride, Int *to, int64_t stride) {
+    using Lane = std::conditional_t<
+        sizeof(Int) == 1, int8_t,
+        std::conditional_t<sizeof(Int) == 2, int16_t, std::conditional_t<sizeof(Int) == 4, int32_t, int64_t>>>;
+    typedef Lane V [[gnu::vector_size(kSide * sizeof(Lane))]];
+    V a[kSide], b[kSide];
+    for (int i = 0; i < kSide; ++i)
+        std::memcpy(&a[i], from + i * col_stride, sizeof(V));
+    const auto interleave = [](const V(&x)[kSide], V(&y)[kSide]) {
+        for (int i = 0; i < kSide / 2; ++i) {
+            y[2 * i] = __builtin_shufflevector(x[i], x[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+        }
+    };
+    interleave(a, b);
+    interleave(b, a);
+    interleave(a, b);
+    for (int i = 0; i < kSide; ++i)
+        std::memcpy(to + i * stride, &b[i], sizeof(V));
+}
+
 // Copies a span of a matrix to `room`, rows `stride` apart.
 template <class Int> void turn(const Matrix &m, const Span &s, Int *room, int64_t stride) {
     const Int *from = static_cast<const Int *>(m.data) + s.row * m.row_stride + s.col * m.col_stride;
-    if (m.row_stride == 1)
-        for (int64_t c = 0; c < s.cols; ++c)
-            for (int64_t r = 0; r < s.rows; ++r)
-                room[r * stride + c] = from[c * m.col_stride + r];
-    else
-        for (int64_t r = 0; r < s.rows; ++r)
-            for (int64_t c = 0; c < s.cols; ++c)
+    const auto copy = [&](int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
+        for (int64_t r = row; r < row_end; ++r)
+            for (int64_t c = col; c < col_end; ++c)
                 room[r * stride + c] = from[r * m.row_stride + c * m.col_stride];
+    };
+    if (m.row_stride != 1)
+        return copy(0, s.rows, 0, s.cols);
+    const int64_t rows = s.rows / kSide * kSide, cols = s.cols / kSide * kSide;
+    for (int64_t c = 0; c < cols; c += kSide)
+        for (int64_t r = 0; r < rows; r += kSide) {
+            const Int *at = from + c * m.col_stride + r;
+            if (r * sizeof(Int) % 64 == 0) // the next columns: too far apart for the hardware to guess
+                for (int64_t i = kSide; i < 2 * kSide; ++i)
+                    __builtin_prefetch(at + i * m.col_stride);
+            turn_block(at, m.col_stride, room + r * stride + c, stride);
+        }
+    copy(0, rows, cols, s.cols);
+    copy(rows, s.rows, 0, s.cols);
 }
 
 // A span of a matrix, in place where its columns are neighbours, else in `room`, which holds a tile.
@@ -207,7 +245,7 @@ template <class Isa, class W>
 
 template <class Isa, class S>
 [[gnu::flatten]] void choose_by_rank(const Prune24 &p, const Span &s, Choice &choice, Found &found) {
-    S room[kRoom];
+    S room[kRoom<S>];
     const Tile<S> rank = fetch(p.rank, s, room);
     if (p.kind == kByMask) {
         const auto any = Lanes<Isa, S>::set(-1);
@@ -277,12 +315,11 @@ template <class Isa, class W> void prune(Prune24 p, int threads) {
     }
     const int rank_width = ranked ? width_of(p.rank.dtype) : 8;
     const auto choose = with_integer(rank_width, [](auto s) { return choose_by_rank<Isa, decltype(s)>; });
-    const bool turn_w = p.w.col_stride != 1, turn_rank = ranked && p.rank.col_stride != 1;
-    const int narrowest = static_cast<int>(min(turn_w ? sizeof(W) : 8, turn_rank ? rank_width : 8));
+    const int64_t turned = max(p.w.col_stride != 1 ? sizeof(W) : 0, ranked && p.rank.col_stride != 1 ? rank_width : 0);
     const int64_t bytes = p.rows * p.cols * int64_t(2 * sizeof(W) + (ranked ? rank_width : 0));
     Found found;
-    for_tiles(Tiling(p.rows, p.cols, kWord, turn_w || turn_rank, narrowest), bytes, threads, [&](const Span &s) {
-        W room[kRoom];
+    for_tiles(Tiling(p.rows, p.cols, kWord, turned), bytes, threads, [&](const Span &s) {
+        W room[kRoom<W>];
         const Tile<W> w = fetch(p.w, s, room);
         Choice choice;
         if (ranked)
@@ -336,7 +373,7 @@ template <class Isa> void expand(const Expand24 &problem, int threads) {
     const auto tile = p.itemsize == 1   ? expand_tile<Isa, int8_t>
                       : p.itemsize == 2 ? expand_tile<Isa, int16_t>
                                         : expand_tile<Isa, int32_t>;
-    for_tiles(Tiling(p.rows, p.cols, kWord, false, 1), 2 * p.rows * p.cols * p.itemsize, threads,
+    for_tiles(Tiling(p.rows, p.cols, kWord, 0), 2 * p.rows * p.cols * p.itemsize, threads,
               [&](const Span &s) { tile(p, s); });
 }
 

@@ -9,6 +9,7 @@
 #include "format24_body.h"
 
 #include <limits>
+#include <type_traits>
 
 namespace sparsekit::cpu {
 namespace {
@@ -98,13 +99,16 @@ void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key
         uint8_t *out = p.mask + (s.row + row) * p.cols + s.col;
         for (int64_t first = 0; first < members; first += per) {
             const Key *at = keys + first;
-            const uint64_t kept = best<5>(p.m, p.n, [&](int right) {
+            const auto higher = [&](int right) {
                 uint64_t bits = 0;
 #pragma GCC unroll 16
                 for (int i = 0; i < kWord; i += L::kLanes)
                     bits |= L::gt(L::load(at + i + right), L::load(at + i)) << i;
                 return bits;
-            });
+            };
+            const uint64_t kept = p.m == 8  ? best<3>(8, p.n, higher)
+                                  : p.m < 8 ? best<3>(p.m, p.n, higher)
+                                            : best<5>(p.m, p.n, higher);
             if (!n.integer) {
                 const uint64_t bad = each<Isa>(at, [&](auto v) { return L::gt(v, top) | L::gt(bottom, v); }) &
                                      low_bits(min(per, members - first));
@@ -125,7 +129,7 @@ void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key
 }
 
 template <class Isa, class Int> [[gnu::flatten]] void mask_columns(const MaskNM &p, const Span &s, First &nan) {
-    Int room[kRoom];
+    Int room[kRoom<Int>];
     const Tile<Int> tile = fetch(p.scores, s, room);
     const Reader<Isa, Int> reader(p.scores.dtype);
     if (p.m != 4) {
@@ -147,7 +151,7 @@ template <class Isa, class Int> [[gnu::flatten]] void mask_columns(const MaskNM 
 
 template <class Isa, class T> [[gnu::flatten]] void mask_pairs(const MaskNM &p, const Span &s, First &nan) {
     using Key = decltype(sum_key(to_float(T{}), to_float(T{})));
-    T room[kRoom];
+    T room[kRoom<T>];
     const DType key_dtype = sizeof(Key) == 8 ? kFloat64 : kFloat32;
     mask_by_keys<Isa, Key>(p, s, fetch(p.scores, s, room), key_dtype, nan, read_pair_keys<T, Key>);
 }
@@ -165,7 +169,7 @@ template <class Isa> void mask_nm(const MaskNM &problem, int threads) {
                            mask_pairs<Isa, E5M2>}; // as in DType
     const Do tile = p.pairs ? of_dtype[p.scores.dtype]
                             : with_integer(itemsize, [](auto s) -> Do { return mask_columns<Isa, decltype(s)>; });
-    const Tiling tiling(p.rows, p.cols, kWord / p.m * p.m * width, p.scores.col_stride != 1, itemsize);
+    const Tiling tiling(p.rows, p.cols, kWord / p.m * p.m * width, p.scores.col_stride != 1 ? itemsize : 0);
     First nan;
     for_tiles(tiling, p.rows * p.cols * (itemsize + 1), threads, [&](const Span &s) { tile(p, s, nan); });
     p.status[0] = nan.place();
@@ -194,6 +198,7 @@ template <class Isa, class Int> class Above {
 
 // A row of scores and the k-th highest of its keys.
 template <class Isa, class Int> class RowCut {
+    using Unsigned = std::make_unsigned_t<Int>;
     static constexpr int kBits = 8 * sizeof(Int);
     static constexpr int64_t kLowest = std::numeric_limits<Int>::min();
 
@@ -238,36 +243,34 @@ template <class Isa, class Int> class RowCut {
     }
 
     void count_digits() {
-        for (int shift = kBits - 8; shift >= 0; shift -= 8) {
-            int64_t counts[4][256] = {}; // four, as neighbours are often equal and would wait for one another
-            const auto digit = [&](Int bits) {
-                const int64_t key = integer_ ? bits : order_of(bits);
-                return (uint64_t(key) - uint64_t(cut)) >> shift & 255;
+        for (int left = kBits; left > 0;) { // the cut is at most 2^left - 1 above what is known of it
+            const int64_t end = int64_t(uint64_t(cut) + low_bits(left));
+            const int digit_bits = left < 11 ? left : 11;
+            left -= digit_bits;
+            int64_t counts[2][1 << 11] = {}; // two, as neighbours are often equal and would wait for one another
+            const auto digit_of = [&](Int bits) {
+                const Unsigned key = static_cast<Unsigned>(integer_ ? bits : order_of(bits));
+                return static_cast<uint16_t>(static_cast<Unsigned>(key - Unsigned(cut)) >> left & low_bits(digit_bits));
             };
-            if (shift == kBits - 8) {
-                for_words([&](int64_t, const Int *at, int64_t count) {
+            const bool first = left + digit_bits == kBits, lowest = cut == kLowest;
+            const Above<Isa, Int> below(lowest ? cut : cut - 1, integer_), beyond(end, integer_);
+            for_words([&](int64_t, const Int *at, int64_t count) {
+                if (first) {
+                    uint16_t digits[kWord];
+                    for (int i = 0; i < kWord; ++i)
+                        digits[i] = digit_of(at[i]);
                     for (int64_t i = 0; i < count; ++i)
-                        ++counts[i % 4][digit(at[i])];
-                });
-            } else {
-                const Above<Isa, Int> below(cut - 1, integer_), beyond(cut + (int64_t{256} << shift) - 1, integer_);
-                const bool none_below = cut == kLowest;
-                for_words([&](int64_t, const Int *at, int64_t count) {
-                    uint64_t in = (none_below ? ~uint64_t{0} : below(at)) & ~beyond(at) & low_bits(count);
-                    for (; in; in &= in - 1) {
-                        const int i = __builtin_ctzll(in);
-                        ++counts[i % 4][digit(at[i])];
-                    }
-                });
-            }
-            for (int d = 255;; --d) {
-                const int64_t here = counts[0][d] + counts[1][d] + counts[2][d] + counts[3][d];
-                if (here >= room || d == 0) {
-                    cut = int64_t(uint64_t(cut) + (uint64_t(d) << shift));
-                    break;
+                        ++counts[i & 1][digits[i]];
+                } else {
+                    uint64_t in = (lowest ? ~uint64_t{0} : below(at)) & ~beyond(at) & low_bits(count);
+                    for (int i = 0; in; in &= in - 1, ++i)
+                        ++counts[i & 1][digit_of(at[__builtin_ctzll(in)])];
                 }
+            });
+            int64_t digit = (1 << digit_bits) - 1;
+            for (int64_t here; (here = counts[0][digit] + counts[1][digit]) < room && digit > 0; --digit)
                 room -= here;
-            }
+            cut = int64_t(uint64_t(cut) + (uint64_t(digit) << left));
         }
     }
 };
@@ -309,7 +312,7 @@ template <class Isa, class Int> void mask_rows(const MaskRows &p, int threads) {
     const bool turned = p.scores.col_stride != 1;
     const int64_t stride = ceil_div(p.cols, kWord) * kWord + kWord; // not a multiple of a page: see linear24_body.h
     const int64_t most =
-        turned ? max(1, min(128 / sizeof(Int), (4 << 20) / (stride * sizeof(Int)))) : max(1, 16384 / p.cols);
+        turned ? max(1, min(512 / sizeof(Int), (4 << 20) / (stride * sizeof(Int)))) : max(1, 16384 / p.cols);
     const int64_t band = min(p.rows, most), bands = ceil_div(p.rows, band);
     const int64_t bytes = p.rows * p.cols * int64_t(sizeof(Int) + 1);
     const int used = static_cast<int>(min(min(threads, min(kMaxThreads, bands)), 1 + (bytes >> 17)));

@@ -3,6 +3,7 @@
 #include "format24_masks.h"
 
 #include <immintrin.h>
+#include <type_traits>
 
 namespace sparsekit::cpu {
 namespace {

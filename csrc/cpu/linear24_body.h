@@ -385,6 +385,8 @@ template <class Isa, class T> void by_weight(const Linear24 &p, int threads) {
         return by_rows<Isa, T, Half>(p, threads);
     case kBFloat16:
         return by_rows<Isa, T, BFloat16>(p, threads);
+    default: // the other dtypes are storage alone
+        return;
     }
 }
 
@@ -396,6 +398,8 @@ template <class Isa> void linear24(const Linear24 &p, int threads) {
         return by_weight<Isa, Half>(p, threads);
     case kBFloat16:
         return by_weight<Isa, BFloat16>(p, threads);
+    default:
+        return;
     }
 }
 
