@@ -93,8 +93,19 @@ def _on_gpu(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) ->
         def calls(choice: Choice, held: list[Fragments24]):
             return [lambda f=f: product.run_on_gpu(choice, x, f, None, None) for f in held]
 
-        timed = {choice: calls(choice, weights) for choice in candidates(device, m)}
+        timed = {choice: calls(choice, weights) for choice in candidates(device, m) if _takes(choice, x, weights[0])}
         return graph_us({**timed, Choice(DENSE): [lambda w=w: torch.nn.functional.linear(x, w) for w in dense]})
+
+
+def _takes(choice: Choice, x: torch.Tensor, f: Fragments24) -> bool:
+    """Whether the kernel can run in that tile here: a large one may ask for more shared memory than the device has."""
+    try:
+        product.run_on_gpu(choice, x, f, None, None)
+    except RuntimeError as error:
+        if "invalid" not in str(error):
+            raise
+        return False
+    return True
 
 
 def _index(device: torch.device) -> int:
