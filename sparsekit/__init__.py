@@ -9,6 +9,7 @@ __version__ = "0.1.0"
 # Loaded at first use: `sparsekit --help` does not pay for torch, nor a kernel's user for transformers.
 _LAZY = {
     "NM": "patterns",
+    "PairNM": "patterns",
     "Pattern": "patterns",
     "Sparse24": "format",
     "SparseLinear": "linear",

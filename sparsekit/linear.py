@@ -6,9 +6,8 @@ from collections import Counter
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
-from . import ops, reference
+from . import ops
 from .errors import SparsekitError
 from .format import Fragments24, Sparse24, from_fragments, nbytes24, padded_columns, to_fragments
 from .patterns import NM
@@ -127,8 +126,6 @@ class SparseLinear(nn.Module):
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
-        if torch.is_grad_enabled() and (x.requires_grad or values.requires_grad or (bias is not None and bias.requires_grad)):
-            return _Product.apply(x, values, self._weight(values), bias)
         return ops.linear24(x, self._weight(values), bias)
 
     def extra_repr(self) -> str:
@@ -136,34 +133,6 @@ class SparseLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"dtype={str(self.values.dtype).removeprefix('torch.')}, 2:4"
         )
-
-
-class _Product(torch.autograd.Function):
-    """ops.linear24 with a gradient: exact in x, and in the weight at the kept places alone, in the order of its values."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, weight: Sparse24 | Fragments24, bias: Tensor | None) -> Tensor:
-        ctx.kind, ctx.shape = type(weight), weight.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, weight.meta)
-        return ops.linear24(x, weight, bias)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, values, meta = ctx.saved_tensors
-        held = ctx.kind(values, meta, ctx.shape)
-        s = from_fragments(held) if ctx.kind is Fragments24 else held
-        of_x = of_values = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = grad @ ops.expand24(s).to(grad.dtype)
-        rows = grad.reshape(-1, grad.shape[-1])
-        if ctx.needs_input_grad[1]:
-            of_values = reference.take24(rows.T @ x.reshape(-1, x.shape[-1]), s.meta).to(values.dtype)
-            if ctx.kind is Fragments24:
-                of_values = to_fragments(s._replace(values=of_values)).values
-        if ctx.needs_input_grad[3]:
-            of_bias = rows.sum(0)
-        return of_x, of_values, None, of_bias
 
 
 def _reads_fragments(values: Tensor) -> bool:

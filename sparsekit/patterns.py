@@ -15,11 +15,14 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, reference
 from .errors import SparsekitError
 
 _ROWS_FOR_A_KERNEL = 128  # about the multiprocessors of a GPU
-_KNOWN = 'N:M with N kept of M, such as "2:4", "4:8" or "1:4", or the share removed, such as "50%"'
+_KNOWN = (
+    'N:M with N kept of M, such as "2:4", "4:8" or "1:4", the same in whole pairs, such as "4:8 pairs", '
+    'or the share removed, such as "50%"'
+)
 
 
 class Pattern:
@@ -29,11 +32,13 @@ class Pattern:
 
     @staticmethod
     def parse(text: str | Pattern) -> Pattern:
-        """Reads "2:4" or "50%". Raises SparsekitError, listing what is known, for any other text."""
+        """Reads "2:4", "4:8 pairs" or "50%". Raises SparsekitError, listing what is known, for any other text."""
         if isinstance(text, Pattern):
             return text
         if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text)):
             return NM(int(match[1]), int(match[2]))
+        if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s+pairs\s*", str(text)):
+            return PairNM(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"\s*(-?\d+(?:\.\d*)?|-?\.\d+)\s*%\s*", str(text)):
             return Unstructured(float(Decimal(match[1]).scaleb(-2)))
         raise SparsekitError(f"a pattern must be {_KNOWN}, got {text!r}")
@@ -92,6 +97,43 @@ class NM(Pattern):
 
 
 @dataclass(frozen=True)
+class PairNM(Pattern):
+    """n kept of each m neighbours in a row, as n/2 whole pairs of m/2: 4:8 is what the 4-bit formats of tensor cores take.
+
+    The score of a pair is the sum of its two. Source: PTX ISA, "Sparse matrix storage", of .e2m1."""
+
+    n: int
+    m: int
+
+    def __post_init__(self):
+        if not 0 <= self.n <= self.m or self.m < 2 or self.n % 2 or self.m % 2 or self.m > 2 * ops.LARGEST_M:
+            raise SparsekitError(
+                f"pairs must keep an even N of an even M, 0 <= N <= M and 2 <= M <= {2 * ops.LARGEST_M}, got {self.n}:{self.m}"
+            )
+
+    def __str__(self) -> str:
+        return f"{self.n}:{self.m} pairs"
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - self.n / self.m
+
+    def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
+        return ops.mask_nm(scores, self.n // 2, self.m // 2, pairs=True)
+
+    def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
+        rows, k = weight.shape
+        nonzero = torch.zeros(rows, -(-k // self.m) * self.m, dtype=torch.bool, device=weight.device)
+        nonzero[:, :k] = weight != 0
+        count = nonzero.view(rows, nonzero.shape[1] // self.m, self.m // 2, 2).any(-1).sum(-1)
+        if not (count > self.n // 2).any():
+            return None
+        row, group = (count > self.n // 2).nonzero()[0].tolist()
+        first, last = group * self.m, min(group * self.m + self.m, k) - 1
+        return f"row {row}, columns {first} to {last} hold {int(count[row, group])} pairs with a non-zero"
+
+
+@dataclass(frozen=True)
 class Unstructured(Pattern):
     """A share of all weights removed, anywhere. The number removed is rounded down."""
 
@@ -128,16 +170,21 @@ class Unstructured(Pattern):
 def keep_top(scores: Tensor, kept: int) -> Tensor:
     """The bool mask of the ``kept`` highest scores along the last dimension, exactly; a tie goes to the lower index.
 
-    scores (..., k), 0 <= kept <= k. Raises ValueError for NaN. No sort."""
+    scores (..., k) of a dtype that ops.mask_rows takes, 0 <= kept <= k. Raises what mask_rows raises, rows counted over all the
+    leading dimensions."""
     lines = scores.reshape(scores.shape[:-1].numel(), scores.shape[-1])
-    if lines.shape[0] >= _ROWS_FOR_A_KERNEL or not scores.is_cuda:
+    if not scores.is_cuda or lines.shape[0] >= _ROWS_FOR_A_KERNEL:
         return ops.mask_rows(lines, kept).view(scores.shape)
-    # A row is one program's work on a GPU, so few long ones are selected from by the library: a threshold, then the ties in order.
-    if torch.isnan(scores).any():
-        raise ValueError("scores must hold no NaN")
-    k = scores.shape[-1]
-    if kept in (0, k) or scores.numel() == 0:
+    return _few_long_rows(lines, kept).view(scores.shape)
+
+
+def _few_long_rows(scores: Tensor, kept: int) -> Tensor:
+    """What ops.mask_rows gives, by the library. A row is one program's work to the kernel, so few would leave a GPU idle."""
+    ops.check_mask_rows(scores, kept)
+    reference.check_no_nan("mask_rows", "scores", scores)
+    if kept in (0, scores.shape[1]) or scores.numel() == 0:
         return torch.full_like(scores, kept > 0, dtype=torch.bool)
-    threshold = scores.kthvalue(k - kept + 1, dim=-1, keepdim=True).values
-    above, tied = scores > threshold, scores == threshold
+    wide = scores.float() if scores.element_size() == 1 else scores
+    threshold = wide.kthvalue(scores.shape[1] - kept + 1, dim=-1, keepdim=True).values
+    above, tied = wide > threshold, wide == threshold
     return above | (tied & (tied.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))

@@ -1,6 +1,7 @@
 """Each op in plain PyTorch: readable, on any device, and the truth that the kernels are tested against.
 
-Source of the format: Mishra et al. 2021, arXiv:2104.08378, with the conventions of sparsekit/format.py.
+Source of the format: Mishra et al. 2021, arXiv:2104.08378, with the conventions of sparsekit/format.py. ``first_row`` is what an
+error calls the first row, for a caller who knows which row of a large matrix is wrong and gives that one alone.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ ACTIVATIONS = {
 }
 
 
-def compress24(w: Tensor) -> tuple[Tensor, Tensor]:
+def compress24(w: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
     """values, meta of a weight (n, k) that holds 2:4. Raises ValueError at the first group that does not, or holds NaN."""
-    _check_no_nan("compress24", "w", w)
+    check_no_nan("compress24", "w", w, first_row)
     nonzero = groups_of_four(w.double() != 0)
     must = "compress24: every group of four columns must hold at most two non-zeros"
-    _check_at_most_two(must, nonzero, w.shape[1], "; prune to 2:4 first")
+    _check_at_most_two(must, nonzero, w.shape[1], first_row, "; prune to 2:4 first")
     return pack(w, highest(nonzero.byte(), 2))
 
 
@@ -42,38 +43,40 @@ def take24(dense: Tensor, meta: Tensor) -> Tensor:
     return groups_of_four(dense).gather(-1, kept_columns(meta)).flatten(1)
 
 
-def prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None, op: str = "prune_compress24") -> tuple[Tensor, Tensor]:
+def prune_compress24(
+    w: Tensor, scores: Tensor | None, mask: Tensor | None, first_row: int = 0, op: str = "prune_compress24"
+) -> tuple[Tensor, Tensor]:
     """values, meta of a weight (n, k) of which two of every four columns are kept: by |w|, by scores or by a mask, each (n, k).
 
     Raises ValueError at the first NaN of w or scores, and at the first group of which the mask keeps more than two."""
-    _check_no_nan(op, "w", w)
+    check_no_nan(op, "w", w, first_row)
     if mask is not None:
         on = groups_of_four(mask != 0)
-        _check_at_most_two(f"{op}: mask must keep at most two of every four columns", on, w.shape[1])
+        _check_at_most_two(f"{op}: mask must keep at most two of every four columns", on, w.shape[1], first_row)
         return pack(w.double().where(mask != 0, 0.0).to(w.dtype), highest(on.byte(), 2))
     if scores is not None:
-        _check_no_nan(op, "scores", scores)
+        check_no_nan(op, "scores", scores, first_row)
     rank = w.double().abs() if scores is None else scores.double()
     return pack(w, highest(groups_of_four(rank, missing=-math.inf), 2))
 
 
-def prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
+def prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None, first_row: int = 0) -> Tensor:
     """What expand24 makes of prune_compress24."""
-    return expand24(*prune_compress24(w, scores, mask, "prune24"), w.shape[1])
+    return expand24(*prune_compress24(w, scores, mask, first_row, "prune24"), w.shape[1])
 
 
-def mask_nm(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
+def mask_nm(scores: Tensor, n: int, m: int, pairs: bool, first_row: int = 0) -> Tensor:
     """The bool mask (rows, k) that keeps the n highest of every m columns, or pairs of columns, of a row.
 
     Raises ValueError at the first NaN, and at the first pair whose scores have no sum."""
-    _check_no_nan("mask_nm", "scores", scores)
+    check_no_nan("mask_nm", "scores", scores, first_row)
     rank = scores.double()
     if pairs:
         sums = in_groups(rank if scores.dtype == torch.float64 else scores.float(), 2).sum(-1)
         if torch.isnan(sums).any():
             row, pair = torch.isnan(sums).nonzero()[0].tolist()
             raise ValueError(
-                f"mask_nm: the two scores of a pair must have a sum, got inf and -inf in row {row}, "
+                f"mask_nm: the two scores of a pair must have a sum, got inf and -inf in row {first_row + row}, "
                 f"columns {2 * pair} and {2 * pair + 1}"
             )
         rank = sums.double()
@@ -82,9 +85,9 @@ def mask_nm(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     return (kept.repeat_interleave(2, dim=1) if pairs else kept)[:, : scores.shape[1]].contiguous()
 
 
-def mask_rows(scores: Tensor, kept: int) -> Tensor:
+def mask_rows(scores: Tensor, kept: int, first_row: int = 0) -> Tensor:
     """The bool mask (rows, k) of the ``kept`` highest scores of each row. Raises ValueError at the first NaN."""
-    _check_no_nan("mask_rows", "scores", scores)
+    check_no_nan("mask_rows", "scores", scores, first_row)
     return torch.zeros_like(scores, dtype=torch.bool, memory_format=torch.contiguous_format).scatter_(
         1, highest(scores.double(), kept), True
     )
@@ -136,16 +139,17 @@ def pack(w: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     return values, nibble[:, 0::2] | nibble[:, 1::2] << 4
 
 
-def _check_no_nan(op: str, name: str, t: Tensor) -> None:
-    nan = torch.isnan(t.double())
+def check_no_nan(op: str, name: str, t: Tensor, first_row: int = 0) -> None:
+    """Raises ValueError at the first NaN of a matrix."""
+    nan = torch.isnan(t.float() if t.dtype.itemsize == 1 else t)
     if nan.any():
         row, column = nan.nonzero()[0].tolist()
-        raise ValueError(f"{op}: {name} must hold no NaN, got one in row {row}, column {column}")
+        raise ValueError(f"{op}: {name} must hold no NaN, got one in row {first_row + row}, column {column}")
 
 
-def _check_at_most_two(must: str, on: Tensor, k: int, advice: str = "") -> None:
+def _check_at_most_two(must: str, on: Tensor, k: int, first_row: int, advice: str = "") -> None:
     count = on.sum(-1)
     if (count > 2).any():
         row, group = (count > 2).nonzero()[0].tolist()
-        last = min(4 * group + 4, k) - 1
-        raise ValueError(f"{must}, got {int(count[row, group])} in row {row}, columns {4 * group} to {last}{advice}")
+        place = f"row {first_row + row}, columns {4 * group} to {min(4 * group + 4, k) - 1}"
+        raise ValueError(f"{must}, got {int(count[row, group])} in {place}{advice}")

@@ -143,8 +143,73 @@ def test_validate24(k, device):
             bad.validate()
         with pytest.raises(ValueError, match=re.escape(str(said.value))):
             ops.validate24(bad)
-    with pytest.raises(ValueError, match="values must have the 8 rows of shape, got 9"):
-        ops.validate24(Sparse24(s.values, s.meta, (8, k)))
+    for call in (ops.validate24, ops.expand24):
+        with pytest.raises(ValueError, match="values must have the 8 rows of shape, got 9"):
+            call(Sparse24(s.values, s.meta, (8, k)))
+        with pytest.raises(ValueError, match="shape must be"):
+            call(Sparse24(s.values, s.meta, (9, k, 1)))
+
+
+@pytest.mark.parametrize("bad", [None, "nibble", "value"])
+def test_validate24_of_strided_tensors(bad):
+    s = ops.prune_compress24(random_bits((9, 70), torch.float16))
+    meta, values = s.meta.clone(), s.values.clone()
+    if bad == "nibble":
+        meta[5, 3] = 0xF4
+    if bad == "value":
+        meta[6, -1], values[6, -1] = 0xD4, 1.0  # group 17 keeps column 71 of 70
+    apart = Sparse24(values.T.contiguous().T, torch.stack((meta, meta), -1)[..., 0], (9, 70))
+    assert not apart.values.is_contiguous() and not apart.meta.is_contiguous()
+    status = torch.ops.sparsekit.validate24.default(apart.values, apart.meta, 70).tolist()
+    assert status == check(values, meta, 70)
+    assert (status == [NOTHING, NOTHING]) == (bad is None)
+
+
+# ---- gradients ----
+
+
+def slots(s: Sparse24) -> torch.Tensor:
+    """The column of every stored value."""
+    nibbles = torch.stack([s.meta & 15, s.meta >> 4], -1).flatten(1)
+    return (torch.stack([nibbles & 3, nibbles >> 2], -1) + 4 * torch.arange(nibbles.shape[1])[:, None]).flatten(1)
+
+
+@pytest.mark.parametrize("by", ["weight", "scores", "mask"])
+@pytest.mark.parametrize("k", [16, 13])
+def test_gradients(by, k):
+    w = few_values((5, k), torch.float32).requires_grad_()
+    mask = nonzero_groups(torch.ones(5, k, dtype=torch.bool), 1)
+    chosen = {"weight": {}, "scores": {"scores": few_values((5, k), torch.float32, seed=1)}, "mask": {"mask": mask}}[by]
+    s = ops.prune_compress24(w.detach(), **chosen)
+    kept = torch.zeros(5, 16, dtype=torch.bool).scatter(1, slots(s), True)[:, :k]
+    if by == "mask":
+        kept &= mask  # what fills up a group is not kept
+    upstream = torch.arange(5 * k).view(5, k).float() + 1
+    (found,) = torch.autograd.grad((ops.prune24(w, **chosen) * upstream).sum(), w)
+    assert torch.equal(found, torch.where(kept, upstream, 0))
+    packed = torch.nn.functional.pad(upstream, (0, 16 - k)).gather(1, slots(s))
+    (found,) = torch.autograd.grad((ops.prune_compress24(w, **chosen).values * packed).sum(), w)
+    assert torch.equal(found, torch.where(kept, upstream, 0))
+
+
+def test_gradients_of_the_packed_form():
+    s = ops.prune_compress24(random_bits((5, 13), torch.float32))
+    values, upstream = s.values.clone().requires_grad_(), torch.arange(65).view(5, 13).float() + 1
+    (found,) = torch.autograd.grad((ops.expand24(s._replace(values=values)) * upstream).sum(), values)
+    assert torch.equal(found, torch.nn.functional.pad(upstream, (0, 3)).gather(1, slots(s)))
+    w = ops.expand24(s).requires_grad_()
+    (found,) = torch.autograd.grad((ops.compress24(w).values * found).sum(), w)
+    assert torch.equal(found, ops.expand24(s._replace(values=torch.nn.functional.pad(upstream, (0, 3)).gather(1, slots(s)))))
+    assert not ops.compress24(w).meta.requires_grad and not ops.mask_nm(w, 2, 4).requires_grad
+
+
+@pytest.mark.parametrize("backend", ["aot_eager"])
+def test_gradients_under_compile(backend):
+    w = few_values((6, 24), torch.float32).requires_grad_()
+    torch.compiler.reset()
+    whole = torch.compile(lambda w: (ops.prune24(w) ** 2).sum(), fullgraph=True, backend=backend)
+    assert torch.equal(torch.autograd.grad(whole(w), w)[0], 2 * ops.prune24(w.detach()))
+    torch.compiler.reset()
 
 
 # ---- properties ----
@@ -208,6 +273,14 @@ def test_opcheck(shape, device):
     for chosen in ((None, None), (scores, None), (None, mask)):
         torch.library.opcheck(torch.ops.sparsekit.prune24.default, (w, *chosen))
         torch.library.opcheck(torch.ops.sparsekit.prune_compress24.default, (w.T.contiguous().T, *chosen))
+    learnt = few_values(shape, torch.float32, seed=2).to(device).requires_grad_()
+    for chosen in ((None, None), (scores, None), (None, mask)):
+        torch.library.opcheck(torch.ops.sparsekit.prune24.default, (learnt, *chosen))
+        torch.library.opcheck(torch.ops.sparsekit.prune_compress24.default, (learnt, *chosen))
+    held = ops.prune24(learnt).detach().requires_grad_()
+    torch.library.opcheck(torch.ops.sparsekit.compress24.default, (held,))
+    packed = ops.compress24(held.detach())
+    torch.library.opcheck(torch.ops.sparsekit.expand24.default, (packed.values.requires_grad_(), packed.meta, shape[1]))
     torch.library.opcheck(torch.ops.sparsekit.mask_nm.default, (scores, 2, 4, False))
     torch.library.opcheck(torch.ops.sparsekit.mask_nm.default, (scores.T.contiguous().T, 1, 3, True))
     torch.library.opcheck(torch.ops.sparsekit.mask_rows.default, (scores, shape[1] // 2))

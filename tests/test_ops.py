@@ -253,6 +253,27 @@ def test_a_weight_elsewhere_is_refused(weight24):
         ops.linear24(torch.zeros(2, 16), s.to("meta"))
 
 
+# ---- gradients ----
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=str)
+def test_the_product_has_a_gradient(activation, weight24):
+    w, x, bias = weight24(6, 24), normal(3, 24), normal(6)
+    s = ops.compress24(w)
+    given = [x.clone().requires_grad_(), s.values.clone().requires_grad_(), bias.clone().requires_grad_()]
+    y = ops.linear24(given[0], s._replace(values=given[1]), given[2], activation)
+    found = torch.autograd.grad(y, given, normal(3, 6, seed=2))
+    dense = [x.double().requires_grad_(), w.double().requires_grad_(), bias.double().requires_grad_()]
+    want = torch.autograd.grad(ACTIVATIONS[activation](F.linear(*dense)), dense, normal(3, 6, seed=2).double())
+    assert torch.allclose(found[0].double(), want[0], rtol=1e-4, atol=1e-5)
+    assert torch.allclose(found[2].double(), want[2], rtol=1e-4, atol=1e-5)
+    spread = ops.expand24(s._replace(values=found[1]))
+    places = ops.expand24(s._replace(values=torch.ones_like(s.values)))
+    assert torch.allclose(spread.double(), want[1] * places, rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match="activation must be None"):
+        ops.linear24(given[0], s, None, "tanh")
+
+
 # ---- under torch.compile ----
 
 

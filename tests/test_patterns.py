@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekit import NM, Pattern, SparsekitError, Unstructured
-from sparsekit.patterns import keep_top
+from sparsekit import NM, PairNM, Pattern, SparsekitError, Unstructured, ops
+from sparsekit.patterns import _few_long_rows, keep_top
 
 inf, nan = torch.inf, torch.nan
 
@@ -34,7 +34,26 @@ def ties(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
 
 
 @pytest.mark.parametrize(
-    "text", ["2:4", "4:8", "1:4", "0:4", "4:4", "3:7", "16:32", "50%", "33.3%", "0%", "100%", "0.001%", "29%", "99.99%"]
+    "text",
+    [
+        "2:4",
+        "4:8",
+        "1:4",
+        "0:4",
+        "4:4",
+        "3:7",
+        "16:32",
+        "4:8 pairs",
+        "0:2 pairs",
+        "32:64 pairs",
+        "50%",
+        "33.3%",
+        "0%",
+        "100%",
+        "0.001%",
+        "29%",
+        "99.99%",
+    ],
 )
 def test_text_comes_back(text):
     assert str(Pattern.parse(text)) == text and Pattern.parse(str(Pattern.parse(text))) == Pattern.parse(text)
@@ -44,6 +63,7 @@ def test_text_comes_back(text):
     "text, pattern",
     [
         (" 2 : 4 ", NM(2, 4)),
+        (" 4 :8  pairs ", PairNM(4, 8)),
         ("\t50 %\n", Unstructured(0.5)),
         (".5%", Unstructured(0.005)),
         ("50.%", Unstructured(0.5)),
@@ -127,6 +147,49 @@ def test_unstructured_against_a_sort(shape, share, dtype):
     assert whole.flatten().tolist() == top(scores.flatten().tolist(), kept(scores.numel())) and whole.shape == scores.shape
     rows = pattern.mask(scores, rowwise=True)
     assert rows.tolist() == [top(row, kept(shape[1])) for row in scores.tolist()] and rows.shape == scores.shape
+
+
+def pair_mask(scores: list[list[float]], n: int, m: int) -> list[list[bool]]:
+    pairs = [[sum(row[j : j + 2]) for j in range(0, len(row), 2)] for row in scores]
+    return [[bit for bit in row for _ in "ab"][: len(scores[0])] for row in nm_mask(pairs, n // 2, m // 2)]
+
+
+@pytest.mark.parametrize("n, m", [(4, 8), (2, 4), (0, 2), (2, 2), (6, 10), (32, 64)])
+@pytest.mark.parametrize("k", [0, 1, 2, 7, 8, 30, 129])
+def test_pairs(n, m, k):
+    scores = ties(5, k).clamp(-2, 3)  # of which every two have a sum
+    pattern = PairNM(n, m)
+    mask = pattern.mask(scores)
+    assert mask.tolist() == pair_mask(scores.tolist(), n, m)
+    weight = torch.where(mask, torch.randn(5, k, generator=torch.Generator().manual_seed(1)), 0)
+    assert pattern.check(weight) is None and pattern.sparsity == 1 - n / m
+    if k >= m and n < m:
+        weight[3, :m] = 1
+        assert pattern.check(weight) == f"row 3, columns 0 to {m - 1} hold {m // 2} pairs with a non-zero"
+
+
+@pytest.mark.parametrize("n, m", [(3, 8), (4, 7), (6, 4), (-2, 4), (0, 0), (2, 66)])
+def test_pairs_that_are_refused(n, m):
+    with pytest.raises(SparsekitError, match=f"an even N of an even M, 0 <= N <= M and 2 <= M <= 64, got {n}:{m}"):
+        PairNM(n, m)
+
+
+@pytest.mark.parametrize("kept, text", [(-1, "from 0 to the 12 columns of scores, got -1"), (13, "got 13")])
+@pytest.mark.parametrize("choose", [keep_top, _few_long_rows, ops.mask_rows], ids=lambda f: f.__name__)
+def test_counts_that_are_refused(choose, kept, text):
+    with pytest.raises(ValueError, match=text):
+        choose(torch.zeros(2, 12), kept)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.float8_e5m2], ids=str)
+@pytest.mark.parametrize("kept", [0, 1, 77, 200])
+def test_few_long_rows_are_chosen_from_alike(dtype, kept):
+    scores = ties(3, 200, dtype=torch.float32).to(dtype)
+    assert torch.equal(_few_long_rows(scores, kept), ops.mask_rows(scores, kept))
+    scores[1, 7] = nan
+    for choose in (_few_long_rows, ops.mask_rows):
+        with pytest.raises(ValueError, match="mask_rows: scores must hold no NaN, got one in row 1, column 7"):
+            choose(scores, kept)
 
 
 @given(st.data())

@@ -5,6 +5,7 @@ torch.compile and opcheck see them. Kernels are called from here alone.
 
 from .format import (
     LARGEST_M,
+    check_mask_rows,
     compress24,
     expand24,
     mask_nm,
@@ -18,6 +19,7 @@ from .linear import LINEAR_DTYPES, linear24
 __all__ = [
     "LARGEST_M",
     "LINEAR_DTYPES",
+    "check_mask_rows",
     "compress24",
     "expand24",
     "linear24",

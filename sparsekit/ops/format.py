@@ -1,7 +1,8 @@
 """The ops on the 2:4 form and on masks.
 
 A kernel that reads a user's weights or scores returns, beside its result, the first place where they are not what they must be;
-the reference then runs on the same arguments and raises, naming the place.
+the reference then runs on the row of that place and raises, naming it. Gradients: a kept place has that of the value which it went
+to or came from, every other none, and the choice of places none.
 """
 
 from __future__ import annotations
@@ -22,6 +23,13 @@ _NOTHING = torch.iinfo(torch.int64).max  # a kernel's status word where it found
 
 def _clean(status: Tensor) -> bool:
     return int(status.min()) == _NOTHING
+
+
+def _refuse(check, status: Tensor, per_row: int, *arguments) -> None:
+    """Raises what the reference says of the row in which the kernel found the first bad place, of per_row places a row."""
+    row = next(place for place in status.tolist() if place != _NOTHING) // per_row
+    check(*(a[row : row + 1] if isinstance(a, Tensor) else a for a in arguments), first_row=row)
+    raise RuntimeError(f"{check.__name__}: the kernel must agree with the reference, and refused row {row}; please report it")
 
 
 def _new_status(like: Tensor, words: int) -> Tensor:
@@ -53,7 +61,9 @@ def compress24(w: Tensor) -> Sparse24:
 
 
 def expand24(s: Sparse24) -> Tensor:
-    """The dense weight (n, k) of a Sparse24, in its dtype. Raises TypeError or ValueError where the layout does not hold."""
+    """The dense weight (n, k) of a Sparse24, in its dtype. Raises TypeError or ValueError for other dtypes and sizes; what the
+    nibbles are is not looked at, validate24 does that."""
+    _check_rows("expand24", s)
     return torch.ops.sparsekit.expand24.default(s.values, s.meta, s.shape[1])
 
 
@@ -68,13 +78,17 @@ def _compress24(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
     (values, meta), status = _new_packed(w), _new_status(w, 2)
     _C.compress24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], values.data_ptr(), meta.data_ptr(), status.data_ptr(), threads())
-    return (values, meta) if _clean(status) else reference.compress24(w)
+    if not _clean(status):
+        _refuse(reference.compress24, status, 2 * meta.shape[1], w)
+    return values, meta
 
 
 def _compress24_cuda(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
     values, meta, status = launch("compress24", w)
-    return (values, meta) if _clean(status) else reference.compress24(w)
+    if not _clean(status):
+        _refuse(reference.compress24, status, 2 * meta.shape[1], w)
+    return values, meta
 
 
 def _compress24_fake(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +113,37 @@ def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
     return values.new_empty(values.shape[0], k)
 
 
-define("compress24(Tensor w) -> (Tensor, Tensor)", _compress24, _compress24_cuda, _compress24_fake)
-define("expand24(Tensor values, Tensor meta, SymInt k) -> Tensor", _expand24, _expand24_cuda, _expand24_fake)
+def _compress24_save(ctx, inputs, output) -> None:
+    ctx.k = inputs[0].shape[1]
+    ctx.save_for_backward(output[1])
+
+
+def _compress24_backward(ctx, values: Tensor, _meta) -> Tensor:
+    return torch.ops.sparsekit.expand24.default(values, ctx.saved_tensors[0], ctx.k)
+
+
+def _expand24_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(inputs[1])
+
+
+def _expand24_backward(ctx, w: Tensor) -> tuple[Tensor, None, None]:
+    return reference.take24(w, ctx.saved_tensors[0]), None, None
+
+
+define(
+    "compress24(Tensor w) -> (Tensor, Tensor)",
+    _compress24,
+    _compress24_cuda,
+    _compress24_fake,
+    (_compress24_backward, _compress24_save),
+)
+define(
+    "expand24(Tensor values, Tensor meta, SymInt k) -> Tensor",
+    _expand24,
+    _expand24_cuda,
+    _expand24_fake,
+    (_expand24_backward, _expand24_save),
+)
 
 
 # ---- prune_compress24 and prune24 ----
@@ -112,7 +155,7 @@ def prune_compress24(w: Tensor, scores: Tensor | None = None, mask: Tensor | Non
     w (n, k), any strides, fp32, fp16, bf16, fp8 e4m3 or int8; any n and k. Of every four columns two are kept: those with the
     largest |w|, or with the highest ``scores`` (n, k; any of these dtypes, fp64 or fp8 e5m2), or those that ``mask`` (n, k; bool,
     uint8 or int8; non-zero keeps) names, at most two, kept even where the weight is zero. A tie goes to the lower column. At most
-    one of scores and mask, of any strides. Bit for bit compress24 of prune24, unless a mask keeps a zero.
+    one of scores and mask, of any strides. Bit for bit compress24 of prune24, unless scores or a mask keep a zero.
     Raises TypeError for another dtype, ValueError for another shape or device, for NaN in w or scores and for a group of which the
     mask keeps more than two, naming the first. Source: Mishra et al. 2021, arXiv:2104.08378."""
     values, meta = torch.ops.sparsekit.prune_compress24.default(w, scores, mask)
@@ -158,13 +201,17 @@ def _prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> 
     _C.prune_compress24_cpu(
         *_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), values.data_ptr(), meta.data_ptr(), status.data_ptr(), threads()
     )
-    return (values, meta) if _clean(status) else reference.prune_compress24(w, scores, mask)
+    if not _clean(status):
+        _refuse(reference.prune_compress24, status, 2 * meta.shape[1], w, scores, mask)
+    return values, meta
 
 
 def _prune_compress24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_prune("prune_compress24", w, scores, mask)
     values, meta, status = launch("prune_compress24", w, scores, mask)
-    return (values, meta) if _clean(status) else reference.prune_compress24(w, scores, mask)
+    if not _clean(status):
+        _refuse(reference.prune_compress24, status, 2 * meta.shape[1], w, scores, mask)
+    return values, meta
 
 
 def _prune_compress24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -175,13 +222,17 @@ def _prune_compress24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None
 def _prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
     out, status = _prune24_fake(w, scores, mask), _new_status(w, 2)
     _C.prune24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), out.data_ptr(), status.data_ptr(), threads())
-    return out if _clean(status) else reference.prune24(w, scores, mask)
+    if not _clean(status):
+        _refuse(reference.prune24, status, padded_columns(w.shape[1]) // 4, w, scores, mask)
+    return out
 
 
 def _prune24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
     _check_prune("prune24", w, scores, mask)
     out, status = launch("prune24", w, scores, mask)
-    return out if _clean(status) else reference.prune24(w, scores, mask)
+    if not _clean(status):
+        _refuse(reference.prune24, status, padded_columns(w.shape[1]) // 4, w, scores, mask)
+    return out
 
 
 def _prune24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
@@ -189,13 +240,45 @@ def _prune24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tens
     return w.new_empty(w.shape)
 
 
+def _prune_compress24_save(ctx, inputs, output) -> None:
+    ctx.k = inputs[0].shape[1]
+    ctx.save_for_backward(output[1], inputs[2])
+
+
+def _prune_compress24_backward(ctx, values: Tensor, _meta) -> tuple[Tensor, None, None]:
+    meta, mask = ctx.saved_tensors
+    return _masked(torch.ops.sparsekit.expand24.default(values, meta, ctx.k), mask), None, None
+
+
+def _prune24_save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _prune24_backward(ctx, out: Tensor) -> tuple[Tensor, None, None]:
+    w, scores, mask = ctx.saved_tensors
+    _, meta = torch.ops.sparsekit.prune_compress24.default(w, scores, mask)
+    return _masked(torch.ops.sparsekit.expand24.default(reference.take24(out, meta), meta, w.shape[1]), mask), None, None
+
+
+def _masked(gradient: Tensor, mask: Tensor | None) -> Tensor:
+    """Nothing for what a mask drops, also where it fills up a group of fewer than two."""
+    return gradient if mask is None else torch.where(mask != 0, gradient, 0)
+
+
 define(
     "prune_compress24(Tensor w, Tensor? scores, Tensor? mask) -> (Tensor, Tensor)",
     _prune_compress24,
     _prune_compress24_cuda,
     _prune_compress24_fake,
+    (_prune_compress24_backward, _prune_compress24_save),
 )
-define("prune24(Tensor w, Tensor? scores, Tensor? mask) -> Tensor", _prune24, _prune24_cuda, _prune24_fake)
+define(
+    "prune24(Tensor w, Tensor? scores, Tensor? mask) -> Tensor",
+    _prune24,
+    _prune24_cuda,
+    _prune24_fake,
+    (_prune24_backward, _prune24_save),
+)
 
 
 # ---- validate24 ----
@@ -208,8 +291,17 @@ def validate24(s: Sparse24) -> None:
     than zero past the last column, naming the first: what Sparse24.validate raises. ``torch.ops.sparsekit.validate24`` gives, with
     no wait for the device, the flat places (2,) int64 of the first bad nibble and the first such value; the largest int64 where
     there is none."""
-    if s.values.shape[:1] != s.shape[:1] or not _clean(torch.ops.sparsekit.validate24.default(s.values, s.meta, s.shape[1])):
+    _check_rows("validate24", s)
+    if not _clean(torch.ops.sparsekit.validate24.default(s.values, s.meta, s.shape[1])):
         s.validate()
+
+
+def _check_rows(op: str, s: Sparse24) -> None:
+    """What the ops cannot check, which are given the number of columns alone."""
+    if len(s.shape) != 2:
+        raise ValueError(f"{op}: shape must be (out_features, in_features), got {tuple(s.shape)}")
+    if s.values.dim() == 2 and s.values.shape[0] != s.shape[0]:
+        raise ValueError(f"{op}: values must have the {s.shape[0]} rows of shape, got {s.values.shape[0]}")
 
 
 def _validate24(values: Tensor, meta: Tensor, k: int) -> Tensor:
@@ -267,13 +359,21 @@ def _mask_nm(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     mask, status = _mask_nm_fake(scores, n, m, pairs), _new_status(scores, 1)
     code = DTYPE_CODE[scores.dtype]
     _C.mask_nm_cpu(*_matrix(scores), code, n, m, pairs, mask.data_ptr(), status.data_ptr(), threads())
-    return mask if _clean(status) else reference.mask_nm(scores, n, m, pairs)
+    if not _clean(status):
+        _refuse(reference.mask_nm, status, _groups(scores, m, pairs), scores, n, m, pairs)
+    return mask
+
+
+def _groups(scores: Tensor, m: int, pairs: bool) -> int:
+    return -(-scores.shape[1] // (2 * m if pairs else m))
 
 
 def _mask_nm_cuda(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     _check_mask_nm(scores, n, m)
     mask, status = launch("mask_nm", scores, n, m, pairs)
-    return mask if _clean(status) else reference.mask_nm(scores, n, m, pairs)
+    if not _clean(status):
+        _refuse(reference.mask_nm, status, _groups(scores, m, pairs), scores, n, m, pairs)
+    return mask
 
 
 def _mask_nm_fake(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
@@ -281,7 +381,8 @@ def _mask_nm_fake(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
-def _check_mask_rows(scores: Tensor, kept: int) -> None:
+def check_mask_rows(scores: Tensor, kept: int) -> None:
+    """Raises what mask_rows raises, but for NaN: reads no data."""
     _check_scores("mask_rows", scores)
     if scores.dim() != 2:
         raise ValueError(f"mask_rows: scores must be (rows, columns), got shape {tuple(scores.shape)}")
@@ -292,17 +393,21 @@ def _check_mask_rows(scores: Tensor, kept: int) -> None:
 def _mask_rows(scores: Tensor, kept: int) -> Tensor:
     mask, status = _mask_rows_fake(scores, kept), _new_status(scores, 1)
     _C.mask_rows_cpu(*_matrix(scores), DTYPE_CODE[scores.dtype], kept, mask.data_ptr(), status.data_ptr(), threads())
-    return mask if _clean(status) else reference.mask_rows(scores, kept)
+    if not _clean(status):
+        _refuse(reference.mask_rows, status, 1, scores, kept)
+    return mask
 
 
 def _mask_rows_cuda(scores: Tensor, kept: int) -> Tensor:
-    _check_mask_rows(scores, kept)
+    check_mask_rows(scores, kept)
     mask, status = launch("mask_rows", scores, kept)
-    return mask if _clean(status) else reference.mask_rows(scores, kept)
+    if not _clean(status):
+        _refuse(reference.mask_rows, status, 1, scores, kept)
+    return mask
 
 
 def _mask_rows_fake(scores: Tensor, kept: int) -> Tensor:
-    _check_mask_rows(scores, kept)
+    check_mask_rows(scores, kept)
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 

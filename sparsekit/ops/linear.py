@@ -7,6 +7,7 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import __version__, reference, tune
 from ..errors import listed
@@ -30,8 +31,17 @@ def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, a
     activations is legal); bias (n,) in x's dtype; activation None, "relu", "gelu" (erf), "gelu_tanh" or "silu".
     A GPU's kernels read Fragments24, and a Sparse24 there is brought into that order at every call: keep ``to_fragments(s)`` of a
     weight that is used again, as SparseLinear does. A CPU's kernels read Sparse24.
-    Returns (..., n) in x's dtype. The result is the same bit for bit from run to run.
+    Returns (..., n) in x's dtype. The result is the same bit for bit from run to run. Gradients: exact in x, in the weight at the
+    kept places alone, in the order of its values. The torch ops beneath have none.
     Raises TypeError for another dtype, ValueError for another shape, device or activation."""
+    tensors = (x, s.values) if bias is None else (x, s.values, bias)
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        _check_activation(activation)
+        return reference.ACTIVATIONS[activation](_Product.apply(x, s.values, s, bias))
+    return _product(x, s, bias, activation)
+
+
+def _product(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
     if isinstance(s, Fragments24):
         return torch.ops.sparsekit.linear24_fragments.default(x, s.values, s.meta, *s.shape, bias, activation)
     return torch.ops.sparsekit.linear24.default(x, s.values, s.meta, s.shape[1], bias, activation)
@@ -48,8 +58,40 @@ def _check_product(x: Tensor, values: Tensor, n: int, k: int, bias: Tensor | Non
         raise ValueError(
             f"linear24: bias must be ({n},) in {x.dtype} on {x.device}, got {tuple(bias.shape)} in {bias.dtype} on {bias.device}"
         )
+    _check_activation(activation)
+
+
+def _check_activation(activation: str | None) -> None:
     if activation not in _ACTIVATION_CODE:
         raise ValueError(f"linear24: activation must be {listed(map(repr, _ACTIVATION_CODE))}, got {activation!r}")
+
+
+class _Product(torch.autograd.Function):
+    """The product with a gradient; an activation comes after it, in torch."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, values: Tensor, weight: Sparse24 | Fragments24, bias: Tensor | None) -> Tensor:
+        ctx.kind, ctx.shape = type(weight), weight.shape
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, weight.meta)
+        return _product(x, weight, bias, None)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, values, meta = ctx.saved_tensors
+        held = ctx.kind(values, meta, ctx.shape)
+        s = from_fragments(held) if ctx.kind is Fragments24 else held
+        of_x = of_values = of_bias = None
+        if ctx.needs_input_grad[0]:
+            of_x = grad @ torch.ops.sparsekit.expand24.default(s.values, s.meta, s.shape[1]).to(grad.dtype)
+        rows = grad.reshape(-1, grad.shape[-1])
+        if ctx.needs_input_grad[1]:
+            of_values = reference.take24(rows.T @ x.reshape(-1, x.shape[-1]), s.meta).to(values.dtype)
+            if ctx.kind is Fragments24:
+                of_values = to_fragments(s._replace(values=of_values)).values
+        if ctx.needs_input_grad[3]:
+            of_bias = rows.sum(0)
+        return of_x, of_values, None, of_bias
 
 
 def _check_linear24(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> None:

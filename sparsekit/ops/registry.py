@@ -33,13 +33,17 @@ DTYPE_CODE = {
 }
 
 
-def define(schema: str, cpu, cuda, fake) -> None:
-    """Registers an op. No schema has defaults: the dispatcher would not pass on an argument that equals its default."""
+def define(schema: str, cpu, cuda, fake, gradient=None) -> None:
+    """Registers an op; gradient: its backward and what that saves, in this order. No schema has defaults: the dispatcher would not
+    pass on an argument that equals its default."""
     name = schema[: schema.index("(")]
     lib.define(schema)
     lib.impl(name, cpu, "CPU")
     lib.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"sparsekit::{name}", fake, lib=lib)
+    if gradient:
+        backward, save = gradient
+        torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=save, lib=lib)
 
 
 def threads() -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..criteria import Gram
-from ..patterns import NM, Pattern, Unstructured, keep_top
+from ..patterns import NM, PairNM, Pattern, Unstructured, keep_top
 from .base import PruneResult
 
 
@@ -40,7 +40,7 @@ class SparseGPT:
         w = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # [k, n], not the memory of weight
         w[factor.dead] = 0
         kept = torch.ones_like(w, dtype=torch.bool)
-        group = self.pattern.m if isinstance(self.pattern, NM) else 1
+        group = self.pattern.m if isinstance(self.pattern, (NM, PairNM)) else 1
         size = math.ceil(self.BLOCK / group) * group
         removed = 0
         for begin in range(0, w.shape[0], size):
@@ -60,7 +60,7 @@ class SparseGPT:
         errors = torch.empty_like(w)
         diagonal = upper.diagonal().tolist()
         for j in range(w.shape[0]):
-            if isinstance(self.pattern, NM) and j % self.pattern.m == 0:
+            if isinstance(self.pattern, (NM, PairNM)) and j % self.pattern.m == 0:
                 scores = _saliency(w[j : j + self.pattern.m], upper, j)
                 kept[j : j + self.pattern.m] = self.pattern.mask(scores.T).T
             gone = ~kept[j]
