@@ -13,8 +13,9 @@ two. Columns past k, up to the next multiple of 8, count as zeros.
                 idx1 idx0 = 2, 0 of group 1
 
 A nibble is ``idx1 << 2 | idx0`` with idx0 < idx1, hence one of 4, 8, 9, C, D, E. A group with fewer than two non-zeros keeps its
-non-zeros and then its lowest free columns, so ``compress24(expand24(s)) == s`` bit for bit. -0.0 counts as zero and is stored as
-0.0. Read as little-endian words, a row of meta is the order in which ``mma.sp`` takes it (PTX ISA, "sparse matrix storage").
+non-zeros and then its lowest free columns, so ``compress24(expand24(s)) == s`` bit for bit for every s that compress24 made. What a
+mask or scores keep is kept as given, even where a kept weight is zero. -0.0 counts as zero and is stored as 0.0. Read as
+little-endian words, a row of meta is the order in which ``mma.sp`` takes it (PTX ISA, "sparse matrix storage").
 
 Converters come in pairs, ``to_x(s)`` and ``from_x(...)``, and run on the device of their input. They move bits: values and nibbles
 survive a round trip exactly, under-full groups included, unless the docstring says otherwise; results may share memory with what
@@ -23,6 +24,8 @@ they are made of. Pictures: docs/format.md.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -68,21 +71,33 @@ class Sparse24(NamedTuple):
         """Raises ValueError, naming the first bad place, where the layout above does not hold."""
         k = _check_sparse("Sparse24", self)[1]
         nibbles = _nibbles(self.meta)
-        bad = ~torch.isin(nibbles, torch.tensor(VALID_NIBBLES, dtype=torch.uint8, device=nibbles.device))
+        bad = (nibbles & 3) >= (nibbles >> 2)
         if bad.any():
             row, group = bad.nonzero()[0].tolist()
             raise ValueError(
                 f"Sparse24: a nibble of meta must be one of 4, 8, 9, C, D, E, got {int(nibbles[row, group]):X} in row {row}, "
                 f"group {group}; the metadata is not in canonical order"
             )
-        first = 4 * torch.arange(nibbles.shape[1], device=nibbles.device)[:, None]
-        columns = (torch.stack((nibbles & 3, nibbles >> 2), dim=-1) + first).flatten(1)
-        past = (columns >= k) & (widened(self.values) != 0)
+        last = nibbles[:, -2:]  # columns past k belong to the last byte alone
+        first = padded_columns(k) - 8 + 4 * torch.arange(last.shape[1], device=last.device)[:, None]
+        columns = (torch.stack((last & 3, last >> 2), dim=-1) + first).flatten(1)
+        past = (columns >= k) & (widened(self.values[:, -4:]) != 0)
         if past.any():
             row, place = past.nonzero()[0].tolist()
             raise ValueError(
                 f"Sparse24: columns past k = {k} must be zero, got a value in row {row}, column {int(columns[row, place])}"
             )
+
+
+def _is_integer(x: object) -> bool:
+    return isinstance(x, (Integral, torch.SymInt))
+
+
+def check_shape(op: str, shape: tuple[int, int]) -> tuple[int, int]:
+    """The pair (rows, columns) that a shape must be. Raises ValueError where it is not two integers, or one is negative."""
+    if not isinstance(shape, (tuple, list)) or len(shape) != 2 or not all(_is_integer(size) and size >= 0 for size in shape):
+        raise ValueError(f"{op}: shape must be (rows, columns), two integers that are not negative, got {shape}")
+    return shape[0], shape[1]
 
 
 def check_layout(op: str, values: Tensor, meta: Tensor, k: int) -> None:
@@ -102,7 +117,7 @@ def check_layout(op: str, values: Tensor, meta: Tensor, k: int) -> None:
 
 def _check_sparse(op: str, s: Sparse24, dtypes: tuple[torch.dtype, ...] = DTYPES, why: str = "") -> tuple[int, int]:
     """The shape (n, k) of s. Raises where its tensors have not the sizes that belong to it, or another dtype."""
-    n, k = s.shape
+    n, k = check_shape(op, s.shape)
     check_layout(op, s.values, s.meta, k)
     if s.values.shape[0] != n:
         raise ValueError(f"{op}: values must have the {n} rows of shape, got {s.values.shape[0]}")
@@ -149,8 +164,20 @@ def _padded(t: Tensor, rows: int, columns: int, fill: int = 0) -> Tensor:
 
 
 def _raw(t: Tensor) -> Tensor:
-    """The tensor in a dtype that can be indexed by a mask: bytes for fp8."""
-    return t.view(torch.uint8) if t.dtype.itemsize == 1 else t
+    """The tensor as integers, from which a mask can pick; fp8 and uint16 allow no such thing."""
+    return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(t.dtype.itemsize, t.dtype))
+
+
+def _picked(t: Tensor, mask: Tensor) -> Tensor:
+    """The elements of t where the mask is set, in order: t[mask], fp8 too."""
+    return _raw(t).masked_select(mask).view(t.dtype)
+
+
+def _spread(values: Tensor, mask: Tensor) -> Tensor:
+    """The inverse of _picked: the values in order where the mask is set, zeros elsewhere."""
+    out = torch.zeros(mask.shape, dtype=values.dtype, device=mask.device)
+    _raw(out).masked_scatter_(mask, _raw(values))
+    return out
 
 
 def _nibbles(meta: Tensor) -> Tensor:
@@ -245,10 +272,9 @@ def check_fragments(op: str, f: Fragments24) -> None:
     """Raises where dtypes or sizes are not those of f.shape in fragment order. Reads no data."""
     _check_dtype(op, "values", f.values, FRAGMENT_DTYPES)
     _check_dtype(op, "meta", f.meta, (torch.int32,))
-    if min(f.shape) < 0:
-        raise ValueError(f"{op}: shape must not be negative, got {tuple(f.shape)}")
-    _, values, _, meta = _fragment_layout(*f.shape, f.values.dtype)
-    _check_sizes(op, f.shape, {"values": values, "meta": meta}, f.values, f.meta)
+    n, k = check_shape(op, f.shape)
+    _, values, _, meta = _fragment_layout(n, k, f.values.dtype)
+    _check_sizes(op, (n, k), {"values": values, "meta": meta}, f.values, f.meta)
     _check_device(op, "values and meta", f.values, f.meta)
 
 
@@ -353,7 +379,7 @@ def from_cutlass_sm90(values: Tensor, metadata: Tensor, shape: Size, tile_k: int
 
 def _cutlass_sm90_order(op: str, n: int, k: int, dtype: torch.dtype, tile_k: int) -> tuple[_Order, int, int, int]:
     """The order of the bytes of metadata, the rows and columns it is padded to, and the columns that values are padded to."""
-    if tile_k not in (64, 128):
+    if not _is_integer(tile_k) or tile_k not in (64, 128):
         raise ValueError(f"{op}: tile_k must be 64 or 128, got {tile_k}")
     if k % 4:
         raise ValueError(f"{op}: CUTLASS needs columns in multiples of 4, got {k}")
@@ -388,11 +414,11 @@ def from_bitmask24(values: Tensor, bitmask: Tensor, shape: Size) -> Sparse24:
     n, k = _size(op, shape)
     _need_whole_groups(op, k)
     _check_dtype(op, "values", values, DTYPES)
-    _check_bitmask(op, values, bitmask, n, k)
+    bitmask = _check_bitmask(op, values, bitmask, n, k)
     _check_sizes(op, (n, k), {"values": (n, k // 2)}, values)
-    groups = _nibbles(_cut(bitmask, k))
-    _refuse(op, groups[:, : k // 4], _count(groups[:, : k // 4]) != 2, k, "have two bits set")
-    return Sparse24(_padded(values, n, padded_columns(k) // 2).contiguous(), _bytes(_nibble_of_bits(groups)), (n, k))
+    counts = _by_table(_count, _nibbles(bitmask)[:, : k // 4])
+    _refuse(op, counts, counts != 2, k, "have two bits set")
+    return Sparse24(_padded(values, n, padded_columns(k) // 2).contiguous(), _by_table(_meta_of_bits, bitmask), (n, k))
 
 
 def to_bitmask(s: Sparse24) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -401,23 +427,28 @@ def to_bitmask(s: Sparse24) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     nonzero = widened(s.values) != 0
     nibbles, on = _nibbles(s.meta), nonzero.to(torch.uint8)
     bitmask = _bytes(on[:, 0::2] << (nibbles & 3) | on[:, 1::2] << (nibbles >> 2))
-    return _raw(s.values)[nonzero].view(s.values.dtype), bitmask, _row_offsets(nonzero), torch.tensor([n, k])
+    return _picked(s.values, nonzero), bitmask, _row_offsets(bitmask), torch.tensor([n, k])
 
 
 def from_bitmask(values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, shape: Size) -> Sparse24:
-    """compress24(bitmask_to_dense(...)), without the dense weight. Raises as these do."""
+    """compress24(bitmask_to_dense(...)), without the dense weight. Zeros that are stored count as zeros. Raises as these do."""
     op = "from_bitmask"
     n, k = _size(op, shape)
     _check_dtype(op, "values", values, DTYPES)
-    _check_bitmask(op, values, bitmask, n, k)
-    _check_rows(op, values, _unpacked(bitmask, k), row_offsets)
-    groups = _nibbles(_cut(bitmask, k))
-    _refuse(op, groups, _count(groups) > 2, k, "hold at most two non-zeros", "; bitmask_to_dense takes any")
-    nibbles = _nibble_of_bits(groups)
-    nonzero = torch.stack((groups >> (nibbles & 3), groups >> (nibbles >> 2)), dim=-1).flatten(1) & 1
-    kept = torch.zeros(nonzero.shape, dtype=values.dtype, device=values.device)
-    _raw(kept)[nonzero.bool()] = _raw(values)
-    return Sparse24(kept, _bytes(nibbles), (n, k))
+    bitmask = _check_bitmask(op, values, bitmask, n, k)
+    _check_rows(op, values, bitmask, row_offsets)
+    numbers = widened(values)
+    nan, nonzero = numbers != numbers, numbers != 0
+    if nan.any():
+        row, column = _unpacked(bitmask, k).nonzero()[int(nan.nonzero()[0])].tolist()
+        raise ValueError(f"{op}: values must hold no NaN, got one in row {row}, column {column}")
+    if not nonzero.all():
+        bitmask = _packed(_spread(nonzero, _unpacked(bitmask, k)))
+        values = _picked(values, nonzero)
+    counts = _by_table(_count, _nibbles(bitmask))
+    _refuse(op, counts, counts > 2, k, "hold at most two non-zeros", "; bitmask_to_dense takes any")
+    kept = _by_table(_kept_nonzero, bitmask).view(torch.bool)
+    return Sparse24(_spread(values, kept), _by_table(_meta_of_bits, bitmask), (n, k))
 
 
 def dense_to_bitmask(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -428,10 +459,8 @@ def dense_to_bitmask(w: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if w.dim() != 2:
         raise ValueError(f"dense_to_bitmask: w must be (out_features, in_features), got shape {tuple(w.shape)}")
     nonzero = widened(w) != 0
-    n, k = w.shape
-    bits = _padded(nonzero.to(torch.uint8), n, padded_columns(k)).reshape(n, padded_columns(k) // 8, 8)
-    bitmask = (bits << torch.arange(8, dtype=torch.uint8, device=w.device)).sum(-1, dtype=torch.uint8)
-    return _raw(w)[nonzero].view(w.dtype), bitmask, _row_offsets(nonzero), torch.tensor([n, k])
+    bitmask = _packed(nonzero)
+    return _picked(w, nonzero), bitmask, _row_offsets(bitmask), torch.tensor(w.shape)
 
 
 def bitmask_to_dense(values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, shape: Size) -> Tensor:
@@ -439,12 +468,9 @@ def bitmask_to_dense(values: Tensor, bitmask: Tensor, row_offsets: Tensor | None
     Raises TypeError for a bitmask that is no uint8, ValueError for other sizes, and where bits, offsets and values disagree."""
     op = "bitmask_to_dense"
     n, k = _size(op, shape)
-    _check_bitmask(op, values, bitmask, n, k)
-    mask = _unpacked(bitmask, k)
-    _check_rows(op, values, mask, row_offsets)
-    w = torch.zeros(n, k, dtype=values.dtype, device=values.device)
-    _raw(w)[mask] = _raw(values)
-    return w
+    bitmask = _check_bitmask(op, values, bitmask, n, k)
+    _check_rows(op, values, bitmask, row_offsets)
+    return _spread(values, _unpacked(bitmask, k))
 
 
 def _cut(bitmask: Tensor, k: int) -> Tensor:
@@ -455,14 +481,32 @@ def _cut(bitmask: Tensor, k: int) -> Tensor:
     return bitmask
 
 
+def _packed(mask: Tensor) -> Tensor:
+    """The bytes (n, ceil(k/8)) of a mask (n, k) bool, column j as bit j % 8 of byte j // 8."""
+    words = _padded(mask, len(mask), padded_columns(mask.shape[1])).contiguous().view(torch.int64)
+    # The product adds byte i of a word, 0 or 1, at bits 8 i + 56 - 7 j for j = 0 to 7: all differ, and j = i lands in bit 56 + i.
+    return (words * 0x0102040810204080 >> 56).to(torch.uint8)
+
+
 def _unpacked(bitmask: Tensor, k: int) -> Tensor:
     """The bits of each row as (n, k) bool."""
-    return (bitmask[..., None] >> torch.arange(8, dtype=torch.uint8, device=bitmask.device) & 1).flatten(1)[:, :k].bool()
+    return _by_table(_bits, bitmask).view(torch.bool)[:, :k]
+
+
+def _by_table(f: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """f of every byte of t, by a table of what f makes of the 256 bytes as (256, 1)."""
+    table = f(torch.arange(256, dtype=torch.uint8, device=t.device)[:, None])
+    return table.flatten().index_select(0, t.flatten().int()).view(t.shape)
+
+
+def _bits(t: Tensor) -> Tensor:
+    """The eight bits of bytes (n, 1), a byte each, as one word."""
+    return (t >> torch.arange(8, dtype=torch.uint8, device=t.device) & 1).view(torch.int64)
 
 
 def _count(groups: Tensor) -> Tensor:
-    """How many of the four low bits are set."""
-    return (groups & 1) + (groups >> 1 & 1) + (groups >> 2 & 1) + (groups >> 3 & 1)
+    """How many bits of a byte are set."""
+    return (groups[..., None] >> torch.arange(8, dtype=torch.uint8, device=groups.device) & 1).sum(-1, dtype=torch.uint8)
 
 
 def _nibble_of_bits(groups: Tensor) -> Tensor:
@@ -474,17 +518,27 @@ def _nibble_of_bits(groups: Tensor) -> Tensor:
     return second << 2 | first
 
 
-def _row_offsets(nonzero: Tensor) -> Tensor:
-    counts = nonzero.sum(-1)
+def _meta_of_bits(bitmask: Tensor) -> Tensor:
+    """The bytes of metadata for bytes of two groups' bits."""
+    return _bytes(_nibble_of_bits(_nibbles(bitmask)))
+
+
+def _kept_nonzero(bitmask: Tensor) -> Tensor:
+    """Which of the four columns that _meta_of_bits keeps have their bits set: a byte each, as one word."""
+    groups = _nibbles(bitmask)
+    nibbles = _nibble_of_bits(groups)
+    return (torch.stack((groups >> (nibbles & 3), groups >> (nibbles >> 2)), dim=-1).flatten(1) & 1).view(torch.int32)
+
+
+def _row_offsets(bitmask: Tensor) -> Tensor:
+    """How many bits are set before each row."""
+    counts = _by_table(_count, bitmask).sum(-1)
     return counts.cumsum(0) - counts
 
 
 def _size(op: str, shape: Size) -> tuple[int, int]:
     """(n, k) of a shape as another tool gives it: a tuple, a list, or a tensor of two integers."""
-    sizes = shape.flatten().tolist() if isinstance(shape, Tensor) else [*shape]
-    if len(sizes) != 2 or any(int(size) != size or size < 0 for size in sizes):
-        raise ValueError(f"{op}: shape must be (rows, columns), got {shape}")
-    return int(sizes[0]), int(sizes[1])
+    return check_shape(op, shape.flatten().tolist() if isinstance(shape, Tensor) else shape)
 
 
 def _need_whole_groups(op: str, k: int) -> None:
@@ -492,26 +546,28 @@ def _need_whole_groups(op: str, k: int) -> None:
         raise ValueError(f"{op}: sparse-24-bitmask needs columns in multiples of 4, got {k}")
 
 
-def _check_bitmask(op: str, values: Tensor, bitmask: Tensor, n: int, k: int) -> None:
+def _check_bitmask(op: str, values: Tensor, bitmask: Tensor, n: int, k: int) -> Tensor:
+    """The bitmask with no bits past column k. Raises where its dtype, size or device is another."""
     _check_dtype(op, "bitmask", bitmask, (torch.uint8,))
     _check_sizes(op, (n, k), {"bitmask": (n, padded_columns(k) // 8)}, bitmask)
     _check_device(op, "values and bitmask", values, bitmask)
+    return _cut(bitmask, k)
 
 
-def _check_rows(op: str, values: Tensor, mask: Tensor, row_offsets: Tensor | None) -> None:
+def _check_rows(op: str, values: Tensor, bitmask: Tensor, row_offsets: Tensor | None) -> None:
     """Raises where the values, the bits and the offsets do not count alike."""
-    total = int(mask.sum())
+    total = int(_by_table(_count, bitmask).sum())
     if values.shape != (total,):
         raise ValueError(f"{op}: values must be as many as the {total} bits that are set, got shape {tuple(values.shape)}")
-    if row_offsets is not None and not torch.equal(row_offsets.to(mask.device, torch.int64), _row_offsets(mask)):
+    if row_offsets is not None and not torch.equal(row_offsets.to(bitmask.device, torch.int64), _row_offsets(bitmask)):
         raise ValueError(f"{op}: row_offsets must say how many bits are set before each row, got others")
 
 
-def _refuse(op: str, groups: Tensor, bad: Tensor, k: int, must: str, what_to_do: str = "") -> None:
-    """Raises ValueError where a group is bad, naming the first."""
+def _refuse(op: str, counts: Tensor, bad: Tensor, k: int, must: str, what_to_do: str = "") -> None:
+    """Raises ValueError where a group of four columns, with so many bits set, is bad, naming the first."""
     if bad.any():
         row, group = bad.nonzero()[0].tolist()
         raise ValueError(
-            f"{op}: every group of four columns must {must}, got {int(_count(groups)[row, group])} in row {row}, "
+            f"{op}: every group of four columns must {must}, got {int(counts[row, group])} in row {row}, "
             f"columns {4 * group} to {min(4 * group + 4, k) - 1}{what_to_do}"
         )

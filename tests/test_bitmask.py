@@ -1,9 +1,13 @@
 """The bitmask formats of compressed-tensors against numpy and against its compressor, written group by group from what it does."""
 
+import re
+
 import numpy as np
 import pytest
 import torch
-from weights24 import BITS, any_sparse, array, full_weight, group_weight, same
+from hypothesis import given
+from hypothesis import strategies as st
+from weights24 import BITS, any_sparse, array, bits, full_weight, group_weight, same
 
 from sparsekit import Sparse24, format, ops
 from sparsekit.format import DTYPES
@@ -93,7 +97,7 @@ def test_bitmask(shape, dtype, device):
     assert same(format.bitmask_to_dense(*ours).cpu(), ops.expand24(canonical))
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.uint16, torch.bool], ids=str)
 def test_bitmask_of_any_pattern(dtype, device):
     g = torch.Generator().manual_seed(3)
     w = (torch.randint(-9, 10, (6, 21), generator=g) * (torch.rand(6, 21, generator=g) < 0.7)).to(dtype)
@@ -129,3 +133,49 @@ def test_bits_past_the_columns_are_not_read():
     tensors = format.to_bitmask(s)
     tensors[1][:, -1] |= 0xF0
     assert same(format.from_bitmask(*tensors), ops.compress24(ops.expand24(s)))
+
+
+def outcome(call):
+    """What a call returns, or the place that its error names."""
+    try:
+        return call()
+    except ValueError as error:
+        return re.search(r"got (one|\d) in row \d+, columns? \d+( to \d+)?", str(error))[0]
+
+
+@given(st.data())
+def test_from_bitmask_is_compress24_of_the_dense_weight(data):
+    # As other tools may write it: zeros of both signs are stored, so groups have more than two bits; and what is to be refused.
+    dtype = data.draw(st.sampled_from(DTYPES), label="dtype")
+    n, k = data.draw(st.integers(1, 9), label="n"), data.draw(st.integers(1, 40), label="k")
+    share = data.draw(st.sampled_from([0.0, 0.3, 1.0]), label="share of the zeros that is stored")
+    g = torch.Generator().manual_seed(data.draw(st.integers(0, 99), label="seed"))
+    w = ops.expand24(any_sparse(n, k, dtype))
+    zero = w.double() == 0
+    bits(w)[zero & (torch.rand(n, k, generator=g) < 0.5)] = bits(torch.tensor([-0.0]).to(dtype))
+    mask = ~zero | (torch.rand(n, k, generator=g) < share)
+    for number in data.draw(st.lists(st.sampled_from([1.0, torch.nan]), max_size=5), label="more"):
+        row, column = int(torch.randint(n, (), generator=g)), int(torch.randint(k, (), generator=g))
+        w[row, column], mask[row, column] = 1 if dtype == torch.int8 else number, True
+    bitmask = torch.from_numpy(np.packbits(mask.numpy(), axis=-1, bitorder="little"))
+    stored = bits(w)[mask].view(dtype), bitmask, None, (n, k)
+    want = outcome(lambda: ops.compress24(format.bitmask_to_dense(*stored)))
+    assert same(outcome(lambda: format.from_bitmask(*stored)), want)
+
+
+@EVERY_DTYPE
+def test_zeros_that_are_stored(dtype, device):
+    # Columns 0 and 3 of the first group, where 3 is a zero, and all but the third of the second, where the first is one.
+    values = torch.tensor([1.0, -0.0, -0.0, 1, 1]).to(device, dtype)
+    bitmask = torch.tensor([[0b1011_1001]], dtype=torch.uint8, device=device)
+    s = format.from_bitmask(values, bitmask, torch.tensor([0]), (1, 8))
+    assert same(s.values, torch.tensor([[1.0, 0, 1, 1]]).to(dtype)) and s.meta.tolist() == [[0xD4]]
+
+
+@pytest.mark.parametrize("dtype", [d for d in DTYPES if d.is_floating_point], ids=str)
+def test_from_bitmask_refuses_nan(dtype, device):
+    w = torch.zeros(3, 11)
+    w[0, 2], w[1, 9], w[2, 1], w[1, :4] = 1, torch.nan, torch.nan, 1  # before three non-zeros in a group, as compress24
+    stored = [t.to(device) for t in format.dense_to_bitmask(w.to(dtype))]
+    with pytest.raises(ValueError, match=r"from_bitmask: values must hold no NaN, got one in row 1, column 9$"):
+        format.from_bitmask(*stored)

@@ -5,6 +5,7 @@ CUTLASS's against its layout expressions. The bitmasks are in test_bitmask.py; r
 """
 
 import itertools
+import re
 
 import cutlass_model
 import isa_model
@@ -13,6 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.sparse import SparseSemiStructuredTensorCUTLASS
 from torch.sparse import _semi_structured_conversions as conversions
 from weights24 import UNDER_FULL, any_sparse, array, full_weight, group_weight, same
@@ -382,6 +384,19 @@ def test_nothing_is_read_on_the_way():
             assert read(there).shape == s.shape, name
 
 
+def test_symbolic_shapes():
+    # Where torch traces dynamic shapes, sizes are SymInt: one trace serves other rows.
+    def there_and_back(values, meta):
+        s = Sparse24(values, meta, (values.shape[0], 2 * values.shape[1]))
+        return tuple(format.from_fragments(format.to_fragments(s)))[:2]
+
+    s = any_sparse(35, 192, torch.float16)
+    traced = make_fx(there_and_back, tracing_mode="symbolic")(s.values, s.meta)
+    for n in (35, 41):
+        s = any_sparse(n, 192, torch.float16)
+        assert same(traced(s.values, s.meta), (s.values, s.meta))
+
+
 @pytest.mark.parametrize("write", ["to_fragments", "to_torch_cutlass", "to_cutlass_sm90", "to_bitmask24", "to_bitmask"], ids=str)
 def test_a_weight_whose_parts_do_not_fit(write):
     convert = getattr(format, write)
@@ -390,6 +405,9 @@ def test_a_weight_whose_parts_do_not_fit(write):
         (Sparse24(s.values.double(), s.meta, s.shape), TypeError, "values must be one of .*, got torch.float64"),
         (Sparse24(s.values, s.meta.char(), s.shape), TypeError, "meta must be torch.uint8, got torch.int8"),
         (Sparse24(s.values, s.meta[:, :7], s.shape), ValueError, r"for k = 64 values must be \(n, 32\) and meta \(n, 8\), got "),
+        (Sparse24(s.values, s.meta, (32, 64, 1)), ValueError, r"shape must be \(rows, columns\), .*, got \(32, 64, 1\)"),
+        (Sparse24(s.values, s.meta, 64), ValueError, r"shape must be \(rows, columns\), .*, got 64"),
+        (Sparse24(s.values, s.meta, (-32, 64)), ValueError, r"that are not negative, got \(-32, 64\)"),
         (Sparse24(s.values, s.meta, (31, 64)), ValueError, "values must have the 31 rows of shape, got 32"),
         (Sparse24(s.values, s.meta.to("meta"), s.shape), ValueError, "on one device, got cpu and meta"),
     ]:
@@ -413,7 +431,9 @@ def bad_calls():
     yield lambda: format.from_fragments(f._replace(meta=f.meta.flatten())), ValueError, shape
     yield lambda: format.from_fragments(f._replace(values=f.values.view(2, 1, 1, 32, 16))), ValueError, shape
     yield lambda: format.from_fragments(f._replace(shape=(33, 64))), ValueError, r"shape \(33, 64\) needs values \(3, 1"
-    yield lambda: format.from_fragments(f._replace(shape=(-1, 64))), ValueError, r"must not be negative, got \(-1, 64\)"
+    for wrong in ((-1, 64), (32, 64, 1), 64, (32.0, 64)):
+        text = rf"from_fragments: shape must be \(rows, columns\), .*, got {re.escape(str(wrong))}$"
+        yield lambda wrong=wrong: format.from_fragments(f._replace(shape=wrong)), ValueError, text
     yield lambda: format.from_fragments(f._replace(meta=f.meta.to("meta"))), ValueError, "on one device, got cpu and meta"
     values, meta = format.to_torch_cutlass(half)
     yield lambda: format.from_torch_cutlass(values.float(), meta), TypeError, "values must be .*, got torch.float32"
@@ -425,7 +445,9 @@ def bad_calls():
     yield lambda: format.from_torch_cutlass(values[:31], meta[:31]), ValueError, r"multiples of 32 rows .* got \(31, 64\)"
     yield lambda: format.from_torch_cutlass(values[:, :24], meta[:, :3]), ValueError, r"and 32 columns, got \(32, 48\)"
     yield lambda: format.from_torch_cutlass(values, meta.to("meta")), ValueError, "on one device, got cpu and meta"
-    yield lambda: format.to_cutlass_sm90(half, 32), ValueError, "to_cutlass_sm90: tile_k must be 64 or 128, got 32"
+    for wrong in (32, 64.0, "64"):
+        text = f"to_cutlass_sm90: tile_k must be 64 or 128, got {wrong}$"
+        yield lambda wrong=wrong: format.to_cutlass_sm90(half, wrong), ValueError, text
     yield lambda: format.to_cutlass_sm90(any_sparse(4, 6, torch.int8)), ValueError, "columns in multiples of 4, got 6"
     sm90 = format.to_cutlass_sm90(half)
     need = r"shape \(32, 64\) needs values \(32, 32\) and metadata \(64, 16\), got "
@@ -442,8 +464,8 @@ def bad_calls():
     yield lambda: format.from_bitmask24(values24, mask24[:, :7], (32, 64)), ValueError, r"needs bitmask \(32, 8\), got \(32, 7\)"
     yield lambda: format.from_bitmask24(values24[:31], mask24, (32, 64)), ValueError, r"needs values \(32, 32\), got \(31, 32\)"
     yield lambda: format.from_bitmask24(values24, mask24.to("meta"), (32, 64)), ValueError, "on one device, got cpu and meta"
-    for wrong in ((32,), (32, 64, 1), (-32, 64), torch.tensor([32.5, 64])):
-        text = r"from_bitmask24: shape must be \(rows, columns\), got "
+    for wrong in ((32,), (32, 64, 1), (-32, 64), 64, None, torch.tensor(64), torch.tensor([32.5, 64])):
+        text = r"from_bitmask24: shape must be \(rows, columns\), two integers that are not negative, got "
         yield lambda wrong=wrong: format.from_bitmask24(values24, mask24, wrong), ValueError, text
     kept, mask, offsets, _ = format.to_bitmask(half)
     total = len(kept)
