@@ -6,7 +6,7 @@ from fractions import Fraction
 import pytest
 import torch
 
-from sparsekit import NM, Pattern, SparsekitError, Unstructured
+from sparsekit import NM, PairNM, Pattern, SparsekitError, Unstructured
 from sparsekit.criteria import Gram, SquaredNorm
 from sparsekit.pruners import METHODS, Magnitude, SparseGPT, Wanda, method_named
 
@@ -59,21 +59,24 @@ def obs(w: torch.Tensor, h: torch.Tensor, pattern: Pattern, block: int):
     kept = torch.ones(n, k, dtype=torch.bool)
     inverse = [torch.linalg.inv(h[j:, j:]) for j in range(k)]
 
-    def choose(places: list[tuple[int, int]], remove: int) -> None:
+    def choose(places: list[tuple[int, int]], remove: int, width: int = 1) -> None:
+        """Removes the cheapest of the places, or of the runs of `width` places that are kept or removed whole."""
         nonlocal gap
-        cost = {(r, c): float(w[r, c] ** 2 / inverse[c][0, 0]) for r, c in places}
-        order = sorted(places, key=lambda p: (-cost[p], p))
-        for place in order[len(order) - remove :]:
-            kept[place] = False
+        runs = [tuple(places[i : i + width]) for i in range(0, len(places), width)]
+        cost = {run: sum(float(w[r, c] ** 2 / inverse[c][0, 0]) for r, c in run) for run in runs}
+        order = sorted(runs, key=lambda p: (-cost[p], p))
+        for run in order[len(order) - remove :]:
+            for place in run:
+                kept[place] = False
         if 0 < remove < len(order):
             low, high = cost[order[len(order) - remove]], cost[order[len(order) - remove - 1]]
             gap = min(gap, (high - low) / high)
 
     for j in range(k):
-        if isinstance(pattern, NM):
-            columns = range(j, min(j + pattern.m, k)) if j % pattern.m == 0 else range(0)
+        if isinstance(pattern, (NM, PairNM)):
+            columns, width = range(j, min(j + pattern.m, k)) if j % pattern.m == 0 else range(0), 1 + isinstance(pattern, PairNM)
             for r in range(n if columns else 0):
-                choose([(r, c) for c in columns], max(len(columns) - pattern.n, 0))
+                choose([(r, c) for c in columns], max(-(-len(columns) // width) - pattern.n // width, 0), width)
         elif j % block == 0:
             columns = range(j, min(j + block, k))
             share = Fraction(str(pattern).rstrip("%")) / 100
@@ -94,7 +97,7 @@ def assert_like_obs(w: torch.Tensor, x: torch.Tensor, pattern: Pattern, block: i
     assert result.damping == Gram.DAMPING_LADDER[0]
 
 
-PATTERNS = [Pattern.parse(text) for text in ("2:4", "4:8", "1:4", "2:3", "3:7", "50%", "33.3%")]
+PATTERNS = [Pattern.parse(text) for text in ("2:4", "4:8", "1:4", "2:3", "3:7", "4:8 pairs", "50%", "33.3%")]
 
 
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
@@ -104,7 +107,7 @@ def test_sparsegpt_is_exact_obs(k, seed, pattern):
     assert_like_obs(normal(6, k, seed=seed + 5), correlated(64, k, seed), pattern)
 
 
-@pytest.mark.parametrize("pattern", [p for p in PATTERNS if str(p) in ("2:4", "4:8", "3:7", "50%")], ids=str)
+@pytest.mark.parametrize("pattern", [p for p in PATTERNS if str(p) in ("2:4", "4:8", "3:7", "4:8 pairs", "50%")], ids=str)
 def test_sparsegpt_is_exact_obs_over_many_blocks(pattern, monkeypatch):
     monkeypatch.setattr(SparseGPT, "BLOCK", 4)  # 4:8 and 3:7 make it one group
     assert_like_obs(normal(6, 16, seed=5), correlated(64, 16), pattern, block=4)
@@ -136,7 +139,7 @@ def test_one_removal_is_made_up_for_in_the_best_way():
     assert len({int((~mask).nonzero()) for mask in result.mask}) >= 3  # the case is not always the same
 
 
-@pytest.mark.parametrize("pattern", [NM24, NM(4, 8), NM(1, 4), NM(3, 7)], ids=str)
+@pytest.mark.parametrize("pattern", [NM24, NM(4, 8), NM(1, 4), NM(3, 7), PairNM(4, 8)], ids=str)
 def test_the_block_size_does_not_change_nm(pattern, monkeypatch):
     w, x = normal(16, 200, seed=2), correlated(800, 200)
     whole = sparsegpt(w, x, pattern)
@@ -153,7 +156,7 @@ def output_error(w: torch.Tensor, pruned: torch.Tensor, x: torch.Tensor) -> floa
     return float((x @ (w - pruned.double()).T).square().sum() / (x @ w.T).square().sum())
 
 
-@pytest.mark.parametrize("pattern", [NM24, NM(4, 8), Unstructured(0.5)], ids=str)
+@pytest.mark.parametrize("pattern", [NM24, NM(4, 8), PairNM(4, 8), Unstructured(0.5)], ids=str)
 def test_the_update_is_alive(pattern):
     w, x = normal(64, 192, seed=1), correlated(2000, 192)
     result = sparsegpt(w, x, pattern)
