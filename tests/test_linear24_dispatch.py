@@ -1,0 +1,141 @@
+"""Which CUDA kernel a product calls and with what, seen without a GPU: the bindings are replaced by what writes down its arguments
+under the names that the bindings give them."""
+
+import re
+
+import pytest
+import torch
+
+from sparsekit import _C, ops
+from sparsekit.format import to_fragments
+from sparsekit.ops import linear as product
+from sparsekit.ops.registry import DTYPE_CODE
+from sparsekit.tune import EXPAND, Choice
+
+pytestmark = pytest.mark.skipif(not _C.cuda_archs(), reason="built without CUDA")
+
+
+def names(function: str) -> list[str]:
+    """The arguments of a binding, in order, from its signature."""
+    signature = getattr(_C, function).__doc__.splitlines()[0]
+    return re.findall(r"(\w+): ", signature[signature.index("(") :])
+
+
+class Recorder:
+    """Stands in for the extension. workspace: what the decode kernel asks for; takes: whether TMA takes x."""
+
+    def __init__(self, workspace: int = 0, takes: bool = True):
+        self.workspace, self.takes, self.calls = workspace, takes, []
+
+    def __getattr__(self, name: str):
+        def call(*args):
+            given = dict(zip(names(name), args, strict=True))
+            self.calls.append((name, given))
+            return {"linear24_decode_workspace": self.workspace, "linear24_sm90a": self.takes}.get(name)
+
+        return call
+
+
+@pytest.fixture
+def record(monkeypatch):
+    def start(**settings) -> Recorder:
+        recorder = Recorder(**settings)
+        monkeypatch.setattr(product, "_C", recorder)
+        monkeypatch.setattr(product, "raw_stream", lambda index: 77)
+        return recorder
+
+    return start
+
+
+def problem(m: int, dtype: torch.dtype = torch.bfloat16, n: int = 20, k: int = 70):
+    w = ops.prune24(torch.randn(n, k, generator=torch.Generator().manual_seed(0)).to(dtype))
+    wide = torch.randn(m, k + 10, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return wide[:, :k], to_fragments(ops.compress24(w)), torch.randn(n).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "choice", [Choice(product.DECODE, 32, 4), Choice(product.HOPPER, 3), Choice(product.MMA_SP, 2)], ids=lambda c: c.kernel
+)
+def test_every_argument_is_in_its_place(choice, dtype, record):
+    x, f, bias = problem(3, dtype)
+    recorder = record(workspace=4096 if choice.kernel == product.DECODE else 0)
+    y = product.run_on_gpu(choice, x, f, bias, "silu")
+    assert y.shape == (3, 20) and y.dtype == dtype
+    name, given = recorder.calls[-1]
+    assert name == choice.kernel
+    want = {"x": x.data_ptr(), "values": f.values.data_ptr(), "meta": f.meta.data_ptr(), "bias": bias.data_ptr(), "y": y.data_ptr()}
+    want |= {"m": 3, "n": 20, "k": 70, "ldx": 80, "dtype": DTYPE_CODE[dtype], "activation": 4, "tile": choice.tile, "stream": 77}
+    assert {key: given[key] for key in want} == want and given["device"] == x.device.index
+    if choice.kernel == product.DECODE:
+        assert given["split"] == 4 and given["workspace"] != 0
+        asked = recorder.calls[0]
+        assert asked == ("linear24_decode_workspace", {"m": 3, "n": 20, "k": 70, "tile": 32, "split": 4, "device": x.device.index})
+
+
+def test_what_is_not_there_is_a_null(record):
+    x, f, _ = problem(3)
+    recorder = record()
+    product.run_on_gpu(Choice(product.DECODE), x, f, None, None)
+    _, given = recorder.calls[-1]
+    assert (given["bias"], given["workspace"], given["activation"], given["tile"], given["split"]) == (0, 0, 0, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "choice, m, takes, called",
+    [
+        (Choice(product.DECODE, 32, 4), product.DECODE_TOKENS + 1, True, (product.MMA_SP, 0)),  # measured for fewer tokens
+        (Choice(product.HOPPER, 3), 100, False, (product.MMA_SP, 0)),  # rows that TMA cannot take
+        (Choice(product.MMA_SP, 4), 1, True, (product.MMA_SP, 4)),
+        (Choice(product.HOPPER, 5), 1, True, (product.HOPPER, 5)),
+    ],
+)
+def test_a_kernel_that_cannot_is_replaced(choice, m, takes, called, record):
+    x, f, bias = problem(m)
+    recorder = record(takes=takes)
+    product.run_on_gpu(choice, x, f, bias, None)
+    name, given = recorder.calls[-1]
+    assert (name, given["tile"]) == called
+
+
+def test_expanding_calls_no_kernel_of_the_product(record):
+    x, f, bias = problem(3)
+    want = ops.linear24(x, f, bias, "relu")
+    recorder = record()
+    assert torch.allclose(product.run_on_gpu(Choice(EXPAND), x, f, bias, "relu").float(), want.float(), rtol=2e-2, atol=2e-2)
+    assert recorder.calls == []
+
+
+@pytest.mark.parametrize(
+    "capability, kernels",
+    [
+        ((9, 0), [product.DECODE, product.HOPPER, product.MMA_SP]),
+        ((8, 0), [product.DECODE, product.MMA_SP]),
+        ((12, 0), [product.DECODE, product.MMA_SP]),
+        ((7, 5), []),
+    ],
+)
+def test_kernels_by_capability(capability, kernels, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    if "90a" not in _C.cuda_archs() and product.HOPPER in kernels:
+        kernels = [kernel for kernel in kernels if kernel != product.HOPPER]
+    for cached in (product._has_mma_sp, product.default_choice):
+        cached.cache_clear()
+    try:
+        assert product.gpu_kernels(0) == kernels
+        if kernels:
+            assert product.default_choice(0, 1) == product.default_choice(0, 64) == Choice(product.DECODE)
+            assert product.default_choice(0, 65) == Choice(kernels[1])
+    finally:
+        for cached in (product._has_mma_sp, product.default_choice):
+            cached.cache_clear()
+
+
+@pytest.mark.gpu
+def test_variants_are_what_the_launchers_offer():
+    for m in (1, 16, 17, 32, 33, 64):
+        offered = product.variants(product.DECODE, m)
+        assert len(set(offered)) == len(offered) >= 12
+        for tile, split in offered:
+            assert _C.linear24_decode_workspace(m, 4096, 4096, tile, split, 0) >= 0
+    assert product.variants(product.DECODE, 65) == []
