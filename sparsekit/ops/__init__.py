@@ -1,7 +1,7 @@
 """The kernels as functions on tensors, and as torch ops with a schema, CPU, CUDA and fake: ``torch.ops.sparsekit``.
 
-torch.compile and opcheck see them. Kernels are called from here alone. What is wrong with a tensor is one sentence of ours; an argument
-of another kind altogether (a list for a tensor, 1.5 for a count) is refused by torch's dispatcher, in its words.
+torch.compile and opcheck see them. Kernels are called from here alone. What is wrong with a tensor is one sentence of ours; an
+argument of another kind altogether (a list for a tensor, 1.5 for a count) is refused by torch's dispatcher, in its words.
 """
 
 from .format import (
