@@ -164,13 +164,13 @@ def _padded(t: Tensor, rows: int, columns: int, fill: int = 0) -> Tensor:
 
 
 def _raw(t: Tensor) -> Tensor:
-    """The tensor as integers, from which a mask can pick; fp8 and uint16 allow no such thing."""
+    """The tensor as integers, which can be picked and scattered; fp8 and uint16 cannot everywhere."""
     return t.view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(t.dtype.itemsize, t.dtype))
 
 
 def _picked(t: Tensor, mask: Tensor) -> Tensor:
-    """The elements of t where the mask is set, in order: t[mask], fp8 too."""
-    return _raw(t).masked_select(mask).view(t.dtype)
+    """The elements of t where the mask is set, in order: t[mask], for every dtype."""
+    return _raw(t).flatten().index_select(0, mask.flatten().nonzero()[:, 0]).view(t.dtype)
 
 
 def _spread(values: Tensor, mask: Tensor) -> Tensor:
