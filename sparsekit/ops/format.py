@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import listed
-from ..format import DTYPES, Sparse24, check_layout, padded_columns
+from ..format import DTYPES, Sparse24, check_layout, check_shape, padded_columns
 from .registry import _C, DTYPE_CODE, define, launch, threads
 
 LARGEST_M = 32  # columns (or pairs) a group of a mask may have
@@ -298,10 +298,9 @@ def validate24(s: Sparse24) -> None:
 
 def _check_rows(op: str, s: Sparse24) -> None:
     """What the ops cannot check, which are given the number of columns alone."""
-    if len(s.shape) != 2:
-        raise ValueError(f"{op}: shape must be (out_features, in_features), got {tuple(s.shape)}")
-    if s.values.dim() == 2 and s.values.shape[0] != s.shape[0]:
-        raise ValueError(f"{op}: values must have the {s.shape[0]} rows of shape, got {s.values.shape[0]}")
+    n, _ = check_shape(op, s.shape)
+    if s.values.dim() == 2 and s.values.shape[0] != n:
+        raise ValueError(f"{op}: values must have the {n} rows of shape, got {s.values.shape[0]}")
 
 
 def _validate24(values: Tensor, meta: Tensor, k: int) -> Tensor:
