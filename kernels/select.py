@@ -9,18 +9,20 @@ import triton.language as tl
 
 @triton.jit
 def keep_by_rank(key, n, PLACES: tl.constexpr):
-    """key [R, G, PLACES] -> bool, the n highest along axis 2. PLACES comparisons a key: for sets that one thread holds."""
+    """key [R, G, PLACES] -> bool, the n highest along axis 2. PLACES comparisons a key: for sets that one thread holds.
+
+    Counts in twos: a sum of eight booleans is to LLVM a byte whose set bits it counts, and it puts the byte together in memory."""
     place = tl.arange(0, PLACES)[None, None, :]
     beaten_by = tl.zeros_like(key)
     for other in tl.static_range(PLACES):
         rival = tl.sum(tl.where(place == other, key, 0), 2, keep_dims=True)  # no arithmetic where a thread holds the set
-        beaten_by += tl.where(place > other, rival >= key, rival > key).to(key.dtype)
-    return beaten_by < n
+        beaten_by += tl.where(tl.where(place > other, rival >= key, rival > key), 2, 0).to(key.dtype)
+    return beaten_by < 2 * n
 
 
 @triton.jit
 def count(hits, AXIS: tl.constexpr):
-    return tl.sum(hits.to(tl.int32), AXIS, keep_dims=True)
+    return tl.sum(tl.where(hits, 2, 0), AXIS, keep_dims=True) >> 1  # in twos, see keep_by_rank
 
 
 @triton.jit

@@ -35,7 +35,11 @@ STREAMING = {
     "prune24 by fp32 scores": "prune24(dense(bf16), scores=dense(fp32))",
     "prune24 by mask": "prune24(dense(bf16), mask=dense(torch.bool))",
     "compress24 bf16": "compress24(dense(bf16))",
+    "compress24 fp16": "compress24(dense(fp16))",
     "compress24 fp32": "compress24(dense(fp32))",
+    "compress24 int8": "compress24(dense(int8))",
+    "compress24 fp8": "compress24(dense(fp8))",
+    "compress24 transposed": "compress24(dense(bf16).t())",
     "validate24 bf16": "validate24(dense(bf16, 2048), dense(torch.uint8, 512), 4096)",
     "mask_nm 2:4 bf16": "mask_nm(dense(bf16), 2, 4)",
     "mask_nm 4:8 fp32": "mask_nm(dense(fp32), 4, 8)",
@@ -58,6 +62,17 @@ WRITING = {
     "expand24 fp8": "expand24(dense(fp8, 2048), dense(torch.uint8, 512))",
     "expand24 without the last columns": "expand24(dense(bf16, 2048), dense(torch.uint8, 512), 4080)",
 }
+# Launches by name of masks whose groups are no power of two, and the bytes of the neighbours that one load takes.
+UNEVEN = {
+    "mask_nm 2:3 int8": ("mask_nm(dense(int8), 2, 3)", 1),
+    "mask_nm 3:5 bf16": ("mask_nm(dense(bf16), 3, 5)", 2),
+    "mask_nm 3:5 pairs bf16": ("mask_nm(dense(bf16), 3, 5, pairs=True)", 4),
+    "mask_nm 3:6 bf16": ("mask_nm(dense(bf16), 3, 6)", 4),
+    "mask_nm 7:12 bf16": ("mask_nm(dense(bf16), 7, 12)", 8),
+    "mask_nm 12:24 fp16": ("mask_nm(dense(fp16), 12, 24)", 16),
+    "mask_nm 5:31 fp32": ("mask_nm(dense(fp32), 5, 31)", 4),
+    "mask_nm 3:12 transposed": ("mask_nm(dense(bf16).t(), 3, 12)", 16),
+}
 # Launches whose sizes are 1, which become constants of the kernel.
 TINY = {
     "prune_compress24 one weight": "prune_compress24(torch.empty(1, 1))",
@@ -72,6 +87,7 @@ TINY = {
     "validate24 one byte a row": "validate24(torch.empty(4, 4).to(fp8), torch.empty(4, 1, dtype=torch.uint8), 5)",
     "mask_nm one of one": "mask_nm(torch.empty(1, 1), 1, 1)",
     "mask_nm one of 16": "mask_nm(torch.empty(1, 1), 1, 16)",
+    "mask_nm one of 5": "mask_nm(torch.empty(1, 1), 1, 5)",
     "mask_nm one pair of fp8": "mask_nm(torch.empty(1, 1).to(fp8), 1, 2, pairs=True)",
     "mask_rows one column": "mask_rows(torch.empty(1, 1), 1)",
     "mask_rows one of a long row": "mask_rows(torch.empty(1, 20000).double(), 1)",
@@ -133,17 +149,17 @@ json.dump([compile(call, arch) for call, arch in json.load(sys.stdin)], sys.stdo
 
 
 def on(*groups):
-    """(name, arch) for the launches of the groups: what writes or reads the 2:4 form for every chip, the masks for one."""
-    return [(name, arch) for group in groups for name in group for arch in (ARCHS if "24" in name.split()[0] else (90,))]
+    """(name, arch) for the launches of the groups, each for every chip."""
+    return [(name, arch) for group in groups for name in group for arch in ARCHS]
 
 
-CASES = on(STREAMING, WRITING, ENDING) + [(name, 90) for name in TINY]
+CASES = on(STREAMING, WRITING, ENDING, UNEVEN) + [(name, 90) for name in TINY]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """{(name, arch): what the machine code holds}, compiled by two processes that share nothing with this one."""
-    calls = STREAMING | WRITING | ENDING | TINY
+    calls = STREAMING | WRITING | ENDING | {name: call for name, (call, _) in UNEVEN.items()} | TINY
     folder = tmp_path_factory.mktemp("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
     halves, children = (CASES[::2], CASES[1::2]), []
@@ -182,6 +198,11 @@ def test_every_load_is_16_bytes(compiled, name, arch):
     assert set(compiled[name, arch]["loads"]) == {16}
 
 
+@pytest.mark.parametrize("name, arch", on(UNEVEN))
+def test_a_load_is_a_run_of_neighbours(compiled, name, arch):
+    assert set(compiled[name, arch]["loads"]) == {UNEVEN[name][1]}
+
+
 @pytest.mark.parametrize("name, arch", on(ENDING))
 def test_a_row_end_is_two_loads(compiled, name, arch):
     # 256 row ends and 8 KiB of metadata, for 128 threads.
@@ -211,7 +232,11 @@ def test_nothing_is_in_local_memory(compiled, name, arch):
 
 
 @pytest.mark.parametrize(
-    "name, arch", on(["prune_compress24 bf16", "prune24 bf16", "compress24 bf16", "expand24 bf16", "validate24 bf16"])
+    "name, arch",
+    on(
+        ["prune_compress24 bf16", "prune24 bf16", "compress24 bf16", "expand24 bf16", "validate24 bf16"],
+        ["mask_nm 2:4 bf16", "mask_nm 4:8 fp32", "mask_nm 3:5 bf16", "mask_nm 3:5 pairs bf16"],
+    ),
 )
 def test_groups_stay_in_their_thread(compiled, name, arch):
     # Shared memory then holds one word a warp, for the reduction that reports bad groups.
