@@ -4,7 +4,9 @@ Without a CUDA device they run in Triton's interpreter. That has to be chosen be
 itself in a process of its own; TRITON_INTERPRET=1 in the environment runs the tests here, one by one.
 """
 
+import contextlib
 import functools
+import importlib
 import os
 import random
 import subprocess
@@ -44,6 +46,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from sparsekit import reference
 from sparsekit.kernels.bits import largest, to_float
 from sparsekit.kernels.compress24 import compress24
 from sparsekit.kernels.expand24 import expand24
@@ -417,6 +420,82 @@ def test_masks_of_nothing(shape):
     scores = torch.ones(shape, device=DEVICE)
     for mask, status in (mask_nm(scores, 2, 4), mask_nm(scores, 2, 4, pairs=True), mask_rows(scores, 0)):
         assert mask.shape == shape and status.item() == NOTHING
+
+
+# ---- the CUDA half of each op ----
+
+
+@pytest.fixture
+def ops(monkeypatch):
+    """The module of the ops, whose launches need no CUDA device where there is none."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    return importlib.import_module("sparsekit.ops.format")
+
+
+def all_equal(got, want) -> bool:
+    got, want = ((one,) if isinstance(one, torch.Tensor) else one for one in (got, want))
+    return len(got) == len(want) and all(map(equal, got, want))
+
+
+@pytest.mark.parametrize("how", VIEWS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=named)
+def test_the_cuda_halves_of_the_2_4_ops(ops, dtype, how):
+    w, scores = random_bits((5, 38), dtype, seed=14), few_values((5, 38), torch.float16, seed=15)
+    mask = nonzero_groups(torch.ones(w.shape, dtype=torch.uint8), 2)
+    for name, t in ((None, None), ("scores", scores), ("mask", mask)):
+        by = {"scores": None, "mask": None} | ({name: t} if name else {})
+        on = {key: None if rank is None else viewed(rank, how) for key, rank in by.items()}
+        assert all_equal(ops._prune_compress24_cuda(viewed(w, how), **on), reference.prune_compress24(w, **by))
+        assert all_equal(ops._prune24_cuda(viewed(w, how), **on), reference.prune24(w, **by))
+    held = reference.prune24(w, None, None)
+    packed = reference.compress24(held)
+    assert all_equal(ops._compress24_cuda(viewed(held, how)), packed)
+    strided = [viewed(part, how) for part in packed]
+    assert all_equal(ops._expand24_cuda(*strided, 38), held)
+    assert ops._validate24_cuda(*strided, 38).tolist() == [NOTHING, NOTHING]
+    packed[1][3, 2] = packed[1][4, 0] = 0x50  # neither 0 nor 5 is a nibble
+    packed[1][2, 4] = 0xE4  # columns 38 and 39 of row 2, past the last
+    as_bits(packed[0])[2, 18], as_bits(packed[0])[2, 19] = 0, 1
+    assert ops._validate24_cuda(*(viewed(part, how) for part in packed), 38).tolist() == [3 * 10 + 4, 2 * 20 + 19]
+
+
+@pytest.mark.parametrize("how", VIEWS)
+@pytest.mark.parametrize("dtype", SCORES, ids=named)
+def test_the_cuda_halves_of_the_masks(ops, dtype, how):
+    scores = few_values((5, 39), dtype, seed=16)
+    for n, m, pairs in ((2, 4, False), (3, 5, False), (9, 16, False), (2, 3, True)):
+        assert all_equal(ops._mask_nm_cuda(viewed(scores, how), n, m, pairs), reference.mask_nm(scores, n, m, pairs))
+    assert all_equal(ops._mask_rows_cuda(viewed(scores, how), 7), reference.mask_rows(scores, 7))
+
+
+@pytest.mark.parametrize("how", VIEWS)
+def test_the_cuda_halves_refuse(ops, how):
+    w = nonzero_groups(few_values((5, 38), torch.float16, seed=17), 2)
+    bad, full = w.clone(), w.clone()
+    bad[3, 21] = bad[4, 0] = float("nan")
+    full[2, 16:20] = torch.tensor([1, 1, 0, 1])
+    full[3, :4] = 1
+    mask, infinite = (full != 0).to(torch.uint8), w.clone()
+    infinite[1, 6], infinite[1, 7] = float("inf"), float("-inf")
+    on = functools.partial(viewed, how=how)
+    where = "must hold no NaN, got one in row 3, column 21"
+    for call, error in (
+        (lambda: ops._compress24_cuda(on(bad)), f"compress24: w {where}"),
+        (lambda: ops._compress24_cuda(on(full)), "compress24: .* at most two non-zeros, got 3 in row 2, columns 16 to 19"),
+        (lambda: ops._prune24_cuda(on(bad), None, None), f"prune24: w {where}"),
+        (lambda: ops._prune24_cuda(on(w), on(bad), None), f"prune24: scores {where}"),
+        (lambda: ops._prune24_cuda(on(w), None, on(mask)), "prune24: mask .* got 3 in row 2, columns 16 to 19"),
+        (lambda: ops._prune_compress24_cuda(on(bad), None, None), f"prune_compress24: w {where}"),
+        (lambda: ops._prune_compress24_cuda(on(w), on(bad), None), f"prune_compress24: scores {where}"),
+        (lambda: ops._prune_compress24_cuda(on(w), None, on(mask)), "prune_compress24: mask .* got 3 in row 2, columns 16 to 19"),
+        (lambda: ops._mask_nm_cuda(on(bad), 2, 4, False), f"mask_nm: scores {where}"),
+        (lambda: ops._mask_nm_cuda(on(bad), 3, 5, True), f"mask_nm: scores {where}"),
+        (lambda: ops._mask_nm_cuda(on(infinite), 1, 2, True), "mask_nm: .* got inf and -inf in row 1, columns 6 and 7"),
+        (lambda: ops._mask_rows_cuda(on(bad), 7), f"mask_rows: scores {where}"),
+    ):
+        with pytest.raises(ValueError, match=f"^{error}"):
+            call()
 
 
 # ---- properties ----
