@@ -65,6 +65,24 @@ def test_a_rival_gives_the_same(op):
         assert torch.equal(ours, theirs), name
 
 
+@pytest.mark.parametrize("pattern, rivals", [("2:4", ["torch_sort"]), ("3:5", []), ("16:32", ["torch_sort"])])
+def test_mask_nm_has_a_rival_where_m_divides_the_columns(pattern, rivals):
+    n, m = module("mask_nm").pattern(pattern).n, module("mask_nm").pattern(pattern).m
+    problem = module("mask_nm").problem(torch.randn(4, 64), n, m)
+    assert [*problem.rivals] == rivals
+    for call in (problem.op, *problem.rivals.values()):
+        assert int(call().sum()) == 4 * (64 // m * n + min(n, 64 % m))
+
+
+@pytest.mark.parametrize("pattern", ["3:64", "1:33", "50%", "5:4", "two"])
+def test_mask_nm_refuses_another_pattern(pattern):
+    command = [sys.executable, "-m", "benchmarks.mask_nm", "--device", "cpu", "--pattern", pattern]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    *_, error = done.stderr.splitlines()
+    assert error.startswith("mask_nm.py: error: argument --pattern: ") and pattern in error.partition(", got ")[2]
+
+
 def test_rows_of_the_product(monkeypatch):
     from benchmarks import linear24
 
