@@ -307,7 +307,7 @@ BOTH = {
 }
 PRUNE = {
     "method unknown": (as_it_is, ("--method", "gptq"), "must be magnitude, sparsegpt or wanda, got 'gptq'"),
-    "pattern unknown": (as_it_is, ("--pattern", "half"), '"2:4", "4:8" or "1:4", or .* "50%", got \'half\''),
+    "pattern unknown": (as_it_is, ("--pattern", "half"), '"2:4", "4:8" or "1:4", .* "4:8 pairs", or .* "50%", got \'half\''),
     "pattern above all": (as_it_is, ("--pattern", "120%"), "sparsity must lie in 0% to 100%, got 120%"),
     "pattern below nothing": (as_it_is, ("--pattern", "-5%"), "sparsity must lie in 0% to 100%, got -5%"),
     "pattern keeps too many": (as_it_is, ("--pattern", "5:4"), "got 5:4"),
