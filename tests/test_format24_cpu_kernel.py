@@ -242,7 +242,7 @@ def test_the_first_bad_group_is_named(how, shape):
         assert compress24(over)[2].tolist() == [NOTHING, wrong]
         mask = viewed((over != 0).to(torch.uint8), how)
         assert prune_compress24(good, mask=mask)[2].tolist() == prune24(good, mask=mask)[1].tolist() == [NOTHING, wrong]
-        for m in (3, 4, 8):
+        for m in (3, 4, 8, 11, 32):
             bad = scores.isnan().nonzero().tolist()
             assert mask_nm(scores, 1, m)[1].item() == min(row * -(-cols // m) + col // m for row, col in bad)
             assert mask_nm(scores, 1, m, True)[1].item() == min(row * -(-cols // (2 * m)) + col // (2 * m) for row, col in bad)

@@ -42,6 +42,12 @@ template <class Int> struct Eight {
     static V lxor(V a, V b) {
         return make([&](int i) { return a.v[i] ^ b.v[i]; });
     }
+    static V min(V a, V b) {
+        return make([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+    }
+    static V max(V a, V b) {
+        return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+    }
     static uint64_t gt(V a, V b) {
         return bits([&](int i) { return a.v[i] > b.v[i]; });
     }

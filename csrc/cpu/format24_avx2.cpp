@@ -40,6 +40,8 @@ template <class Int> struct Vector {
 
 struct Bytes : Vector<int8_t> {
     static V set(int8_t a) { return _mm256_set1_epi8(a); }
+    static V min(V a, V b) { return _mm256_min_epi8(a, b); }
+    static V max(V a, V b) { return _mm256_max_epi8(a, b); }
     static uint64_t bits(V a) { return static_cast<uint32_t>(_mm256_movemask_epi8(a)); }
     static uint64_t gt(V a, V b) { return bits(_mm256_cmpgt_epi8(a, b)); }
     static uint64_t test(V a, V b) { return bits(_mm256_cmpeq_epi8(land(a, b), _mm256_setzero_si256())) ^ 0xffffffff; }
@@ -64,6 +66,8 @@ struct Bytes : Vector<int8_t> {
 
 struct Words : Vector<int16_t> {
     static V set(int16_t a) { return _mm256_set1_epi16(a); }
+    static V min(V a, V b) { return _mm256_min_epi16(a, b); }
+    static V max(V a, V b) { return _mm256_max_epi16(a, b); }
     static uint64_t bits(V a) {
         const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
         return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
@@ -87,6 +91,8 @@ struct Words : Vector<int16_t> {
 
 struct Doublewords : Vector<int32_t> {
     static V set(int32_t a) { return _mm256_set1_epi32(a); }
+    static V min(V a, V b) { return _mm256_min_epi32(a, b); }
+    static V max(V a, V b) { return _mm256_max_epi32(a, b); }
     static uint64_t bits(V a) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a))); }
     static uint64_t gt(V a, V b) { return bits(_mm256_cmpgt_epi32(a, b)); }
     static uint64_t test(V a, V b) { return bits(_mm256_cmpeq_epi32(land(a, b), _mm256_setzero_si256())) ^ 0xff; }
@@ -103,6 +109,8 @@ struct Doublewords : Vector<int32_t> {
 
 struct Quadwords : Vector<int64_t> {
     static V set(int64_t a) { return _mm256_set1_epi64x(a); }
+    static V min(V a, V b) { return _mm256_blendv_epi8(a, b, _mm256_cmpgt_epi64(a, b)); }
+    static V max(V a, V b) { return _mm256_blendv_epi8(b, a, _mm256_cmpgt_epi64(a, b)); }
     static uint64_t bits(V a) { return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(a))); }
     static uint64_t gt(V a, V b) { return bits(_mm256_cmpgt_epi64(a, b)); }
     static uint64_t test(V a, V b) { return bits(_mm256_cmpeq_epi64(land(a, b), _mm256_setzero_si256())) ^ 0xf; }

@@ -24,6 +24,8 @@ namespace {
 constexpr int kRoomBytes = 32768;              // of a tile that is turned over
 constexpr int kTileWords = kRoomBytes / kWord; // most of a tile
 
+constexpr int kTileSteps = 32; // most of a tile in place
+
 template <class Int> constexpr int kRoom = kRoomBytes / sizeof(Int);
 
 template <class Body> auto with_integer(int width, const Body &body) {
@@ -55,8 +57,8 @@ struct Tiling {
             tile_cols = step;
             tile_rows = kRoomBytes / turned / (ceil_div(step, kWord) * kWord);
         } else {
-            tile_cols = step * min(ceil_div(cols, step), 32);
-            tile_rows = max(1, 32 / ceil_div(tile_cols, step));
+            tile_cols = step * min(ceil_div(cols, step), kTileSteps);
+            tile_rows = max(1, kTileSteps / ceil_div(tile_cols, step));
         }
         down = ceil_div(rows, tile_rows);
         across = ceil_div(cols, tile_cols);

@@ -1,15 +1,18 @@
 // Masks of one instruction set `Isa` (see format24_body.h): the n best of every m columns, the best k of every row.
 //
-// A group's columns are ranked against one another, m - 1 comparisons a column; of a row, the k-th highest score is
-// found first: bit by bit, counting, or, where that would read a long row too often, digit by digit in histograms.
-// Bound by memory for m up to 8: scores read once, a byte a column written; beyond by the comparisons. A row is read a
-// few times more from the caches.
+// The columns of a small group are ranked against one another, m - 1 comparisons a column; of larger ones, 64 at once,
+// and of a row the n-th or k-th highest score is found first: of groups by a sorting network whose lanes are groups, of
+// a row bit by bit, counting, or, where that would read a long row too often, digit by digit in histograms. Bound by
+// memory for m up to 4: scores read once, a byte a column written; beyond by the comparisons. A row is read a few times
+// more from the caches.
 #pragma once
 #include "epilogue.h"
 #include "format24_body.h"
 
+#include <algorithm>
 #include <limits>
 #include <type_traits>
+#include <utility>
 
 namespace sparsekit::cpu {
 namespace {
@@ -83,18 +86,185 @@ inline uint64_t doubled(uint64_t half) {
     return half | half << 1;
 }
 
+// Batcher's network: these pairs, exchanged in this order where they are out of order, sort kSize of anything.
+template <int kSize> struct Network {
+    int first[64] = {}, second[64] = {}, pairs = 0;
+
+    constexpr Network() {
+        for (int run = 1; run < kSize; run *= 2)
+            for (int apart = run; apart >= 1; apart /= 2)
+                for (int start = apart % run; start + apart < kSize; start += 2 * apart)
+                    for (int i = start; i < start + apart && i + apart < kSize; ++i)
+                        if (i / (2 * run) == (i + apart) / (2 * run)) {
+                            first[pairs] = i;
+                            second[pairs++] = i + apart;
+                        }
+    }
+};
+template <int kSize> constexpr Network<kSize> kNetwork;
+
+// Lane by lane, the highest first.
+template <class L, int kSize, size_t... kPair>
+inline void sort_lanes(typename L::V (&v)[kSize], std::index_sequence<kPair...>) {
+    const auto exchange = [](auto &high, auto &low) {
+        const auto least = L::min(high, low);
+        high = L::max(high, low);
+        low = least;
+    };
+    (exchange(v[kNetwork<kSize>.first[kPair]], v[kNetwork<kSize>.second[kPair]]), ...);
+}
+
+// 64 numbers of few bits, a bit of each a word; they wrap around.
+template <int kBits> class Counters {
+    uint64_t bits_[kBits];
+
+  public:
+    explicit Counters(int start) {
+        for (int i = 0; i < kBits; ++i)
+            bits_[i] = start >> i & 1 ? ~uint64_t{0} : 0;
+    }
+    void add(uint64_t ones) {
+        for (int i = 0; i < kBits; ++i) {
+            const uint64_t carry = bits_[i] & ones;
+            bits_[i] ^= ones;
+            ones = carry;
+        }
+    }
+    uint64_t nonzero() const {
+        uint64_t any = 0;
+        for (int i = 0; i < kBits; ++i)
+            any |= bits_[i];
+        return any;
+    }
+};
+
+// What ranks below no number and above none.
+template <class Key> struct Ends {
+    Key lowest, highest;
+    explicit Ends(const Numbers &n)
+        : lowest(static_cast<Key>(n.integer ? n.lowest : -n.largest)),
+          highest(n.integer ? std::numeric_limits<Key>::max() : static_cast<Key>(n.largest)) {}
+};
+
+// The n best of each of 64 groups of m <= kMost keys, a byte a key; returns a bit for each group that has a NaN. Turned
+// over, a lane is a group and a vector the same member of every group. Of a group, each half is sorted; its n-th
+// highest is the largest of min(i-th of one, (n - i)-th of the other). Above it all are kept, at it the first while
+// there is room. Up to 7 bytes are written past the last group, as keys are read.
+template <class Isa, int kMost, class Key>
+[[gnu::noinline, gnu::flatten]] uint64_t choose(const Key *keys, int n, int m, Ends<Key> ends, uint8_t *mask) {
+    using L = Lanes<Isa, Key>;
+    constexpr int kHalf = kMost / 2;
+    Key turned[kMost * kWord];
+    for (int member = 0; member < m; member += kSide)
+        for (int group = 0; group < kWord; group += kSide)
+            turn_block(keys + group * m + member, m, turned + member * kWord + group, kWord);
+    std::fill(turned + m * kWord, turned + kMost * kWord, ends.lowest); // they lose, if by a tie: the last
+
+    Key cut[kWord], sorted[2][(kHalf + 1) * L::kLanes];
+    const auto highest = L::set(ends.highest), lowest = L::set(ends.lowest);
+    for (auto &half : sorted)
+        L::store(half, L::set(std::numeric_limits<Key>::max())); // the 0-th
+    uint64_t bad = 0;
+    for (int lane = 0; lane < kWord; lane += L::kLanes) {
+        for (int half = 0; half < 2; ++half) {
+            typename L::V v[kHalf];
+#pragma GCC unroll 16
+            for (int i = 0; i < kHalf; ++i)
+                v[i] = L::load(turned + (half * kHalf + i) * kWord + lane);
+            sort_lanes<L>(v, std::make_index_sequence<kNetwork<kHalf>.pairs>());
+            bad |= (L::gt(v[0], highest) | L::gt(lowest, v[kHalf - 1])) << lane;
+#pragma GCC unroll 16
+            for (int i = 0; i < kHalf; ++i)
+                L::store(sorted[half] + (i + 1) * L::kLanes, v[i]);
+        }
+        auto nth = L::set(std::numeric_limits<Key>::min());
+        for (int i = n > kHalf ? n - kHalf : 0; i <= n && i <= kHalf; ++i)
+            nth = L::max(nth, L::min(L::load(sorted[0] + i * L::kLanes), L::load(sorted[1] + (n - i) * L::kLanes)));
+        L::store(cut + lane, nth);
+    }
+
+    Counters<kMost == 32 ? 6 : kMost == 16 ? 5 : 4> kept(-n); // less n: zero where there is no room
+    uint64_t above[kMost], ties[kMost];
+    for (int member = 0; member < m; ++member) {
+        uint64_t over = 0, under = 0;
+#pragma GCC unroll 16
+        for (int lane = 0; lane < kWord; lane += L::kLanes) {
+            const auto key = L::load(turned + member * kWord + lane), at = L::load(cut + lane);
+            over |= L::gt(key, at) << lane;
+            under |= L::gt(at, key) << lane;
+        }
+        kept.add(over);
+        above[member] = over;
+        ties[member] = ~(over | under);
+    }
+    uint8_t bytes[kMost * kWord];
+    for (int member = 0; member < m; ++member) {
+        const uint64_t taken = ties[member] & kept.nonzero();
+        kept.add(taken);
+        store_mask<Isa>(above[member] | taken, bytes + member * kWord, kWord);
+    }
+    // What is past a group's members falls on the next group, which is written later: so the last members first.
+    for (int group = 0; group < kWord; group += kSide)
+        for (int member = (m - 1) / kSide * kSide; member >= 0; member -= kSide)
+            turn_block(bytes + member * kWord + group, kWord, mask + group * m + member, m);
+    return bad;
+}
+
+// A span of groups of 8 or more by the keys that read(row, cols, keys) makes: 64 groups at once, of as many rows as
+// have them.
+template <class Isa, class Key, class T, class Read>
+void mask_large_groups(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key_dtype, First &nan,
+                       const Read &read) {
+    const int64_t width = p.pairs ? 2 : 1, groups = ceil_div(s.cols, p.m * width); // columns of a member, of a row
+    const int64_t batch = max(1, kWord / groups);                                  // rows
+    const Ends<Key> ends{numbers(key_dtype)};
+    const auto some = p.m == 8 ? choose<Isa, 8, Key> : p.m <= 16 ? choose<Isa, 16, Key> : choose<Isa, 32, Key>;
+    constexpr int kRoomKeys = (kTileSteps + kMostM) * kWord + kWord; // 64 groups are chosen at once, a word is read
+    Key keys[kRoomKeys];
+    uint8_t mask[kRoomKeys];
+    for (int64_t row = 0; row < s.rows; row += batch) {
+        const int64_t rows = min(batch, s.rows - row), all = rows * groups;
+        for (int64_t r = 0; r < rows; ++r) {
+            Key *of_row = keys + r * groups * p.m;
+            const int64_t members = read(tile.data + (row + r) * tile.stride, s.cols, of_row);
+            std::fill(of_row + members, of_row + groups * p.m, ends.lowest); // past the end: they lose every tie
+        }
+        std::fill(keys + all * p.m, keys + ceil_div(all, kWord) * kWord * p.m + kSide, ends.lowest);
+        for (int64_t first = 0; first < all; first += kWord)
+            if (const uint64_t bad = some(keys + first * p.m, p.n, p.m, ends, mask + first * p.m)) {
+                const int64_t group = first + __builtin_ctzll(bad);
+                nan.report((s.row + row + group / groups) * ceil_div(p.cols, p.m * width) + s.col / (p.m * width) +
+                           group % groups);
+            }
+        for (int64_t r = 0; r < rows; ++r) {
+            const uint8_t *from = mask + r * groups * p.m;
+            uint8_t *out = p.mask + (s.row + row + r) * p.cols + s.col;
+            if (!p.pairs) {
+                std::memcpy(out, from, s.cols);
+                continue;
+            }
+            for (int64_t i = 0; i < s.cols / 2; ++i)
+                out[2 * i] = out[2 * i + 1] = from[i];
+            if (s.cols % 2)
+                out[s.cols - 1] = from[s.cols / 2];
+        }
+    }
+}
+
 // A span by the keys of its members (columns, or pairs of them) that read(row, cols, keys) makes and counts.
 template <class Isa, class Key, class T, class Read>
 void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key_dtype, First &nan, const Read &read) {
+    if (p.m > kSide || (p.m == kSide && sizeof(Key) == 2)) // of eight others ranking is as fast or faster in vectors
+        return mask_large_groups<Isa, Key>(p, s, tile, key_dtype, nan, read);
     using L = Lanes<Isa, Key>;
     constexpr Key kLowest = static_cast<Key>(uint64_t{1} << (8 * sizeof(Key) - 1));
     const int per = kWord / p.m * p.m, width = p.pairs ? 2 : 1; // members of a step, columns of a member
     const Numbers n = numbers(key_dtype);
     const auto top = L::set(static_cast<Key>(n.largest)), bottom = L::set(static_cast<Key>(-n.largest));
-    Key keys[32 * kWord + kWord + kMostM]; // a step reads a word and the m - 1 neighbours to its right
+    Key keys[kTileSteps * kWord + kWord + kSide]; // a step reads a word and the m - 1 neighbours to its right
     for (int64_t row = 0; row < s.rows; ++row) {
         const int64_t members = read(tile.data + row * tile.stride, s.cols, keys);
-        for (Key *past = keys + members; past < keys + ceil_div(members, per) * per + kWord + kMostM; ++past)
+        for (Key *past = keys + members; past < keys + ceil_div(members, per) * per + kWord + kSide; ++past)
             *past = kLowest; // they lose every tie, as the last
         uint8_t *out = p.mask + (s.row + row) * p.cols + s.col;
         for (int64_t first = 0; first < members; first += per) {
@@ -106,9 +276,7 @@ void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key
                     bits |= L::gt(L::load(at + i + right), L::load(at + i)) << i;
                 return bits;
             };
-            const uint64_t kept = p.m == 8  ? best<3>(8, p.n, higher)
-                                  : p.m < 8 ? best<3>(p.m, p.n, higher)
-                                            : best<5>(p.m, p.n, higher);
+            const uint64_t kept = best<3>(p.m, p.n, higher);
             if (!n.integer) {
                 const uint64_t bad = each<Isa>(at, [&](auto v) { return L::gt(v, top) | L::gt(bottom, v); }) &
                                      low_bits(min(per, members - first));

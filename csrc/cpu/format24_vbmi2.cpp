@@ -21,6 +21,8 @@ template <class Int> struct Vector {
 
 struct Bytes : Vector<int8_t> {
     static V set(int8_t a) { return _mm512_set1_epi8(a); }
+    static V min(V a, V b) { return _mm512_min_epi8(a, b); }
+    static V max(V a, V b) { return _mm512_max_epi8(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi8_mask(a, b); }
     static uint64_t test(V a, V b) { return _mm512_test_epi8_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi8(bits); }
@@ -35,6 +37,8 @@ struct Bytes : Vector<int8_t> {
 
 struct Words : Vector<int16_t> {
     static V set(int16_t a) { return _mm512_set1_epi16(a); }
+    static V min(V a, V b) { return _mm512_min_epi16(a, b); }
+    static V max(V a, V b) { return _mm512_max_epi16(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi16_mask(a, b); }
     static uint64_t test(V a, V b) { return _mm512_test_epi16_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi16(static_cast<__mmask32>(bits)); }
@@ -49,6 +53,8 @@ struct Words : Vector<int16_t> {
 
 struct Doublewords : Vector<int32_t> {
     static V set(int32_t a) { return _mm512_set1_epi32(a); }
+    static V min(V a, V b) { return _mm512_min_epi32(a, b); }
+    static V max(V a, V b) { return _mm512_max_epi32(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi32_mask(a, b); }
     static uint64_t test(V a, V b) { return _mm512_test_epi32_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi32(static_cast<__mmask16>(bits)); }
@@ -65,6 +71,8 @@ struct Doublewords : Vector<int32_t> {
 
 struct Quadwords : Vector<int64_t> {
     static V set(int64_t a) { return _mm512_set1_epi64(a); }
+    static V min(V a, V b) { return _mm512_min_epi64(a, b); }
+    static V max(V a, V b) { return _mm512_max_epi64(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi64_mask(a, b); }
     static uint64_t test(V a, V b) { return _mm512_test_epi64_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi64(static_cast<__mmask8>(bits)); }
