@@ -12,12 +12,6 @@ from sparsekit.format import Sparse24, to_torch_cutlass
 from sparsekit.timing import graph_us
 
 
-def variants(nbytes: int) -> int:
-    """How many inputs of so many bytes L2 cannot all hold: four times its size in all, at least 2 and at most 32."""
-    cached = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
-    return max(2, min(32, 4 * cached // max(nbytes, 1) + 1))
-
-
 def gpu_copy_gbps(nbytes: int = 1 << 30) -> float:
     """Bytes read and written a second by torch's copy of a tensor that L2 does not hold."""
     source = torch.ones(nbytes // 4, device="cuda")

@@ -16,12 +16,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu import clocks, gpu_copy_gbps, rivals_of, variants
+from benchmarks.gpu import clocks, gpu_copy_gbps, rivals_of
 from benchmarks.measure import copy_gbps, write
 from sparsekit import ops
 from sparsekit.format import to_fragments
 from sparsekit.ops.linear import SPARSE_CPU, chosen_on_gpu
-from sparsekit.timing import graph_us, time_us
+from sparsekit.timing import graph_us, time_us, variants
 
 CPU_SHAPES = {  # (n, k): the linears of the models that they are named for
     "SmolLM2-135M qkv": (576, 576),

@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.measure import write
 from sparsekit import ops
-from sparsekit.timing import graph_us, time_us
+from sparsekit.timing import graph_us, time_us, variants
 
 SHAPES = {  # (n, k): the linears of the models that they are named for
     "Llama-3-8B o": (4096, 4096),
@@ -100,7 +100,7 @@ def row(make: Callable[[torch.Tensor], Problem], device: str, name: str, label: 
         us, copy = times["op"], times["copy"]
     else:
         # Inputs that no L2 holds all of, so that each call finds its own in memory.
-        seeds = range(max(2, min(32, 200_000_000 // problem.nbytes + 1)))
+        seeds = range(variants(problem.nbytes))
         kernels = [make(weight(n, k, dtype, device, transposed, seed)).kernel for seed in seeds]
         replayed = graph_us({"kernel": kernels, "copy": [copy_of(problem.nbytes, device) for _ in seeds]})
         us, copy = replayed["kernel"], replayed["copy"]

@@ -10,10 +10,10 @@ import torch
 
 from . import tune
 from .errors import SparsekitError
-from .format import Fragments24, Sparse24, to_fragments
+from .format import Fragments24, Sparse24, nbytes24, to_fragments
 from .ops import linear as product
 from .ops import prune_compress24
-from .timing import graph_us, time_us
+from .timing import graph_us, time_us, variants
 from .tune import EXPAND, Choice, Row
 
 DENSE = "dense"  # the library's product with a weight that is dense already: the rival, and no choice
@@ -85,7 +85,7 @@ def _on_cpu(dtype: torch.dtype, m: int, n: int, k: int) -> dict[Choice, float]:
 
 def _on_gpu(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) -> dict[Choice, float]:
     with torch.cuda.device(device):
-        seeds = range(max(2, min(16, 4 * torch.cuda.get_device_properties(device).L2_cache_size // (2 * n * k) + 1)))
+        seeds = range(variants(nbytes24(n, k, dtype)))
         x = torch.randn(m, k, device=device, dtype=dtype)
         weights = [to_fragments(_weight(device, dtype, n, k, seed)) for seed in seeds]
         dense = [torch.randn(n, k, device=device, dtype=dtype) for _ in seeds]

@@ -70,7 +70,7 @@ class Sparse24(NamedTuple):
     def validate(self) -> None:
         """Raises ValueError, naming the first bad place, where the layout above does not hold."""
         k = _check_sparse("Sparse24", self)[1]
-        nibbles = _nibbles(self.meta)
+        nibbles = unpack_nibbles(self.meta)
         bad = (nibbles & 3) >= (nibbles >> 2)
         if bad.any():
             row, group = bad.nonzero()[0].tolist()
@@ -180,12 +180,12 @@ def _spread(values: Tensor, mask: Tensor) -> Tensor:
     return out
 
 
-def _nibbles(meta: Tensor) -> Tensor:
+def unpack_nibbles(meta: Tensor) -> Tensor:
     """The half-bytes (n, kp/4) of bytes (n, kp/8), low ones first."""
     return torch.stack((meta & 0xF, meta >> 4), dim=-1).flatten(1)
 
 
-def _bytes(nibbles: Tensor) -> Tensor:
+def pack_nibbles(nibbles: Tensor) -> Tensor:
     """The bytes (n, kp/8) of half-bytes (n, kp/4)."""
     return nibbles[:, 0::2] | nibbles[:, 1::2] << 4
 
@@ -372,9 +372,9 @@ def from_cutlass_sm90(values: Tensor, metadata: Tensor, shape: Size, tile_k: int
     _check_device(op, "values and metadata", values, metadata)
     kp = padded_columns(k)
     values = values[:, : kp // 2].contiguous()
-    nibbles = _nibbles(order.undo(metadata, rows, columns // 8)[:n, : kp // 8])
+    nibbles = unpack_nibbles(order.undo(metadata, rows, columns // 8)[:n, : kp // 8])
     empty = (widened(values) == 0).view(n, kp // 4, 2).all(-1)
-    return Sparse24(values, _bytes(torch.where(empty & (nibbles == 0), 4, nibbles)), (n, k))
+    return Sparse24(values, pack_nibbles(torch.where(empty & (nibbles == 0), 4, nibbles)), (n, k))
 
 
 def _cutlass_sm90_order(op: str, n: int, k: int, dtype: torch.dtype, tile_k: int) -> tuple[_Order, int, int, int]:
@@ -402,8 +402,8 @@ def to_bitmask24(s: Sparse24) -> tuple[Tensor, Tensor, Tensor]:
     Raises ValueError where k is no multiple of 4: there its groups run on into the next row."""
     n, k = _check_sparse("to_bitmask24", s)
     _need_whole_groups("to_bitmask24", k)
-    nibbles = _nibbles(s.meta)
-    bitmask = _bytes(1 << (nibbles & 3) | 1 << (nibbles >> 2))
+    nibbles = unpack_nibbles(s.meta)
+    bitmask = pack_nibbles(1 << (nibbles & 3) | 1 << (nibbles >> 2))
     return s.values[:, : k // 2].contiguous(), _cut(bitmask, k), torch.tensor([[n], [k]])
 
 
@@ -416,7 +416,7 @@ def from_bitmask24(values: Tensor, bitmask: Tensor, shape: Size) -> Sparse24:
     _check_dtype(op, "values", values, DTYPES)
     bitmask = _check_bitmask(op, values, bitmask, n, k)
     _check_sizes(op, (n, k), {"values": (n, k // 2)}, values)
-    counts = _by_table(_count, _nibbles(bitmask)[:, : k // 4])
+    counts = _by_table(_count, unpack_nibbles(bitmask)[:, : k // 4])
     _refuse(op, counts, counts != 2, k, "have two bits set")
     return Sparse24(_padded(values, n, padded_columns(k) // 2).contiguous(), _by_table(_meta_of_bits, bitmask), (n, k))
 
@@ -425,8 +425,8 @@ def to_bitmask(s: Sparse24) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dense_to_bitmask(expand24(s)), without the dense weight."""
     n, k = _check_sparse("to_bitmask", s)
     nonzero = widened(s.values) != 0
-    nibbles, on = _nibbles(s.meta), nonzero.to(torch.uint8)
-    bitmask = _bytes(on[:, 0::2] << (nibbles & 3) | on[:, 1::2] << (nibbles >> 2))
+    nibbles, on = unpack_nibbles(s.meta), nonzero.to(torch.uint8)
+    bitmask = pack_nibbles(on[:, 0::2] << (nibbles & 3) | on[:, 1::2] << (nibbles >> 2))
     return _picked(s.values, nonzero), bitmask, _row_offsets(bitmask), torch.tensor([n, k])
 
 
@@ -445,7 +445,7 @@ def from_bitmask(values: Tensor, bitmask: Tensor, row_offsets: Tensor | None, sh
     if not nonzero.all():
         bitmask = _packed(_spread(nonzero, _unpacked(bitmask, k)))
         values = _picked(values, nonzero)
-    counts = _by_table(_count, _nibbles(bitmask))
+    counts = _by_table(_count, unpack_nibbles(bitmask))
     _refuse(op, counts, counts > 2, k, "hold at most two non-zeros", "; bitmask_to_dense takes any")
     kept = _by_table(_kept_nonzero, bitmask).view(torch.bool)
     return Sparse24(_spread(values, kept), _by_table(_meta_of_bits, bitmask), (n, k))
@@ -520,12 +520,12 @@ def _nibble_of_bits(groups: Tensor) -> Tensor:
 
 def _meta_of_bits(bitmask: Tensor) -> Tensor:
     """The bytes of metadata for bytes of two groups' bits."""
-    return _bytes(_nibble_of_bits(_nibbles(bitmask)))
+    return pack_nibbles(_nibble_of_bits(unpack_nibbles(bitmask)))
 
 
 def _kept_nonzero(bitmask: Tensor) -> Tensor:
     """Which of the four columns that _meta_of_bits keeps have their bits set: a byte each, as one word."""
-    groups = _nibbles(bitmask)
+    groups = unpack_nibbles(bitmask)
     nibbles = _nibble_of_bits(groups)
     return (torch.stack((groups >> (nibbles & 3), groups >> (nibbles >> 2)), dim=-1).flatten(1) & 1).view(torch.int32)
 

@@ -78,22 +78,11 @@ class NM(Pattern):
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
         if self.m <= ops.LARGEST_M:
             return ops.mask_nm(scores, self.n, self.m)
-        rows, k = scores.shape
-        padded = -(-k // self.m) * self.m
-        groups = scores.new_full((rows, padded), -math.inf)  # a missing column loses to every real one
-        groups[:, :k] = scores
-        return keep_top(groups.view(rows, padded // self.m, self.m), self.n).view(rows, padded)[:, :k].contiguous()
+        groups = reference.in_groups(scores, self.m, missing=-math.inf)  # a missing column loses to every real one
+        return keep_top(groups, self.n).flatten(1)[:, : scores.shape[1]].contiguous()
 
     def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
-        rows, k = weight.shape
-        nonzero = torch.zeros(rows, -(-k // self.m) * self.m, dtype=torch.bool, device=weight.device)
-        nonzero[:, :k] = weight != 0
-        count = nonzero.view(rows, nonzero.shape[1] // self.m, self.m).sum(-1)
-        if not (count > self.n).any():
-            return None
-        row, group = (count > self.n).nonzero()[0].tolist()
-        first, last = group * self.m, min(group * self.m + self.m, k) - 1
-        return f"row {row}, columns {first} to {last} hold {int(count[row, group])} non-zeros"
+        return _overfull(reference.in_groups(weight != 0, self.m), self.n, self.m, weight.shape[1], "non-zeros")
 
 
 @dataclass(frozen=True)
@@ -122,15 +111,9 @@ class PairNM(Pattern):
         return ops.mask_nm(scores, self.n // 2, self.m // 2, pairs=True)
 
     def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
-        rows, k = weight.shape
-        nonzero = torch.zeros(rows, -(-k // self.m) * self.m, dtype=torch.bool, device=weight.device)
-        nonzero[:, :k] = weight != 0
-        count = nonzero.view(rows, nonzero.shape[1] // self.m, self.m // 2, 2).any(-1).sum(-1)
-        if not (count > self.n // 2).any():
-            return None
-        row, group = (count > self.n // 2).nonzero()[0].tolist()
-        first, last = group * self.m, min(group * self.m + self.m, k) - 1
-        return f"row {row}, columns {first} to {last} hold {int(count[row, group])} pairs with a non-zero"
+        groups = reference.in_groups(weight != 0, self.m)
+        pairs = groups.view(*groups.shape[:2], self.m // 2, 2).any(-1)
+        return _overfull(pairs, self.n // 2, self.m, weight.shape[1], "pairs with a non-zero")
 
 
 @dataclass(frozen=True)
@@ -165,6 +148,15 @@ class Unstructured(Pattern):
             return None
         row = int((zeros < wanted).nonzero()[0])
         return f"{f'row {row}' if rowwise else 'the weight'} has {int(zeros[row])} zeros, {wanted} are asked for"
+
+
+def _overfull(members: Tensor, most: int, m: int, k: int, what: str) -> str | None:
+    """None, or where the first of the groups (rows, groups, members) of m columns each is that holds more than ``most``."""
+    count = members.sum(-1)
+    if not (count > most).any():
+        return None
+    row, group = (count > most).nonzero()[0].tolist()
+    return f"row {row}, columns {group * m} to {min(group * m + m, k) - 1} hold {int(count[row, group])} {what}"
 
 
 def keep_top(scores: Tensor, kept: int) -> Tensor:

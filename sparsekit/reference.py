@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .format import pack_nibbles, unpack_nibbles
+
 ACTIVATIONS = {
     None: lambda y: y,
     "relu": F.relu,
@@ -120,7 +122,7 @@ def groups_of_four(t: Tensor, missing: float = 0) -> Tensor:
 
 def kept_columns(meta: Tensor) -> Tensor:
     """Which two of its four columns each group of meta (n, kp/8) keeps: (n, kp/4, 2) int64."""
-    nibble = torch.stack((meta & 0xF, meta >> 4), dim=-1).flatten(1)
+    nibble = unpack_nibbles(meta)
     return torch.stack((nibble & 3, nibble >> 2), dim=-1).long()
 
 
@@ -136,7 +138,7 @@ def pack(w: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     raw = plus.view(torch.uint8) if w.dtype.itemsize == 1 else plus  # gather has no fp8 kernel, and moves bytes all the same
     values = groups_of_four(raw).gather(-1, kept).view(n, groups * 2).view(w.dtype)
     nibble = (kept[..., 1] << 2 | kept[..., 0]).to(torch.uint8)
-    return values, nibble[:, 0::2] | nibble[:, 1::2] << 4
+    return values, pack_nibbles(nibble)
 
 
 def check_no_nan(op: str, name: str, t: Tensor, first_row: int = 0) -> None:

@@ -36,6 +36,13 @@ def time_us(
     return {name: statistics.median(times) for name, times in samples.items()}
 
 
+def variants(nbytes: int) -> int:
+    """How many inputs of so many bytes the L2 of the current CUDA device cannot all hold: four times its size in all, at least 2
+    and at most 32."""
+    cached = torch.cuda.get_device_properties(torch.cuda.current_device()).L2_cache_size
+    return max(2, min(32, 4 * cached // max(nbytes, 1) + 1))
+
+
 def graph_us(calls: dict[str, Sequence[Callable[[], object]]], rounds: int = 50) -> dict[str, float]:
     """Median microseconds of one call on the current CUDA device, from CUDA graphs replayed in turns.
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from format24_cpu import paths
 
 from sparsekit import _C
 
@@ -33,19 +34,7 @@ SMALLEST = {torch.float32: 2.0**-150, torch.float16: 2.0**-25, torch.bfloat16: 2
 PAIRS = [(first, second) for first in range(4) for second in range(first + 1, 4)]
 
 
-def available(names=("avx512", "avx2", "portable")):
-    before, found = _C.cpu_isa(), []
-    for name in names:
-        try:
-            _C.set_cpu_isa(name)
-        except ValueError:
-            continue
-        found.append(name)
-    _C.set_cpu_isa(before)
-    return found
-
-
-@pytest.fixture(params=available())
+@pytest.fixture(params=paths())
 def isa(request):
     before = _C.cpu_isa()
     _C.set_cpu_isa(request.param)
@@ -308,7 +297,7 @@ import ctypes, mmap, sys
 sys.path.insert(0, {folder!r})
 import test_linear24_cpu_kernel as t
 
-for isa in t.available():
+for isa in t.paths():
     t._C.set_cpu_isa(isa)
     dtypes = list(t.CODE)
     for x_dtype, w_dtype in zip(dtypes, dtypes[2:] + dtypes[:2]):

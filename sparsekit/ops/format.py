@@ -25,8 +25,10 @@ def _clean(status: Tensor) -> bool:
     return int(status.min()) == _NOTHING
 
 
-def _refuse(check, status: Tensor, per_row: int, *arguments) -> None:
-    """Raises what the reference says of the row in which the kernel found the first bad place, of per_row places a row."""
+def _check_status(check, status: Tensor, per_row: int, *arguments) -> None:
+    """Where the kernel found a bad place, of per_row places a row, raises what the reference says of the row of the first one."""
+    if _clean(status):
+        return
     row = next(place for place in status.tolist() if place != _NOTHING) // per_row
     check(*(a[row : row + 1] if isinstance(a, Tensor) else a for a in arguments), first_row=row)
     raise RuntimeError(f"{check.__name__}: the kernel must agree with the reference, and refused row {row}; please report it")
@@ -78,16 +80,14 @@ def _compress24(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
     (values, meta), status = _new_packed(w), _new_status(w, 2)
     _C.compress24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], values.data_ptr(), meta.data_ptr(), status.data_ptr(), threads())
-    if not _clean(status):
-        _refuse(reference.compress24, status, 2 * meta.shape[1], w)
+    _check_status(reference.compress24, status, 2 * meta.shape[1], w)
     return values, meta
 
 
 def _compress24_cuda(w: Tensor) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
     values, meta, status = launch("compress24", w)
-    if not _clean(status):
-        _refuse(reference.compress24, status, 2 * meta.shape[1], w)
+    _check_status(reference.compress24, status, 2 * meta.shape[1], w)
     return values, meta
 
 
@@ -201,16 +201,14 @@ def _prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> 
     _C.prune_compress24_cpu(
         *_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), values.data_ptr(), meta.data_ptr(), status.data_ptr(), threads()
     )
-    if not _clean(status):
-        _refuse(reference.prune_compress24, status, 2 * meta.shape[1], w, scores, mask)
+    _check_status(reference.prune_compress24, status, 2 * meta.shape[1], w, scores, mask)
     return values, meta
 
 
 def _prune_compress24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
     _check_prune("prune_compress24", w, scores, mask)
     values, meta, status = launch("prune_compress24", w, scores, mask)
-    if not _clean(status):
-        _refuse(reference.prune_compress24, status, 2 * meta.shape[1], w, scores, mask)
+    _check_status(reference.prune_compress24, status, 2 * meta.shape[1], w, scores, mask)
     return values, meta
 
 
@@ -222,16 +220,14 @@ def _prune_compress24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None
 def _prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
     out, status = _prune24_fake(w, scores, mask), _new_status(w, 2)
     _C.prune24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), out.data_ptr(), status.data_ptr(), threads())
-    if not _clean(status):
-        _refuse(reference.prune24, status, padded_columns(w.shape[1]) // 4, w, scores, mask)
+    _check_status(reference.prune24, status, padded_columns(w.shape[1]) // 4, w, scores, mask)
     return out
 
 
 def _prune24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
     _check_prune("prune24", w, scores, mask)
     out, status = launch("prune24", w, scores, mask)
-    if not _clean(status):
-        _refuse(reference.prune24, status, padded_columns(w.shape[1]) // 4, w, scores, mask)
+    _check_status(reference.prune24, status, padded_columns(w.shape[1]) // 4, w, scores, mask)
     return out
 
 
@@ -358,8 +354,7 @@ def _mask_nm(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     mask, status = _mask_nm_fake(scores, n, m, pairs), _new_status(scores, 1)
     code = DTYPE_CODE[scores.dtype]
     _C.mask_nm_cpu(*_matrix(scores), code, n, m, pairs, mask.data_ptr(), status.data_ptr(), threads())
-    if not _clean(status):
-        _refuse(reference.mask_nm, status, _groups(scores, m, pairs), scores, n, m, pairs)
+    _check_status(reference.mask_nm, status, _groups(scores, m, pairs), scores, n, m, pairs)
     return mask
 
 
@@ -370,8 +365,7 @@ def _groups(scores: Tensor, m: int, pairs: bool) -> int:
 def _mask_nm_cuda(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     _check_mask_nm(scores, n, m)
     mask, status = launch("mask_nm", scores, n, m, pairs)
-    if not _clean(status):
-        _refuse(reference.mask_nm, status, _groups(scores, m, pairs), scores, n, m, pairs)
+    _check_status(reference.mask_nm, status, _groups(scores, m, pairs), scores, n, m, pairs)
     return mask
 
 
@@ -392,16 +386,14 @@ def check_mask_rows(scores: Tensor, kept: int) -> None:
 def _mask_rows(scores: Tensor, kept: int) -> Tensor:
     mask, status = _mask_rows_fake(scores, kept), _new_status(scores, 1)
     _C.mask_rows_cpu(*_matrix(scores), DTYPE_CODE[scores.dtype], kept, mask.data_ptr(), status.data_ptr(), threads())
-    if not _clean(status):
-        _refuse(reference.mask_rows, status, 1, scores, kept)
+    _check_status(reference.mask_rows, status, 1, scores, kept)
     return mask
 
 
 def _mask_rows_cuda(scores: Tensor, kept: int) -> Tensor:
     check_mask_rows(scores, kept)
     mask, status = launch("mask_rows", scores, kept)
-    if not _clean(status):
-        _refuse(reference.mask_rows, status, 1, scores, kept)
+    _check_status(reference.mask_rows, status, 1, scores, kept)
     return mask
 
 

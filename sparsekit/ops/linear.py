@@ -21,6 +21,7 @@ DECODE_TOKENS = 64  # the most that the decode kernel takes
 # What csrc/launch.h offers of tiles and splits. The decode kernel's tiles are rows of the weight, by the most tokens they are for.
 DECODE_TILES, DECODE_SPLITS = {16: (16, 32, 64, 128), 32: (32, 64, 128, 256), 64: (64, 128, 256)}, (1, 2, 4, 8)
 HOPPER_TILES, MMA_SP_TILES = range(1, 6), range(1, 5)
+_DTYPE_NAME = {dtype: str(dtype).removeprefix("torch.") for dtype in LINEAR_DTYPES}  # in the rows of tune.py
 _ACTIVATION_CODE = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # csrc/launch.h
 
 
@@ -127,10 +128,14 @@ def _expanded(x: Tensor, s: Sparse24, bias: Tensor | None, activation: str | Non
 
 def _linear24_cpu(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> Tensor:
     _check_linear24(x, values, meta, k, bias, activation)
-    n, choice = values.shape[0], None
-    if x.dtype == values.dtype:
-        choice = tune.choose(cpu_key(threads()), str(x.dtype).removeprefix("torch."), x.shape[:-1].numel(), n, k)
-    return run_on_cpu(choice or Choice(SPARSE_CPU), x, Sparse24(values, meta, (n, k)), bias, activation)
+    return _chosen_on_cpu(x, Sparse24(values, meta, (values.shape[0], k)), bias, activation)
+
+
+def _chosen_on_cpu(x: Tensor, s: Sparse24, bias: Tensor | None, activation: str | None) -> Tensor:
+    choice = None
+    if x.dtype == s.values.dtype:
+        choice = tune.choose(cpu_key(threads()), _DTYPE_NAME[x.dtype], x.shape[:-1].numel(), *s.shape)
+    return run_on_cpu(choice or Choice(SPARSE_CPU), x, s, bias, activation)
 
 
 def run_on_cpu(choice: Choice, x: Tensor, s: Sparse24, bias: Tensor | None, activation: str | None) -> Tensor:
@@ -163,8 +168,7 @@ def _linear24_fragments_cpu(
     x: Tensor, values: Tensor, meta: Tensor, n: int, k: int, bias: Tensor | None, activation: str | None
 ) -> Tensor:
     _check_linear24_fragments(x, values, meta, n, k, bias, activation)
-    s = from_fragments(Fragments24(values, meta, (n, k)))
-    return _linear24_cpu(x, s.values, s.meta, k, bias, activation)
+    return _chosen_on_cpu(x, from_fragments(Fragments24(values, meta, (n, k))), bias, activation)
 
 
 @cache
@@ -218,7 +222,7 @@ def _has_kernel(x: Tensor, values: Tensor) -> bool:
 def chosen_on_gpu(x: Tensor, dtype: torch.dtype, n: int, k: int) -> Choice:
     """The kernel that runs this product: by measured rows where there are any."""
     index, m = x.device.index, x.shape[:-1].numel()
-    return tune.choose(gpu_key(index), str(dtype).removeprefix("torch."), m, n, k) or default_choice(index, m)
+    return tune.choose(gpu_key(index), _DTYPE_NAME[dtype], m, n, k) or default_choice(index, m)
 
 
 @cache
