@@ -44,18 +44,18 @@ def paths() -> list[str]:
     return found
 
 
-PATHS = paths()
+PATHS, CHOSEN = paths(), _C.cpu_isa()  # CHOSEN: to go back to, whatever another thread has set meanwhile
 
 
 def call(function, *arguments, **outputs) -> list[torch.Tensor]:
     """What every path writes alike. Tensors go as addresses; outputs are given as (shape, dtype)."""
-    before, first = _C.cpu_isa(), None
+    first = None
     for path in PATHS:
         made = {name: Output(*spec) for name, spec in outputs.items()}
         by_name = {name: output.tensor.data_ptr() for name, output in made.items()}
         _C.set_cpu_isa(path)
         function(*[a.data_ptr() if isinstance(a, torch.Tensor) else a for a in arguments], **by_name)
-        _C.set_cpu_isa(before)
+        _C.set_cpu_isa(CHOSEN)
         written = [output.close() for output in made.values()]
         first = first or written
         for name, a, b in zip(made, first, written):
