@@ -60,11 +60,16 @@ void linear24_cpu(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, int64_t m, int64
 // ---- the 2:4 format ----
 
 // What every format op must hold. The limit leaves room for any index of an element, a byte or a group.
-void check_format(const std::string &op, int64_t rows, int64_t cols, Ptr status, int threads) {
+void check_sizes(const std::string &op, int64_t rows, int64_t cols, int threads) {
     const int64_t most = int64_t{1} << 56;
     check_range(op, "rows", rows, 0, most);
     check_range(op, "cols", cols, 0, most / (rows > 0 ? rows : 1));
     check_range(op, "threads", threads, 1, INT_MAX);
+}
+
+// And those that report what they find.
+void check_format(const std::string &op, int64_t rows, int64_t cols, Ptr status, int threads) {
+    check_sizes(op, rows, cols, threads);
     check_pointer(op, "status", status, true);
 }
 
@@ -145,7 +150,7 @@ void prune24_cpu(Ptr w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_
 
 void expand24_cpu(Ptr values, Ptr meta, int itemsize, int64_t rows, int64_t cols, Ptr out, int threads) {
     const char *op = "expand24_cpu";
-    check_format(op, rows, cols, 1, threads);
+    check_sizes(op, rows, cols, threads);
     if (itemsize != 1 && itemsize != 2 && itemsize != 4)
         refuse(op, "itemsize must be 1, 2 or 4", itemsize);
     check_pointers(op, {{"values", values}, {"meta", meta}, {"out", out}}, rows, cols);
@@ -157,7 +162,7 @@ void mask_nm_cpu(Ptr scores, int64_t rows, int64_t cols, int64_t row_stride, int
                  int m, bool pairs, Ptr mask, Ptr status, int threads) {
     const char *op = "mask_nm_cpu";
     check_scores(op, scores, rows, cols, row_stride, col_stride, dtype, mask, status, threads);
-    check_range(op, "m", m, 1, 32);
+    check_range(op, "m", m, 1, sparsekit::kMostM);
     check_range(op, "n", n, 0, m);
     sparsekit::mask_nm_cpu(reinterpret_cast<const void *>(scores), rows, cols, row_stride, col_stride, dtype, n, m,
                            pairs, reinterpret_cast<uint8_t *>(mask), reinterpret_cast<int64_t *>(status), threads);

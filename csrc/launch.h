@@ -49,7 +49,9 @@ void prune24_cpu(const void *w, int64_t rows, int64_t cols, int64_t w_row_stride
 void expand24_cpu(const void *values, const uint8_t *meta, int itemsize, int64_t rows, int64_t cols, void *out,
                   int threads);
 
-// mask [rows, cols], bytes 0 and 1: the n best of every m <= 32 columns, or pairs of columns by the sums of their
+constexpr int kMostM = 32;
+
+// mask [rows, cols], bytes 0 and 1: the n best of every m <= kMostM columns, or pairs of columns by the sums of their
 // scores (any dtype). status [1]: the first group with NaN.
 void mask_nm_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_stride, int64_t col_stride, int dtype,
                  int n, int m, bool pairs, uint8_t *mask, int64_t *status, int threads);

@@ -102,6 +102,11 @@ const Format24Path &format24() {
     return kFormat24Portable;
 }
 
+// What decides, by whatever kind; a mask is bytes.
+Matrix ranks(const void *rank, int kind, int dtype, int64_t row_stride, int64_t col_stride) {
+    return {rank, row_stride, col_stride, kind == kByMask ? kInt8 : DType(dtype)};
+}
+
 void prune(const Prune24 &p, int threads) {
     p.status[0] = p.status[1] = INT64_MAX;
     if (p.rows <= 0 || p.cols <= 0)
@@ -167,33 +172,17 @@ void compress24_cpu(const void *w, int64_t rows, int64_t cols, int64_t row_strid
 void prune_compress24_cpu(const void *w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride,
                           int dtype, const void *rank, int rank_kind, int rank_dtype, int64_t rank_row_stride,
                           int64_t rank_col_stride, void *values, uint8_t *meta, int64_t *status, int threads) {
-    const Matrix by{rank, rank_row_stride, rank_col_stride, rank_kind == kByMask ? kInt8 : DType(rank_dtype)};
-    cpu::prune({rows,
-                cols,
-                {w, w_row_stride, w_col_stride, DType(dtype)},
-                RankKind(rank_kind),
-                by,
-                values,
-                meta,
-                nullptr,
-                status},
-               threads);
+    const Matrix matrix{w, w_row_stride, w_col_stride, DType(dtype)};
+    const Matrix by = cpu::ranks(rank, rank_kind, rank_dtype, rank_row_stride, rank_col_stride);
+    cpu::prune({rows, cols, matrix, RankKind(rank_kind), by, values, meta, nullptr, status}, threads);
 }
 
 void prune24_cpu(const void *w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride, int dtype,
                  const void *rank, int rank_kind, int rank_dtype, int64_t rank_row_stride, int64_t rank_col_stride,
                  void *out, int64_t *status, int threads) {
-    const Matrix by{rank, rank_row_stride, rank_col_stride, rank_kind == kByMask ? kInt8 : DType(rank_dtype)};
-    cpu::prune({rows,
-                cols,
-                {w, w_row_stride, w_col_stride, DType(dtype)},
-                RankKind(rank_kind),
-                by,
-                nullptr,
-                nullptr,
-                out,
-                status},
-               threads);
+    const Matrix matrix{w, w_row_stride, w_col_stride, DType(dtype)};
+    const Matrix by = cpu::ranks(rank, rank_kind, rank_dtype, rank_row_stride, rank_col_stride);
+    cpu::prune({rows, cols, matrix, RankKind(rank_kind), by, nullptr, nullptr, out, status}, threads);
 }
 
 void expand24_cpu(const void *values, const uint8_t *meta, int itemsize, int64_t rows, int64_t cols, void *out,

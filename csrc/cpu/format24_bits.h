@@ -13,8 +13,6 @@ constexpr int kWord = 64; // columns of a word
 
 constexpr uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
-constexpr int kMostM = 32; // columns of a group
-
 // By m: the first column of every group of m that a word holds whole.
 struct Starts {
     uint64_t bits[kMostM + 1] = {};

@@ -1,4 +1,4 @@
-// Large outputs in fresh memory.
+// Large outputs in fresh memory. Unnamed namespace: see epilogue.h.
 #pragma once
 #include <cstdint>
 #if defined(__linux__)
@@ -6,6 +6,7 @@
 #endif
 
 namespace sparsekit::cpu {
+namespace {
 
 // Asks for huge pages under what is about to be written. A matrix of a model comes from the allocator untouched, and to
 // fault it in 4 KiB at a time takes longer than all that is done here to its bytes. A wish: nothing depends on it.
@@ -22,4 +23,5 @@ inline void prefer_huge_pages(void *memory, int64_t bytes) {
 #endif
 }
 
+} // namespace
 } // namespace sparsekit::cpu
