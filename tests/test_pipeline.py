@@ -10,7 +10,8 @@ from torch import nn
 
 from sparsekit import SparsekitError, compress
 from sparsekit.patterns import NM, Pattern, Unstructured
-from sparsekit.pipeline import _Stream, find_blocks, prune
+from sparsekit.pipeline import find_blocks, prune
+from sparsekit.pipeline.stream import Stream
 from sparsekit.pruners import METHODS, Magnitude, SparseGPT, Wanda
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
@@ -151,7 +152,7 @@ def test_the_stream_is_the_models_own_forward(name, padded):
             model(**(batch if padded else {"input_ids": batch}), use_cache=False)
         for hook in hooks:
             hook.remove()
-        stream = _Stream(model, blocks, batches)
+        stream = Stream(model, blocks, batches)
         for i, block in enumerate(blocks):
             stream.advance(block)
             for b in range(len(batches)):

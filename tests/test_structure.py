@@ -20,7 +20,7 @@ SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 # A module imports only what stands before it. A folder is one place; inside it, files may import one another.
 ORDER = [
     "errors", "env", "format", "reference", "tune", "timing", "ops", "bench", "patterns", "criteria", "pruners", "linear",
-    "report", "assets", "data", "evaluate", "pipeline", "checkpoint", "inspection", "integrations", "demo", "cli", "__main__",
+    "report", "assets", "data", "evaluate", "checkpoint", "pipeline", "inspection", "integrations", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -1,0 +1,137 @@
+"""What flows from block to block: the hidden states of the calibration batches, and what the linears of a block see of them."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..data import check_vocabulary
+from ..errors import SparsekitError
+from ..pruners import Pruner
+
+
+class _Captured(Exception):
+    """Ends the model's forward once the last block's call has been seen."""
+
+
+class Stream:
+    """The hidden states of all batches, carried from block to block, with the other arguments each block is called with."""
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Tensor | Mapping[str, Tensor]]):
+        device = next(model.parameters()).device
+        self.hidden: list[Tensor] = []
+        self.masks: list[Tensor | None] = []  # of each batch: which of its tokens count, (batch * tokens,) bool, or all
+        self.calls: list[list[tuple[tuple, dict[str, Any]]]] = []  # [batch][block]: arguments, keyword arguments
+        self.tokens = 0
+        self._index = {block: i for i, block in enumerate(blocks)}
+        for batch in batches:
+            args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch.to(device),), {})
+            kwargs = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
+            if (ids := args[0] if args else kwargs.get("input_ids")) is not None:
+                check_vocabulary(ids, model)
+            hidden, calls = _capture(model, blocks, args, kwargs)
+            mask = kwargs.get("attention_mask")
+            padded = mask is not None and mask.dim() == 2 and not mask.bool().all()
+            self.masks.append(mask.bool().flatten() if padded else None)
+            self.hidden.append(hidden)
+            self.calls.append(calls)
+            self.tokens += int(mask.count_nonzero()) if padded else hidden.shape[:-1].numel()
+        if not self.hidden:
+            raise SparsekitError("this method needs calibration batches, got none")
+
+    def observe(self, block: nn.Module, pruners: dict[nn.Module, Pruner]) -> None:
+        """Runs every batch through the block and shows each pruner what its linear receives.
+
+        Linears that receive the same tensor (q, k and v; gate and up) share one statistic, gathered once."""
+        leaders: dict[nn.Module, nn.Module] = {}
+        calls: Counter[nn.Module] = Counter()
+        # Of the batch under way: input, its version and who got it first. Holding the tensors keeps their identity unique.
+        seen: list[tuple[Tensor, int, nn.Module]] = []
+        mask: Tensor | None = None
+
+        def look(linear: nn.Module, args: tuple) -> None:
+            x = args[0]
+            calls[linear] += 1
+            leader = next((first for tensor, version, first in seen if tensor is x and version == x._version), linear)
+            if leader is linear:
+                seen.append((x, x._version, linear))
+            if leaders.setdefault(linear, leader) is not leader:
+                raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
+            if leader is linear:
+                # An expert sees some of the tokens, in an order of its own: there the mask says nothing.
+                whole = mask is None or mask.numel() != x.shape[:-1].numel()
+                pruners[linear].observe(x if whole else x.reshape(-1, x.shape[-1])[mask])
+
+        hooks = [linear.register_forward_pre_hook(look) for linear in pruners]
+        try:
+            for b in range(len(self.hidden)):
+                mask = self.masks[b]
+                self._run(block, b)
+                seen.clear()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        for linear, leader in leaders.items():
+            if calls[linear] != calls[leader]:
+                raise SparsekitError("linears that share an input must be called alike, and one of a block is called more often")
+            pruners[linear].statistics = pruners[leader].statistics
+
+    def advance(self, block: nn.Module) -> None:
+        """Replaces the hidden states by the block's output, and forgets the block's arguments."""
+        for b in range(len(self.hidden)):
+            self.hidden[b] = self._run(block, b)
+            self.calls[b][self._index[block]] = ((), {})
+
+    def _run(self, block: nn.Module, b: int) -> Tensor:
+        args, kwargs = self.calls[b][self._index[block]]
+        out = block(self.hidden[b], *args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
+
+
+def _capture(
+    model: nn.Module, blocks: nn.ModuleList, args: tuple, kwargs: dict[str, Any]
+) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
+    """The hidden states that enter the first block, and the other arguments of every block, from one call of the model.
+
+    The blocks themselves do not run: each passes its hidden states on, in whatever form the first one returns. So masks,
+    position embeddings and the like are the model's own, whichever block they differ in."""
+    first_hidden: list[Tensor] = []
+    calls: list[tuple[tuple, dict[str, Any]]] = []
+    rest: list[Any] = []  # what the first block returns beside the hidden states
+
+    def stub(block: nn.Module, original: Callable):
+        def forward(*args, **kwargs):
+            if len(calls) == len(blocks) or block is not blocks[len(calls)]:
+                raise SparsekitError("the blocks must run once each, in their order in the model")
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            if block is blocks[0]:
+                first_hidden.append(hidden)
+                out = original(hidden, *args[1:], **kwargs)
+                rest.extend([out] if isinstance(out, Tensor) else [None, *out[1:]])
+            calls.append((args[1:], kwargs))
+            if block is blocks[-1]:
+                raise _Captured
+            return hidden if isinstance(rest[0], Tensor) else (hidden, *rest[1:])
+
+        return forward
+
+    if hasattr(model, "config"):
+        kwargs = {"use_cache": False, **kwargs}
+    patched = [(block, block.__dict__.get("forward")) for block in blocks]  # one may be patched by somebody else already
+    try:
+        for block in blocks:
+            block.forward = stub(block, block.forward)
+        model(*args, **kwargs)
+    except _Captured:
+        pass
+    finally:
+        for block, forward in patched:
+            del block.forward
+            if forward is not None:
+                block.forward = forward
+    if len(calls) != len(blocks):
+        raise SparsekitError(f"each block must run once in a forward pass, got {len(calls)} calls of {len(blocks)} blocks")
+    return first_hidden[0], calls
