@@ -1,6 +1,7 @@
 """Whole models through the pruning pipeline, against sequential calibration written out by hand."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import transformers
 from models import ARCHITECTURES, BLOCKS, VOCABULARY, WIDTH, blocks_of, build, matrix, most_nonzeros, token_batches
 from torch import nn
 
-from sparsekit import SparsekitError, compress
+from sparsekit import SparsekitError, compress, pipeline
 from sparsekit.patterns import NM, Pattern, Unstructured
 from sparsekit.pipeline import find_blocks, prune
+from sparsekit.pipeline.store import InMemory, OnDisk
 from sparsekit.pipeline.stream import Stream
 from sparsekit.pruners import METHODS, Magnitude, SparseGPT, Wanda
 
@@ -157,6 +159,42 @@ def test_the_stream_is_the_models_own_forward(name, padded):
             stream.advance(block)
             for b in range(len(batches)):
                 assert torch.equal(stream.hidden[b], wanted[b * len(blocks) + i]), (i, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_store_gives_back_the_bits(dtype, tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    bits = [torch.randn(shape, generator=generator).to(dtype) for shape in ((2, 5, 3), (1, 4, 3), (1, 0, 3), (2, 5, 3), (3, 5, 7))]
+    bits[0][0, 0] = torch.tensor([float("nan"), -0.0, float("inf")])
+    for store in (InMemory(), OnDisk(tmp_path)):
+        for b in range(3):
+            store.append(bits[b].transpose(0, 1))
+        # What is written again: as large, the same, wider than its place.
+        store[0], store[2] = bits[3], bits[4]
+        assert len(store) == 3
+        for b, wanted in enumerate((bits[3], bits[1].transpose(0, 1), bits[4])):
+            assert store[b].dtype == dtype and store[b].shape == wanted.shape
+            assert store[b].contiguous().view(torch.uint8).equal(wanted.contiguous().view(torch.uint8)), b
+        store[0] = bits[0]
+        assert store[0].view(torch.uint8).equal(bits[0].view(torch.uint8)), "NaN and -0.0 too"
+    assert not any(tmp_path.iterdir()), "the file has no name"
+
+
+def test_hidden_states_on_disk_change_nothing(tmp_path, monkeypatch):
+    batches = token_batches(*RAGGED)
+    ours, theirs = build("gemma3"), build("gemma3")
+    prune(theirs, batches)
+    store = OnDisk(tmp_path)
+    monkeypatch.setattr(pipeline, "Stream", functools.partial(Stream, store=store))
+    prune(ours, batches)
+    assert_same(ours.state_dict(), theirs.state_dict())
+    assert len(store) == len(batches)
+    store.close()
+
+
+def test_a_folder_that_cannot_hold_hidden_states(tmp_path):
+    with pytest.raises(SparsekitError, match=r"a folder that can be written, got .*missing: No such file"):
+        OnDisk(tmp_path / "missing")
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3", "opt", "phi"])

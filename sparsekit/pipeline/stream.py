@@ -6,11 +6,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ..data import check_vocabulary
 from ..errors import SparsekitError
 from ..pruners import Pruner
+from .store import InMemory, Store
 
 
 class _Captured(Exception):
@@ -18,11 +20,22 @@ class _Captured(Exception):
 
 
 class Stream:
-    """The hidden states of all batches, carried from block to block, with the other arguments each block is called with."""
+    """The hidden states of all batches, carried from block to block, with the other arguments each block is called with.
 
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList, batches: Iterable[Tensor | Mapping[str, Tensor]]):
-        device = next(model.parameters()).device
-        self.hidden: list[Tensor] = []
+    device: where the batches go, by default where the model's first parameter is. store: where the hidden states wait, an InMemory
+    or OnDisk of their own."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: nn.ModuleList,
+        batches: Iterable[Tensor | Mapping[str, Tensor]],
+        *,
+        device: torch.device | None = None,
+        store: Store | None = None,
+    ):
+        device = next(model.parameters()).device if device is None else device
+        self.hidden = InMemory() if store is None else store
         self.masks: list[Tensor | None] = []  # of each batch: which of its tokens count, (batch * tokens,) bool, or all
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = []  # [batch][block]: arguments, keyword arguments
         self.tokens = 0
@@ -39,7 +52,7 @@ class Stream:
             self.hidden.append(hidden)
             self.calls.append(calls)
             self.tokens += int(mask.count_nonzero()) if padded else hidden.shape[:-1].numel()
-        if not self.hidden:
+        if not len(self.hidden):
             raise SparsekitError("this method needs calibration batches, got none")
 
     def observe(self, block: nn.Module, pruners: dict[nn.Module, Pruner]) -> None:
