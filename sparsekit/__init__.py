@@ -8,9 +8,11 @@ __version__ = "0.1.0"
 
 # Loaded at first use: `sparsekit --help` does not pay for torch, nor a kernel's user for transformers.
 _LAZY = {
+    "Block": "patterns",
     "NM": "patterns",
     "PairNM": "patterns",
     "Pattern": "patterns",
+    "Schedule": "schedules",
     "Sparse24": "format",
     "SparseLinear": "linear",
     "Unstructured": "patterns",

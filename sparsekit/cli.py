@@ -120,7 +120,9 @@ def prune(
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     calib: Annotated[Path | None, typer.Option(help="A UTF-8 text file to calibrate on; magnitude needs none.")] = None,
     method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
-    pattern: Annotated[str, typer.Option(help='N kept of M, such as "2:4", or the share removed, such as "50%".')] = "2:4",
+    pattern: Annotated[
+        str, typer.Option(help='N kept of M, such as "2:4", the share removed, such as "50%", or "block:32x32@50%".')
+    ] = "2:4",
     format: Annotated[
         str, typer.Option(help="compressed, or dense: zeros written out, loads in plain transformers.")
     ] = "compressed",

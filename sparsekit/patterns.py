@@ -1,7 +1,8 @@
 """What may be removed: value objects, read from and printed as text.
 
 N:M counts the weights **kept**, as NVIDIA does. A tail of t < M columns is a group whose missing columns count as zeros: it keeps
-min(N, t). Masks are exact: k kept is k kept, and a tie goes to the lower column.
+min(N, t). A tail of a block is a block likewise: it is scored by what it holds and counts as one.
+Masks are exact: k kept is k kept, and a tie goes to the lower column.
 """
 
 from __future__ import annotations
@@ -21,8 +22,9 @@ from .errors import SparsekitError
 _ROWS_FOR_A_KERNEL = 128  # about the multiprocessors of a GPU
 _KNOWN = (
     'N:M with N kept of M, such as "2:4", "4:8" or "1:4", the same in whole pairs, such as "4:8 pairs", '
-    'or the share removed, such as "50%"'
+    'the share removed, such as "50%", or the same in whole blocks of rows x columns, such as "block:32x32@50%"'
 )
+_SHARE = r"(-?\d+(?:\.\d*)?|-?\.\d+)\s*%"
 
 
 class Pattern:
@@ -32,16 +34,24 @@ class Pattern:
 
     @staticmethod
     def parse(text: str | Pattern) -> Pattern:
-        """Reads "2:4", "4:8 pairs" or "50%". Raises SparsekitError, listing what is known, for any other text."""
+        """Reads "2:4", "4:8 pairs", "50%" or "block:32x32@50%". Raises SparsekitError, listing the known, for any other text."""
         if isinstance(text, Pattern):
             return text
         if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s*", str(text)):
             return NM(int(match[1]), int(match[2]))
         if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s+pairs\s*", str(text)):
             return PairNM(int(match[1]), int(match[2]))
-        if match := re.fullmatch(r"\s*(-?\d+(?:\.\d*)?|-?\.\d+)\s*%\s*", str(text)):
-            return Unstructured(float(Decimal(match[1]).scaleb(-2)))
+        if match := re.fullmatch(rf"\s*{_SHARE}\s*", str(text)):
+            return Unstructured(_share(match[1]))
+        if match := re.fullmatch(rf"\s*block\s*:\s*(\d+)\s*x\s*(\d+)\s*@\s*{_SHARE}\s*", str(text)):
+            return Block(int(match[1]), int(match[2]), _share(match[3]))
         raise SparsekitError(f"a pattern must be {_KNOWN}, got {text!r}")
+
+    sparsity: float  # the share of weights removed, tails aside
+
+    def partway(self, share: float) -> Pattern:
+        """The pattern with that share, 0 to 1, of its removals: what a schedule passes through. At 1 it is this pattern."""
+        raise NotImplementedError
 
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
         """The bool mask (n, k) of what is kept: the highest scores. Raises ValueError for NaN."""
@@ -75,6 +85,9 @@ class NM(Pattern):
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
+    def partway(self, share: float) -> NM:
+        return NM(self.m - int((self.m - self.n) * share), self.m)
+
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
         if self.m <= ops.LARGEST_M:
             return ops.mask_nm(scores, self.n, self.m)
@@ -107,6 +120,9 @@ class PairNM(Pattern):
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
+    def partway(self, share: float) -> PairNM:
+        return PairNM(self.m - 2 * int((self.m - self.n) // 2 * share), self.m)
+
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
         return ops.mask_nm(scores, self.n // 2, self.m // 2, pairs=True)
 
@@ -123,15 +139,17 @@ class Unstructured(Pattern):
     share: float
 
     def __post_init__(self):
-        if not 0 <= self.share <= 1:
-            raise SparsekitError(f"sparsity must lie in 0% to 100%, got {self}")
+        _check_share(self.share)
 
     def __str__(self) -> str:
-        return f"{Decimal(repr(float(self.share))).scaleb(2):f}%"  # the point moves, no digit does: parse gives the same share back
+        return _percent(self.share)
 
     @property
     def sparsity(self) -> float:
         return self.share
+
+    def partway(self, share: float) -> Unstructured:
+        return Unstructured(self.share * share)
 
     def removed(self, numel: int) -> int:
         """How many of numel weights go, exactly: 0.29 stands for 29/100, and not for the float a hair below it."""
@@ -142,12 +160,84 @@ class Unstructured(Pattern):
         return keep_top(line, line.shape[-1] - self.removed(line.shape[-1])).view(scores.shape)
 
     def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
-        line = weight if rowwise else weight.reshape(1, -1)
-        zeros, wanted = (line == 0).sum(-1), self.removed(line.shape[-1])
-        if not (zeros < wanted).any():
+        return self._short(weight == 0, rowwise, "zeros", "row")
+
+    def _short(self, gone: Tensor, rowwise: bool, what: str, row_name: str) -> str | None:
+        """None, or where fewer are gone than asked for, of all or of each row."""
+        line = gone if rowwise else gone.reshape(1, -1)
+        count, wanted = line.sum(-1), self.removed(line.shape[-1])
+        if not (count < wanted).any():
             return None
-        row = int((zeros < wanted).nonzero()[0])
-        return f"{f'row {row}' if rowwise else 'the weight'} has {int(zeros[row])} zeros, {wanted} are asked for"
+        row = int((count < wanted).nonzero()[0])
+        return f"{f'{row_name} {row}' if rowwise else 'the weight'} has {int(count[row])} {what}, {wanted} are asked for"
+
+
+@dataclass(frozen=True)
+class Block(Pattern):
+    """A share of the blocks of rows x cols neighbours removed whole. The number removed is rounded down.
+
+    The score of a block is the sum of its scores. ``rowwise`` counts each line of blocks by itself."""
+
+    rows: int
+    cols: int
+    share: float
+
+    def __post_init__(self):
+        if self.rows < 1 or self.cols < 1:
+            raise SparsekitError(f"a block must have at least one row and one column, got {self.rows}x{self.cols}")
+        _check_share(self.share)
+
+    def __str__(self) -> str:
+        return f"block:{self.rows}x{self.cols}@{_percent(self.share)}"
+
+    @property
+    def sparsity(self) -> float:
+        return self.share
+
+    def partway(self, share: float) -> Block:
+        return Block(self.rows, self.cols, self.share * share)
+
+    @property
+    def of_blocks(self) -> Unstructured:
+        """The pattern that the blocks, taken one for one, are pruned to."""
+        return Unstructured(self.share)
+
+    def block_scores(self, scores: Tensor) -> Tensor:
+        """The sum over each block, fp64: (lines of blocks, blocks in a line). Raises ValueError for NaN."""
+        reference.check_no_nan("mask", "scores", scores)
+        return self._by_block(scores.float() if scores.element_size() == 1 else scores).sum((1, 3), dtype=torch.float64)
+
+    def spread(self, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+        """A mask of blocks as the mask of their weights."""
+        n, k = shape
+        return mask.repeat_interleave(self.rows, 0)[:n].repeat_interleave(self.cols, 1)[:, :k].contiguous()
+
+    def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
+        return self.spread(self.of_blocks.mask(self.block_scores(scores), rowwise), scores.shape)
+
+    def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
+        gone = ~self._by_block(weight != 0).any(3).any(1)
+        return self.of_blocks._short(gone, rowwise, "blocks of zeros", "line of blocks")
+
+    def _by_block(self, t: Tensor) -> Tensor:
+        """(lines of blocks, rows, blocks in a line, cols), what is missing at the end as zeros."""
+        lines, across = -(-t.shape[0] // self.rows), -(-t.shape[1] // self.cols)
+        full = t.new_zeros(lines * self.rows, across * self.cols)
+        full[: t.shape[0], : t.shape[1]] = t
+        return full.view(lines, self.rows, across, self.cols)
+
+
+def _share(percent: str) -> float:
+    return float(Decimal(percent).scaleb(-2))
+
+
+def _percent(share: float) -> str:
+    return f"{Decimal(repr(float(share))).scaleb(2):f}%"  # the point moves, no digit does: parse gives the same share back
+
+
+def _check_share(share: float) -> None:
+    if not 0 <= share <= 1:
+        raise SparsekitError(f"sparsity must lie in 0% to 100%, got {_percent(share)}")
 
 
 def _overfull(members: Tensor, most: int, m: int, k: int, what: str) -> str | None:

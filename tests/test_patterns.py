@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparsekit import NM, PairNM, Pattern, SparsekitError, Unstructured, ops
+from sparsekit import NM, Block, PairNM, Pattern, SparsekitError, Unstructured, ops
 from sparsekit.patterns import _few_long_rows, keep_top
 
 inf, nan = torch.inf, torch.nan
@@ -53,6 +53,8 @@ def ties(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torc
         "0.001%",
         "29%",
         "99.99%",
+        "block:32x32@50%",
+        "block:1x8@33.3%",
     ],
 )
 def test_text_comes_back(text):
@@ -68,6 +70,7 @@ def test_text_comes_back(text):
         (".5%", Unstructured(0.005)),
         ("50.%", Unstructured(0.5)),
         ("02:04", NM(2, 4)),
+        (" block : 4 x 016 @ 50 % ", Block(4, 16, 0.5)),
     ],
 )
 def test_loose_text(text, pattern):
@@ -80,12 +83,33 @@ def test_any_share_comes_back_from_its_text(share):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "2:4:8", "half", "2/4", "0.5", "50", "%", "2:", ":4", "2.5:4", "-1:4", "1e1%", "nan%", "50%%", None, 0.5]
+    "text",
+    [
+        "",
+        "2:4:8",
+        "half",
+        "2/4",
+        "0.5",
+        "50",
+        "%",
+        "2:",
+        ":4",
+        "2.5:4",
+        "-1:4",
+        "1e1%",
+        "nan%",
+        "50%%",
+        "block:4x4",
+        "block:4@50%",
+        "4x4@50%",
+        None,
+        0.5,
+    ],
 )
 def test_unknown_text_lists_the_known(text):
     with pytest.raises(SparsekitError) as caught:
         Pattern.parse(text)
-    for part in ("2:4", "4:8", "1:4", "50%", "N kept of M", f"got {text!r}"):
+    for part in ("2:4", "4:8", "1:4", "50%", "block:32x32@50%", "N kept of M", f"got {text!r}"):
         assert part in str(caught.value)
 
 
@@ -262,6 +286,82 @@ def test_the_number_removed_of_known_cases():
     assert Unstructured(1 / 3).removed(3) == 1 and Unstructured(2 / 3).removed(9) == 6
     assert Unstructured(0.5).removed(128256 * 8192) == 128256 * 4096  # an embedding of a billion weights: not one more
     assert Unstructured(0.5).removed(2**31 + 1) == 2**30
+
+
+# ---- blocks ----
+
+
+def block_mask(scores: list[list[float]], pattern: Block, rowwise: bool) -> list[list[bool]]:
+    """Whole blocks kept, by sums written out."""
+    n, k = len(scores), len(scores[0])
+    blocks = [(scores[i : i + pattern.rows], j) for i in range(0, n, pattern.rows) for j in range(0, k, pattern.cols)]
+    flat = [sum(sum(row[j : j + pattern.cols]) for row in rows) for rows, j in blocks]
+    across = -(-k // pattern.cols)
+    sums = [flat[i : i + across] for i in range(0, len(flat), across)]
+    removed = Fraction(pattern.share).limit_denominator(1000)
+    if rowwise:
+        kept = [top(line, len(line) - removed * len(line) // 1) for line in sums]
+    else:
+        bits = iter(top(flat, len(flat) - removed * len(flat) // 1))
+        kept = [[next(bits) for _ in line] for line in sums]
+    return [[kept[i // pattern.rows][j // pattern.cols] for j in range(k)] for i in range(n)]
+
+
+@pytest.mark.parametrize("rowwise", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(
+    "text", ["block:2x3@50%", "block:1x4@40%", "block:4x1@75%", "block:5x50@50%", "block:2x2@0%", "block:3x3@100%"]
+)
+@pytest.mark.parametrize("shape", [(6, 12), (5, 13), (1, 1)], ids=["whole blocks", "ragged in both", "less than one"])
+def test_blocks_against_sums(shape, text, dtype, rowwise):
+    pattern = Pattern.parse(text)
+    scores = ties(*shape, seed=3).clamp(-2, 3).to(dtype)  # small halves and integers: every sum is exact
+    mask = pattern.mask(scores, rowwise)
+    assert mask.tolist() == block_mask(scores.tolist(), pattern, rowwise)
+    assert torch.equal(mask, pattern.mask(scores.T.contiguous().T, rowwise))
+    assert pattern.check(torch.where(mask, 1.0, 0.0), rowwise) is None
+
+
+def test_check_of_blocks():
+    pattern, w = Block(2, 2, 0.5), torch.ones(4, 6)
+    w[:2, :2] = 0
+    assert pattern.check(w) == "the weight has 1 blocks of zeros, 3 are asked for"
+    w[2:, 2:] = 0
+    assert pattern.check(w) is None
+    assert Block(2, 3, 0.5).check(w, rowwise=True) == "line of blocks 0 has 0 blocks of zeros, 1 are asked for"
+    w[0, 1] = nan
+    assert pattern.check(w) == "the weight has 2 blocks of zeros, 3 are asked for"
+
+
+def test_a_block_of_nan():
+    scores = torch.ones(4, 6)
+    scores[2, 5] = nan
+    with pytest.raises(ValueError, match="scores must hold no NaN, got one in row 2, column 5"):
+        Block(2, 2, 0.5).mask(scores)
+
+
+@pytest.mark.parametrize(
+    "rows, cols, share, says", [(0, 4, 0.5, "one row and one column, got 0x4"), (4, 4, 1.5, "0% to 100%, got 150%")]
+)
+def test_blocks_that_are_refused(rows, cols, share, says):
+    with pytest.raises(SparsekitError, match=says):
+        Block(rows, cols, share)
+
+
+# ---- on the way ----
+
+
+@given(st.sampled_from(["2:4", "1:8", "4:8 pairs", "2:8 pairs", "50%", "block:2x3@40%"]), st.floats(0, 1), st.floats(0, 1))
+def test_partway_is_monotone_and_ends_at_the_pattern(text, a, b):
+    pattern, (low, high) = Pattern.parse(text), sorted((a, b))
+    assert pattern.partway(1.0) == pattern and pattern.partway(0.0).sparsity == 0
+    assert 0 <= pattern.partway(low).sparsity <= pattern.partway(high).sparsity <= pattern.sparsity
+    assert type(pattern.partway(low)) is type(pattern)
+
+
+def test_partway_counts_whole_weights():
+    assert [NM(2, 4).partway(share) for share in (0.4, 0.5, 0.99)] == [NM(4, 4), NM(3, 4), NM(3, 4)]
+    assert [PairNM(4, 8).partway(share) for share in (0.4, 0.5)] == [PairNM(8, 8), PairNM(6, 8)]
 
 
 # ---- check ----
