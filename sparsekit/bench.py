@@ -14,9 +14,8 @@ from .format import Fragments24, Sparse24, nbytes24, to_fragments
 from .ops import linear as product
 from .ops import prune_compress24
 from .timing import graph_us, time_us, variants
-from .tune import EXPAND, Choice, Row
+from .tune import DENSE, EXPAND, Choice, Row
 
-DENSE = "dense"  # the library's product with a weight that is dense already: the rival, and no choice
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048)
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # Llama-3-8B: q and o, up, down
 
@@ -57,7 +56,7 @@ def save(device: torch.device, rows: list[Row]) -> Path:
     with suppress(FileNotFoundError):
         former = tune.read(tune.cache_file(name), name)
     measured = {row[:4] for row in rows}
-    return tune.write(name, [row for row in former if row[:4] not in measured] + [row for row in rows if row.kernel != DENSE])
+    return tune.write(name, [row for row in former if row[:4] not in measured] + rows)
 
 
 def candidates(device: torch.device, m: int) -> Iterator[Choice]:

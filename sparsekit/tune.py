@@ -23,6 +23,7 @@ from . import env
 from .errors import SparsekitError
 
 EXPAND = "expand"
+DENSE = "dense"  # the library's product with a weight that is dense already: the rival, kept beside the others, and no choice
 FILE_VERSION = 1
 
 
@@ -54,6 +55,8 @@ class Table:
         fastest: dict[tuple[str, int, int, int], Row] = {}
         for row in rows:
             place = (row.dtype, row.n, row.k, row.m)
+            if row.kernel == DENSE:
+                continue
             if place not in fastest or row.us < fastest[place].us:
                 fastest[place] = row
         self._weights: dict[str, dict[tuple[int, int], dict[int, Choice]]] = {}
@@ -86,11 +89,27 @@ def choose(device: str, dtype: str, m: int, n: int, k: int) -> Choice | None:
 
 @cache
 def table(device: str) -> Table:
+    return Table(rows(device))
+
+
+def rows(device: str) -> list[Row]:
     """The rows for a device key: of its cache file, else the shipped ones of its kind, else none."""
     with suppress(OSError):
-        return Table(read(cache_file(device), device))
+        return read(cache_file(device), device)
     shipped = json.loads((files(__package__) / "tune.json").read_text())
-    return Table(Row(*row) for row in shipped["devices"].get(device.split("; ")[0], {}).get("rows", []))
+    return [Row(*row) for row in shipped["devices"].get(device.split("; ")[0], {}).get("rows", [])]
+
+
+def speedups(device: str, dtype: str, m: int) -> dict[tuple[int, int], float]:
+    """How many times as fast as the dense product the fastest kernel ran, by weight (n, k), at the measured m nearest to the one
+    asked for; weights without a dense row there are left out."""
+    of_weight: dict[tuple[int, int], dict[int, dict[bool, float]]] = {}
+    for row in rows(device):
+        if row.dtype == dtype:
+            best = of_weight.setdefault((row.n, row.k), {}).setdefault(row.m, {})
+            best[row.kernel == DENSE] = min(best.get(row.kernel == DENSE, math.inf), row.us)
+    found = {size: of_m[min(sorted(of_m), key=lambda measured: _ratio(measured, m))] for size, of_m in of_weight.items()}
+    return {size: best[True] / best[False] for size, best in found.items() if len(best) == 2}
 
 
 def forget() -> None:

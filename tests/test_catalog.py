@@ -1,0 +1,145 @@
+"""The catalog: names of GPUs, bytes against tensors that are really stored, and advice by capability and by measured rows."""
+
+import math
+
+import pytest
+import torch
+
+from sparsekit import NM, Pattern, SparsekitError, Unstructured, bench, catalog, env, ops, tune
+from sparsekit.catalog import capability_of, entry, recommend
+from sparsekit.format import dense_to_bitmask
+from sparsekit.tune import Row
+
+
+@pytest.mark.parametrize(
+    "name, capability",
+    [
+        # As drivers name them.
+        ("NVIDIA A100-SXM4-80GB", (8, 0)),
+        ("NVIDIA A10G", (8, 6)),
+        ("NVIDIA A40", (8, 6)),
+        ("NVIDIA RTX A6000", (8, 6)),
+        ("NVIDIA RTX 6000 Ada Generation", (8, 9)),
+        ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0)),
+        ("Quadro RTX 6000", (7, 5)),
+        ("NVIDIA GeForce RTX 3090", (8, 6)),
+        ("NVIDIA GeForce RTX 4090", (8, 9)),
+        ("NVIDIA GeForce RTX 5090", (12, 0)),
+        ("NVIDIA L4", (8, 9)),
+        ("NVIDIA L40S", (8, 9)),
+        ("NVIDIA H100 80GB HBM3", (9, 0)),
+        ("NVIDIA H100 NVL", (9, 0)),
+        ("NVIDIA H200", (9, 0)),
+        ("NVIDIA GH200 480GB", (9, 0)),
+        ("NVIDIA B200", (10, 0)),
+        ("NVIDIA GB300", (10, 3)),
+        ("Tesla T4", (7, 5)),
+        ("Tesla V100-SXM2-16GB", (7, 0)),
+        ("Tesla P100-PCIE-16GB", (6, 0)),
+        # As people do.
+        ("a100", (8, 0)),
+        ("Ada", (8, 9)),
+        ("Blackwell", (10, 0)),
+        ("hopper", (9, 0)),
+        ("9.0", (9, 0)),
+        ("sm_90a", (9, 0)),
+        ("sm120", (12, 0)),
+        ("12.1", (12, 1)),
+        ((8, 9), (8, 9)),
+        ("cpu", None),
+        (torch.device("cpu"), None),
+    ],
+)
+def test_names(name, capability):
+    assert capability_of(name) == capability
+
+
+@pytest.mark.parametrize("name", ["", "A1000000", "GPU", "XH100Y", "MI300X", "9", "Canada", (9,), (9, 0.5), (-1, 0)])
+def test_unknown_names(name):
+    with pytest.raises(SparsekitError, match=r"got \(" if isinstance(name, tuple) else "A100.*H200.*got"):
+        capability_of(name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
+def test_bytes_of_two_of_four_are_those_of_the_format(dtype):
+    s = ops.prune_compress24(torch.randint(1, 9, (64, 128)).to(dtype))
+    assert entry("2:4", "H100").bytes_per_weight(dtype) * 64 * 128 == s.nbytes
+
+
+@pytest.mark.parametrize("text", ["50%", "4:8", "4:8 pairs"])
+def test_bytes_of_a_bitmask_are_those_of_the_file(text):
+    weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(0))
+    weight *= Pattern.parse(text).mask(weight.abs())
+    values, bitmask, *_ = dense_to_bitmask(weight)
+    assert entry(text, "cpu").bytes_per_weight(weight.dtype) * 64 * 128 == values.nbytes + bitmask.nbytes
+    assert entry(text, "cpu").kernel is None
+
+
+def test_a_block_costs_a_bit():
+    assert entry("block:32x16@75%", "H100").bytes_per_weight(torch.bfloat16) == 0.25 * 2 + 1 / (32 * 16 * 8)
+
+
+@pytest.mark.parametrize(
+    "gpu, kernel",
+    [
+        ("V100", None),
+        ("T4", None),
+        ("A100", "linear24_sm80"),
+        ("H100", "linear24_sm90a"),
+        ("RTX 5090", "linear24_sm80"),
+        ("cpu", "linear24_cpu"),
+    ],
+)
+def test_who_runs_two_of_four(gpu, kernel):
+    found = entry("2:4", gpu)
+    assert found.kernel is None if kernel is None else kernel in found.kernel
+    advice = recommend(gpu)
+    assert advice.pattern == (NM(2, 4) if kernel else None) and advice.kernel == found.kernel and not advice.measured
+
+
+def test_pairs_are_for_blackwell_and_run_nowhere_yet():
+    assert "4-bit" in entry("4:8 pairs", "B200").unless and "4-bit" not in entry("4:8 pairs", "H100").unless
+
+
+@pytest.fixture
+def rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(env, "CACHE", tmp_path)
+    tune.forget()
+    yield lambda *rows: tune.write(bench.key(torch.device("cpu")), [Row(*row) for row in rows])
+    monkeypatch.undo()
+    tune.forget()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_this_machine_answers_from_its_rows(rows):
+    assert "bench --tune" in " ".join(recommend(batch=4).why)
+    rows(
+        ("bfloat16", 4, 64, 64, "dense", 0, 0, 30.0),
+        ("bfloat16", 4, 64, 64, "linear24_cpu", 0, 0, 20.0),
+        ("bfloat16", 4, 64, 64, "expand", 0, 0, 50.0),
+        ("bfloat16", 4, 128, 64, "dense", 0, 0, 30.0),
+        ("bfloat16", 4, 128, 64, "linear24_cpu", 0, 0, 40.0),
+        ("bfloat16", 512, 64, 64, "dense", 0, 0, 10.0),
+        ("bfloat16", 512, 64, 64, "linear24_cpu", 0, 0, 40.0),
+        ("bfloat16", 512, 128, 64, "linear24_cpu", 0, 0, 40.0),
+        ("float32", 4, 64, 64, "linear24_cpu", 0, 0, 20.0),
+    )
+    few = recommend(batch=3)
+    assert few.pattern == NM(2, 4) and few.measured == {(64, 64): 1.5, (128, 64): 0.75} and "0.75 to 1.50" in few.why[0]
+    many = recommend(batch=700)
+    assert many.pattern is None and many.measured == {(64, 64): 0.25} and "not faster" in many.why[0]
+    assert recommend(batch=3, dtype=torch.float32).measured == {}
+    assert tune.choose(bench.key(torch.device("cpu")), "bfloat16", 512, 64, 64).kernel == "linear24_cpu"  # dense is no choice
+
+
+@pytest.mark.parametrize(
+    "arguments, says", [({"batch": 0}, "at least one token, got 0"), ({"dtype": torch.int8}, "got torch.int8")]
+)
+def test_refused(arguments, says):
+    with pytest.raises(SparsekitError, match=says):
+        recommend("H100", **arguments)
+
+
+def test_the_examples_of_the_error_are_known():
+    assert all(capability_of(name) for name in catalog._EXAMPLES)
+    assert math.isclose(entry(Unstructured(0.7), "cpu").density, 0.3)
