@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fnmatch import fnmatchcase
 
+import torch
 from torch import nn
 
 from ..errors import SparsekitError
@@ -24,9 +25,16 @@ def find_blocks(model: nn.Module) -> nn.ModuleList:
     return lists[weights.index(max(weights))]
 
 
-def verify(targets: list[list[nn.Module]], names: dict[nn.Module, str], pattern: Pattern, kind: type[Pruner]) -> None:
+def check_finite(linears: list[nn.Module], names: dict[nn.Module, str]) -> None:
+    """Raises SparsekitError, naming the first linear whose weight holds NaN or Inf; what is not in memory yet is not looked at."""
+    for linear in linears:
+        if not linear.weight.is_meta and not torch.isfinite(linear.weight).all():
+            raise SparsekitError(f"weights must be finite, got NaN or Inf in {names[linear]}")
+
+
+def verify(linears: list[nn.Module], names: dict[nn.Module, str], pattern: Pattern, kind: type[Pruner]) -> None:
     """Raises SparsekitError, naming the first linear whose weight does not hold the pattern."""
-    for linear in (linear for group in targets for linear in group):
+    for linear in linears:
         if broken := pattern.check(dense_weight(linear), rowwise=kind.rowwise):
             raise SparsekitError(f"every pruned linear must hold {pattern}, got {names[linear]}, where {broken}")
 

@@ -1,0 +1,126 @@
+"""The one loop over a model's blocks, whether they are all in memory or come from files one at a time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SparsekitError
+from ..evaluate import eval_mode
+from ..linear import SparseLinear, dense_weight
+from ..patterns import Pattern
+from ..pruners import Pruner, method_named
+from ..report import LinearReport, PruneReport
+from .blocks import check_finite, find_blocks, find_targets, list_skipped, verify
+from .store import Store
+from .stream import Stream
+
+Progress = Callable[[str, int, int], None]  # what is under way, blocks done, blocks in all
+
+
+class Source(Protocol):
+    """Where the weights of a model's blocks come from and where they go. Outside ``enter(i)`` to ``leave(i)`` a block's parameters
+    may be on the meta device."""
+
+    model: nn.Module
+    blocks: nn.ModuleList
+    device: torch.device
+    store: Store | None  # where hidden states wait; None is in memory
+
+    def capturing(self) -> AbstractContextManager:
+        """Inside, the model can run up to the end of its first block."""
+
+    def enter(self, i: int) -> list[LinearReport] | None:
+        """Brings the weights of block i. Returns what was reported of it where it is pruned already, by an earlier run."""
+
+    def rounded(self, name: str, weight: Tensor) -> Tensor:
+        """The pruned weight of the linear as it will be read back, in the dtype it has: later blocks are calibrated on that."""
+
+    def leave(self, i: int, rows: list[LinearReport]) -> None:
+        """Ends the work on block i, of whose linears ``rows`` reports."""
+
+
+class Resident:
+    """A model that is in memory as a whole, and is changed there. stored: dtype that its weights are to be rounded to."""
+
+    store = None
+
+    def __init__(self, model: nn.Module, blocks: nn.ModuleList | None = None, stored: torch.dtype | None = None):
+        if any(isinstance(module, SparseLinear) for module in model.modules()):
+            raise SparsekitError("the model must be dense, got one that is compressed already; prune the model it was made from")
+        self.model, self.blocks, self.stored = model, find_blocks(model) if blocks is None else blocks, stored
+        self.device = next(model.parameters()).device
+
+    def capturing(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def enter(self, i: int) -> None:
+        return None
+
+    def rounded(self, name: str, weight: Tensor) -> Tensor:
+        return weight if self.stored is None else weight.to(self.stored).to(weight.dtype)
+
+    def leave(self, i: int, rows: list[LinearReport]) -> None:
+        pass
+
+
+@torch.no_grad()
+def run(
+    source: Source,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    method: str,
+    pattern: str | Pattern,
+    skip: Iterable[str] = (),
+    progress: Progress | None = None,
+) -> PruneReport:
+    """Prunes the blocks of the source in their order; arguments, result and errors are those of ``sparsekit.prune``."""
+    pattern, kind, skip = Pattern.parse(pattern), method_named(method), tuple(skip)
+    begin = time.perf_counter()
+    model, blocks = source.model, source.blocks
+    names = {module: name for name, module in model.named_modules()}
+    targets = find_targets(blocks, names, skip)
+    report = PruneReport(method, str(pattern), skipped=list_skipped(model, targets, names, skip))
+    for linears in targets:
+        check_finite(linears, names)
+    with eval_mode(model):
+        stream = None
+        if kind.needs_inputs:
+            with source.capturing():
+                stream = Stream(model, blocks, batches, device=source.device, store=source.store)
+        for i, (block, linears) in enumerate(zip(blocks, targets)):
+            if progress:
+                progress(names[block], i, len(blocks))
+            rows = source.enter(i)
+            if rows is None:
+                check_finite(linears, names)
+                pruners = {linear: kind(dense_weight(linear).shape[1], pattern, linear.weight.device) for linear in linears}
+                if stream:
+                    stream.observe(block, pruners)
+                rows = [_prune_linear(linear, names[linear], pruners.pop(linear), source) for linear in linears]
+                verify(linears, names, pattern, kind)
+            if stream and i + 1 < len(blocks):
+                stream.advance(block)
+            source.leave(i, rows)
+            report.linears += rows
+    if progress:
+        progress("", len(blocks), len(blocks))
+    report.tokens = stream.tokens if stream else 0
+    report.seconds = time.perf_counter() - begin
+    return report
+
+
+def _prune_linear(linear: nn.Module, name: str, pruner: Pruner, source: Source) -> LinearReport:
+    begin = time.perf_counter()
+    weight = dense_weight(linear)
+    try:
+        result = pruner.prune(weight)
+    except ValueError as error:
+        raise SparsekitError(f"{name} cannot be pruned: {error}") from error
+    weight.copy_(source.rounded(name, result.weight))
+    zeros = (weight == 0).sum().item() / max(weight.numel(), 1)
+    return LinearReport(name, tuple(weight.shape), zeros, result.output_error, result.damping, time.perf_counter() - begin)
