@@ -16,6 +16,7 @@ from .format import (
     validate24,
 )
 from .linear import LINEAR_DTYPES, linear24
+from .obs import obs_block_
 
 __all__ = [
     "LARGEST_M",
@@ -26,6 +27,7 @@ __all__ = [
     "linear24",
     "mask_nm",
     "mask_rows",
+    "obs_block_",
     "prune24",
     "prune_compress24",
     "validate24",

@@ -1,0 +1,70 @@
+"""The block step of SparseGPT: columns of a weight pruned one after the other, what is left of the block making up for each."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from .registry import define
+
+
+def obs_block_(
+    w: Tensor, upper: Tensor, *, n: int = 0, m: int = 0, pairs: bool = False, mask: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Prunes a block of b columns of a weight in place by OBS, and returns mask, errors and loss.
+
+    w (rows, b) or (batch, rows, b), fp32, unit column stride (a view of a wider weight as it lies): becomes the updated weights
+    where kept and +0.0 where not. upper (b, b) or (batch, b, b), fp32: the block's own part of U, upper triangular, H^-1 = U' U.
+    What goes: where ``mask`` (the shape of w, bool, True keeps) says so; else, of each group of m columns (of m pairs of columns,
+    where ``pairs``), all but the n with the highest (w_j / U_jj)^2, chosen when the group's first column is reached. A tie goes to
+    the lower column; a tail group of t columns keeps min(n, t).
+    Returns the mask (the shape of w, bool), the errors (the shape of w, fp32): e_j = w_j / U_jj where column j went, else 0, which
+    the columns after the block are to be updated by: w_later -= errors @ U[block, later]; and the loss (rows,) or (batch, rows):
+    the sum of e^2, twice what the row's pruning costs by OBS.
+    Raises TypeError for another dtype, ValueError for another shape, device or n and m, and for NaN, naming the row; w is then
+    part pruned. Source: Frantar and Alistarh 2023, arXiv:2301.00774, algorithm 1; Hassibi and Stork 1993."""
+    return torch.ops.sparsekit.obs_block_.default(w, upper, mask, n, m, pairs)
+
+
+def _check(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pairs: bool) -> None:
+    for name, t, dtype in (("w", w, torch.float32), ("upper", upper, torch.float32), ("mask", mask, torch.bool)):
+        if t is not None and t.dtype != dtype:
+            raise TypeError(f"obs_block_: {name} must be {dtype}, got {t.dtype}")
+        if t is not None and t.device != w.device:
+            raise ValueError(f"obs_block_: {name} must be on the device of w, {w.device}, got {t.device}")
+    if w.dim() not in (2, 3) or (w.shape[-1] > 1 and w.stride(-1) != 1):
+        raise ValueError(
+            f"obs_block_: w must be (rows, b) or (batch, rows, b), column stride 1, got {tuple(w.shape)}, strides {w.stride()}"
+        )
+    if upper.shape != (*w.shape[:-2], w.shape[-1], w.shape[-1]):
+        raise ValueError(f"obs_block_: upper must be b x b for each b columns of w {tuple(w.shape)}, got {tuple(upper.shape)}")
+    if mask is not None and mask.shape != w.shape:
+        raise ValueError(f"obs_block_: mask must be of the shape of w, {tuple(w.shape)}, got {tuple(mask.shape)}")
+    if mask is None and not (0 <= n <= m and m >= 1):
+        raise ValueError(f"obs_block_: without a mask, 0 <= n <= m and m >= 1 must hold, got n = {n} and m = {m}")
+
+
+def _obs_block(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check(w, upper, mask, n, m, pairs)
+    blocks, uppers = (w, upper) if w.dim() == 3 else (w[None], upper[None])
+    masks = [None] * len(blocks) if mask is None else mask if w.dim() == 3 else mask[None]
+    found = [reference.obs_block(block, u, one, n, m, pairs) for block, u, one in zip(blocks, uppers, masks)]
+    if not found:
+        return _obs_block_fake(w, upper, mask, n, m, pairs)
+    new, kept, errors, loss = (torch.stack(parts).view(*w.shape[:-2], *parts[0].shape) for parts in zip(*found))
+    w.copy_(new)
+    return kept, errors, loss
+
+
+def _obs_block_fake(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check(w, upper, mask, n, m, pairs)
+    return w.new_empty(w.shape, dtype=torch.bool), w.new_empty(w.shape), w.new_empty(w.shape[:-1])
+
+
+define(
+    "obs_block_(Tensor(a!) w, Tensor upper, Tensor? mask, int n, int m, bool pairs) -> (Tensor, Tensor, Tensor)",
+    _obs_block,
+    _obs_block,
+    _obs_block_fake,
+)
