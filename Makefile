@@ -54,7 +54,7 @@ gpu-evidence:
 	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps .
 	$(PYTHON) -m benchmarks.gpu_evidence $(if $(QUICK),--quick)
 
-CSRC := $(shell find csrc tests/emulator -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc tests/emulator benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: $(VENV)/test
 	$(BIN)/ruff check .
 	$(BIN)/clang-format --dry-run -Werror $(CSRC)

@@ -1,6 +1,8 @@
 """What the tests share: hypothesis without chance, the devices, and weights that hold 2:4."""
 
 import os
+import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,8 @@ import torch
 from hypothesis import settings
 
 import sparsekit
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the benchmarks; last, so that an installed sparsekit comes first
 
 settings.register_profile("sparsekit", deadline=None, derandomize=True, database=None)
 settings.load_profile("sparsekit")
@@ -27,6 +31,17 @@ def beside_the_package():
     os.chdir(Path(sparsekit.__file__).resolve().parents[1])
     yield
     os.chdir(before)
+
+
+@pytest.fixture(scope="session")
+def machine_code(tmp_path_factory):
+    """A function (kernel, architecture) -> what csrc/cuda/<kernel>.cu became, compiled once."""
+    from benchmarks.resources import CUDA, CUOBJDUMP, NVCC, compile_sass
+
+    if NVCC is None or CUOBJDUMP is None:
+        pytest.skip("needs nvcc and cuobjdump")
+    folder = tmp_path_factory.mktemp("machine_code")
+    return cache(lambda kernel, arch: compile_sass(CUDA / f"{kernel}.cu", arch, folder))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -15,11 +15,6 @@ ROOT = Path(__file__).resolve().parents[1]
 OPS = ["compress24", "expand24", "mask_nm", "mask_rows", "prune24", "prune_compress24", "validate24"]
 
 
-@pytest.fixture(autouse=True)
-def beside_the_benchmarks(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT))
-
-
 def module(op: str):
     return __import__(f"benchmarks.{op}", fromlist=["problem"])
 

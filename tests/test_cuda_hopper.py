@@ -24,8 +24,8 @@ from test_cuda_emulated import (
     bound,
     sparse_weight,
 )
-from test_cuda_sass import CUOBJDUMP, NVCC, compile_sass
 
+from benchmarks.resources import CUOBJDUMP, NVCC, compile_sass
 from sparsekit import _C
 from sparsekit.format import Sparse24, to_fragments
 
@@ -390,10 +390,8 @@ def test_linear24_sm90a_binding():
 
 
 @pytest.fixture(scope="session")
-def sass(tmp_path_factory):
-    if NVCC is None or CUOBJDUMP is None:
-        pytest.skip("needs nvcc and cuobjdump")
-    return compile_sass(ROOT / "csrc/cuda/linear24_sm90a.cu", "90a", tmp_path_factory.mktemp("sass"))
+def sass(machine_code):
+    return machine_code("linear24_sm90a", "90a")
 
 
 def instance(name):

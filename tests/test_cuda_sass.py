@@ -1,51 +1,21 @@
 """What the compiler made of the CUDA kernels, read in the machine code: sparse tensor-core instructions, asynchronous 16-byte
 copies, no spill, and registers that let the promised number of blocks share a multiprocessor. Needs nvcc, no GPU."""
 
-import importlib.util
-import pathlib
 import re
-import shutil
-import subprocess
 
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-NVCC = shutil.which("nvcc")
-ARCHITECTURES = ["80", "90a", "120"]  # Ampere, Hopper, consumer Blackwell
-REGISTERS_A_MULTIPROCESSOR = 65536
+from benchmarks.resources import ARCHITECTURES, CUOBJDUMP, NVCC, blocks_by_registers, compile_sass
 
-
-def find_cuobjdump():
-    triton = importlib.util.find_spec("triton")
-    own = pathlib.Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton and triton.origin else None
-    return shutil.which("cuobjdump") or (str(own) if own and own.exists() else None)
-
-
-CUOBJDUMP = find_cuobjdump()
 pytestmark = pytest.mark.skipif(NVCC is None or CUOBJDUMP is None, reason="needs nvcc and cuobjdump")
-
-
-def compile_sass(source, arch, folder):
-    """(compiler's notes, {mangled kernel name: machine code}, {name: resource line}) of a .cu file."""
-    cubin = folder / "kernel.cubin"
-    flags = ["-std=c++17", "-O3", "-DSPARSEKIT_CUDA", f"-I{ROOT / 'csrc/cuda'}", "-Xptxas", "-v", "-cubin"]
-    flags.append(f"-gencode=arch=compute_{arch},code=sm_{arch}")
-    built = subprocess.run([NVCC, *flags, "-o", cubin, source], capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    sass, usage = (
-        subprocess.run([CUOBJDUMP, what, cubin], capture_output=True, text=True, check=True).stdout
-        for what in ("-sass", "-res-usage")
-    )
-    functions = re.findall(r"Function : (\S+)\n(.*?)(?=\n\s*Function : |\Z)", sass, re.S)
-    return built.stderr, dict(functions), dict(re.findall(r"Function (\S+):\n\s*(.*)", usage))
 
 
 def compiled(name):
     """A fixture: csrc/cuda/`name`.cu, compiled for each architecture."""
 
     @pytest.fixture(scope="session", params=ARCHITECTURES, ids=[f"sm_{a}" for a in ARCHITECTURES])
-    def sass(request, tmp_path_factory):
-        return compile_sass(ROOT / f"csrc/cuda/{name}.cu", request.param, tmp_path_factory.mktemp("sass"))
+    def sass(request, machine_code):
+        return machine_code(name, request.param)
 
     return sass
 
@@ -128,9 +98,8 @@ def check_registers(compiled, blocks):
     for name, code in sass.items():
         assert not re.search(r"\b(STL|LDL)\b", code), f"{name} uses local memory"
         registers = int(re.search(r"REG:(\d+)", usage[name])[1])
-        allocated = -(-registers // 8) * 8  # a warp's registers come in eights
         count, threads = blocks(name)
-        assert count * threads * allocated <= REGISTERS_A_MULTIPROCESSOR, f"{name}: {registers} registers"
+        assert blocks_by_registers(registers, threads) >= count, f"{name}: {registers} registers"
 
 
 def test_nothing_spills_and_two_blocks_fit(linear24_sm80):
