@@ -11,6 +11,7 @@ from ..patterns import Pattern
 from ..report import PruneReport
 from .blocks import find_blocks
 from .loop import Progress, Resident, run
+from .world import World
 
 
 def prune(
@@ -23,6 +24,7 @@ def prune(
     blocks: nn.ModuleList | None = None,
     stored: torch.dtype | None = None,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> PruneReport:
     """Prunes every linear of the model's decoder blocks, in place, on the device that the model is on.
 
@@ -33,9 +35,11 @@ def prune(
     blocks: the decoder blocks in order; by default the largest ModuleList of the model.
     stored: the dtype that the weights will be stored in, where it is narrower than the model's: pruned weights are rounded to it
     before later blocks are calibrated on them.
+    world: the processes that prune it together, each with the whole model and all the batches; every one ends up with the same
+    weights and the same report. progress is told on rank 0.
     Returns a PruneReport. Raises SparsekitError for what cannot be pruned, among it NaN in weights or activations (named), and
     where a linear does not hold the pattern at the end. The model is then left part pruned: load it again."""
-    return run(Resident(model, blocks, stored), batches, method, pattern, skip, progress)
+    return run(Resident(model, blocks, stored), batches, method, pattern, skip, progress, world)
 
 
-__all__ = ["Progress", "find_blocks", "prune"]
+__all__ = ["Progress", "World", "find_blocks", "prune"]

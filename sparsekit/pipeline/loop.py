@@ -19,6 +19,7 @@ from ..report import LinearReport, PruneReport
 from .blocks import check_finite, find_blocks, find_targets, list_skipped, verify
 from .store import Store
 from .stream import Stream
+from .world import World, collect, fingerprint, spread
 
 Progress = Callable[[str, int, int], None]  # what is under way, blocks done, blocks in all
 
@@ -77,6 +78,7 @@ def run(
     pattern: str | Pattern,
     skip: Iterable[str] = (),
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> PruneReport:
     """Prunes the blocks of the source in their order; arguments, result and errors are those of ``sparsekit.prune``."""
     pattern, kind, skip = Pattern.parse(pattern), method_named(method), tuple(skip)
@@ -85,23 +87,39 @@ def run(
     names = {module: name for name, module in model.named_modules()}
     targets = find_targets(blocks, names, skip)
     report = PruneReport(method, str(pattern), skipped=list_skipped(model, targets, names, skip))
-    for linears in targets:
-        check_finite(linears, names)
-    with eval_mode(model):
+    world = World() if world is None else world
+    progress = progress if world.leads else None
+    with world.watched(), eval_mode(model):
+        for linears in targets:
+            check_finite(linears, names)
+        if world.size > 1:
+            batches = list(batches)
+            listed = [names[linear] for linears in targets for linear in linears]
+            world.agree({"method": method, "pattern": str(pattern), "linears": listed, **fingerprint(model, batches)})
         stream = None
         if kind.needs_inputs:
             with source.capturing():
-                stream = Stream(model, blocks, batches, device=source.device, store=source.store)
+                stream = Stream(model, blocks, world.part(batches), device=source.device, store=source.store)
+            report.tokens = sum(world.gather(stream.tokens))
         for i, (block, linears) in enumerate(zip(blocks, targets)):
             if progress:
                 progress(names[block], i, len(blocks))
             rows = source.enter(i)
+            world.agree({f"whether {names[block]} is pruned already": rows is not None})
             if rows is None:
                 check_finite(linears, names)
                 pruners = {linear: kind(dense_weight(linear).shape[1], pattern, linear.weight.device) for linear in linears}
+                owners = [world.rank] * len(linears)  # what needs no inputs is cheap, and comes out the same everywhere
                 if stream:
                     stream.observe(block, pruners)
-                rows = [_prune_linear(linear, names[linear], pruners.pop(linear), source) for linear in linears]
+                    owners = collect(world, pruners)
+                rows = []
+                for linear, owner in zip(linears, owners):
+                    world.look()
+                    pruner = pruners.pop(linear)
+                    rows.append(_prune_linear(linear, names[linear], pruner, source) if owner == world.rank else None)
+                if stream:
+                    rows = spread(world, owners, [dense_weight(linear) for linear in linears], rows)
                 verify(linears, names, pattern, kind)
             if stream and i + 1 < len(blocks):
                 stream.advance(block)
@@ -109,7 +127,6 @@ def run(
             report.linears += rows
     if progress:
         progress("", len(blocks), len(blocks))
-    report.tokens = stream.tokens if stream else 0
     report.seconds = time.perf_counter() - begin
     return report
 

@@ -1,0 +1,374 @@
+"""Several processes that prune one model together: who does what, how sums come together, and what ends all of them.
+
+Batches are split over the ranks. Of each block every rank gathers the statistics of its own batches; each sum goes to the one rank
+that prunes the linears it belongs to, and the weights come back to all. Tensors travel through torch.distributed (gloo on CPUs,
+NCCL on GPUs), everything small as JSON through its key-value store.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..checkpoint import resolve_device
+from ..errors import SparsekitError, listed
+from ..linear import dense_weight
+from ..pruners import Pruner
+from ..report import LinearReport
+
+T = TypeVar("T")
+
+ARRIVAL = 300.0  # seconds that a rank waits for the others at the start
+BEAT = 0.5  # seconds between two signs of life
+LOST = 30.0  # seconds without one after which a rank counts as lost; while a connection is broken, BROKEN
+BROKEN = 3.0
+_FOREVER = timedelta(
+    days=365
+)  # no limit on a collective: what a rank waits for may take long, and the dead are found by their silence
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_sessions = itertools.count()
+
+
+class World:
+    """This process among the ``size`` that prune one model together: its rank and the device of its model.
+
+    ``World()`` is a process alone: it needs no process group and every method is free. What ranks do together they do inside
+    ``watched()``, all in the same order; there a rank that fails, stops or dies ends the wait of every other with its error."""
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None, store: dist.Store | None = None):
+        self.rank, self.size, self.device = rank, size, device
+        self._root, self._store = store, store
+        self._turn = 0  # of gather
+        self._watch: _Watch | None = None
+
+    @classmethod
+    def from_environment(cls, device: str = "auto") -> World:
+        """The world that torchrun made, joined: RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT. Without them, or with a
+        WORLD_SIZE of 1, a process alone.
+
+        device: as on the command line; "cuda" is the GPU numbered LOCAL_RANK, with NCCL; "cpu" is gloo. Raises SparsekitError where
+        the variables are broken, the GPUs too few, or a rank does not come within 5 minutes."""
+        if dist.is_available() and dist.is_initialized():
+            return cls.from_group()
+        size = _number("WORLD_SIZE", 1)
+        if size <= 1:
+            return cls(device=resolve_device(device))
+        rank = _number("RANK")
+        if not 0 <= rank < size:
+            raise SparsekitError(f"RANK must be 0 to {size - 1} in a world of {size}, got {rank}")
+        place = resolve_device(device)
+        if place.type == "cuda":
+            local = _number("LOCAL_RANK", rank)
+            if place.index is not None or local >= torch.cuda.device_count():
+                raise SparsekitError(
+                    f"each rank of a machine takes the GPU of its number, got LOCAL_RANK {local}, {torch.cuda.device_count()} GPUs "
+                    f"and device {device!r}; start no more processes than there are GPUs, with --device cuda"
+                )
+            place = torch.device("cuda", local)
+            torch.cuda.set_device(place)
+        for name in ("MASTER_ADDR", "MASTER_PORT"):
+            if not os.environ.get(name):
+                raise SparsekitError(f"a world of {size} needs {name}, and it is not set; start with torchrun")
+        try:
+            store = next(dist.rendezvous("env://", timeout=timedelta(seconds=ARRIVAL)))[0]
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise SparsekitError(f"rank {rank} of {size} cannot meet the others at {where}: {_line(error)}") from error
+        world = cls(rank, size, place, store)
+        with world.watched():  # all are there before the group forms, which waits without a word
+            backend = "nccl" if place.type == "cuda" else "gloo"
+            store = dist.PrefixStore("group", store)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_FOREVER)
+        return world
+
+    @classmethod
+    def from_group(cls) -> World:
+        """The world of torch.distributed's default process group, which must be there already."""
+        if not (dist.is_available() and dist.is_initialized()):
+            raise SparsekitError(
+                "a world needs a process group, and there is none; call torch.distributed.init_process_group first"
+            )
+        device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
+        store = dist.distributed_c10d._get_default_store()  # has no public name
+        return cls(dist.get_rank(), dist.get_world_size(), device, store if dist.get_world_size() > 1 else None)
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes and reports."""
+        return self.rank == 0
+
+    def part(self, items: Sequence[T]) -> Sequence[T]:
+        """This rank's share of the items: neighbours, as many as any other's or one more. Raises SparsekitError where a rank would
+        have none."""
+        if self.size == 1:
+            return items
+        if len(items) < self.size:
+            raise SparsekitError(
+                f"each of {self.size} processes needs a calibration batch, got {len(items)}; give more samples or start fewer"
+            )
+        return items[self.rank * len(items) // self.size : (self.rank + 1) * len(items) // self.size]
+
+    def agree(self, settings: dict[str, Any]) -> None:
+        """Raises SparsekitError, naming the first that differs, unless every rank has the same settings."""
+        for rank, theirs in enumerate(everyone := self.gather(settings)):
+            for name in everyone[0]:
+                if theirs.get(name) != everyone[0][name]:
+                    raise SparsekitError(
+                        f"all ranks must run with the same settings, and {name} is {theirs.get(name)!r} on rank {rank} but "
+                        f"{everyone[0][name]!r} on rank 0"
+                    )
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank gave, in their order; values that JSON holds."""
+        if self.size == 1:
+            return [value]
+        turn, self._turn = self._turn, self._turn + 1
+        with self._broken():
+            self._store.set(f"{turn}/{self.rank}", json.dumps(value))
+            keys = [f"{turn}/{rank}" for rank in range(self.size)]
+            self._wait(lambda: self._store.check(keys))
+            values = [json.loads(self._store.get(key)) for key in keys]
+            if turn:  # whoever is in this turn has read the one before
+                self._store.delete_key(f"{turn - 1}/{self.rank}")
+        return values
+
+    def reduce_(self, tensor: Tensor, to: int) -> None:
+        """Adds up the tensors of all ranks into the one of rank ``to``; what the others hold then is undefined."""
+        if self.size > 1:
+            self._finish(dist.reduce(tensor, to, async_op=True))
+
+    def broadcast_(self, tensor: Tensor, source: int) -> None:
+        """Copies the tensor of rank ``source`` over those of the others, whatever its dtype and strides."""
+        if self.size > 1:
+            held = tensor.contiguous()
+            self._finish(dist.broadcast(held.view(-1).view(torch.uint8), source, async_op=True))
+            if self.rank != source and held.data_ptr() != tensor.data_ptr():
+                tensor.copy_(held)
+
+    def look(self) -> None:
+        """Raises SparsekitError where another rank has failed; costs nothing."""
+        if self._watch and self._watch.failure:
+            raise SparsekitError(self._watch.failure[1])
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside, an exception of this rank ends the others, and theirs ends this one, as a SparsekitError that names the rank.
+
+        Rank 0 leaves last, since it may be the one that holds the store."""
+        if self.size == 1 or self._watch:
+            yield
+            return
+        self._store, self._turn = dist.PrefixStore(f"sparsekit/{next(_sessions)}", self._root), 0
+        self._watch = _Watch(self._store, self.rank, self.size)
+        try:
+            with self._broken():
+                if absent := self._wait_for("come", ARRIVAL):
+                    raise SparsekitError(f"{self.size} ranks must come within {ARRIVAL:.0f} s, and rank {listed(absent)} did not")
+            yield
+            with self._broken():
+                self._wait_for("leave", None if self.leads else 0)
+        except BaseException as error:
+            self._watch.give_up(error)
+            raise
+        finally:
+            self._watch.stop()
+            self._watch = None
+
+    def _wait_for(self, sign: str, limit: float | None = None) -> list[int]:
+        """Waits for each rank to set the key ``sign``; the ranks that have not within the limit of seconds."""
+        self._store.set(f"{sign}/{self.rank}", "")
+        absent = lambda: [rank for rank in range(self.size) if not self._store.check([f"{sign}/{rank}"])]  # noqa: E731
+        self._wait(lambda: not absent(), limit)
+        return absent()
+
+    def _wait(self, done, limit: float | None = None) -> bool:
+        """Polls until done; False where it is not within the limit of seconds. Another rank's failure ends it, and Ctrl-C."""
+        pause, begin = 1e-5, time.monotonic()
+        while not done():
+            self.look()
+            if limit is not None and time.monotonic() - begin > limit:
+                return False
+            time.sleep(pause)
+            pause = min(2 * pause, 0.01)
+        return True
+
+    def _finish(self, work: dist.Work) -> None:
+        with self._broken():
+            self._wait(work.is_completed)
+            work.wait()
+
+    @contextmanager
+    def _broken(self) -> Iterator[None]:
+        """A broken connection says that a rank is gone, but not which: the watch finds out."""
+        try:
+            yield
+        except SparsekitError:
+            raise
+        except RuntimeError as error:
+            self._watch.suspicious = True
+            self._wait(lambda: False, 2 * BROKEN)
+            raise SparsekitError(f"the connection to another rank broke: {_line(error)}") from error
+
+
+class _Watch(threading.Thread):
+    """Gives signs of life through the store, and takes note of the others': rank 0 of all, they of rank 0."""
+
+    def __init__(self, store: dist.Store, rank: int, size: int):
+        super().__init__(name="sparsekit watch", daemon=True)
+        self.store, self.rank, self.size = store, rank, size
+        self.failure: tuple[int, str] | None = None  # the rank that ended it all, and how to say so
+        self.suspicious = False
+        self.ending = threading.Event()
+        self.start()
+
+    def run(self) -> None:
+        heard: dict[int, tuple[bytes, float]] = {}  # the last sign of a rank, and when it was new
+        try:
+            for beat in itertools.count():
+                self.store.set(f"beat/{self.rank}", str(beat))
+                for rank in range(1, self.size) if self.rank == 0 else (0,):
+                    if self.store.check([f"beat/{rank}"]):
+                        sign, now = self.store.get(f"beat/{rank}"), time.monotonic()
+                        if rank not in heard or heard[rank][0] != sign:
+                            heard[rank] = sign, now
+                        elif now - heard[rank][1] > (BROKEN if self.suspicious else LOST) and not self.left(rank):
+                            self.publish(rank, f"rank {rank} is gone without a word: killed, or cut off")
+                if self.failure is None and self.store.check(["failure"]):
+                    self.failure = tuple(json.loads(self.store.get("failure")))
+                if self.failure:
+                    self.store.set(f"knows/{self.rank}", "")
+                if self.ending.wait(BEAT):
+                    return
+        except RuntimeError:  # the store is gone, and with it who held it
+            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+            self.failure = self.failure or (0, f"{'torchrun' if agent else 'rank 0'}, which held the store, is gone without a word")
+
+    def left(self, rank: int) -> bool:
+        return self.store.check([f"leave/{rank}"])
+
+    def publish(self, rank: int, text: str) -> None:
+        """The first failure of all is the one that every rank tells of."""
+        self.store.compare_set("failure", "", json.dumps((rank, text)))
+
+    def give_up(self, error: BaseException) -> None:
+        """Tells the others, and stays until they know, or cannot be expected to."""
+        text = f"failed: {error}" if isinstance(error, SparsekitError) else f"failed: {type(error).__name__}: {error}"
+        with suppress(RuntimeError):
+            self.publish(self.rank, f"rank {self.rank} {'was interrupted' if isinstance(error, KeyboardInterrupt) else text}")
+            end = time.monotonic() + BROKEN
+            while time.monotonic() < end and self.is_alive():
+                others = {*range(self.size)} - {self.rank, self.failure[0] if self.failure else self.rank}
+                if all(self.store.check([f"knows/{rank}"]) for rank in others):
+                    break
+                time.sleep(0.05)
+
+    def stop(self) -> None:
+        self.ending.set()
+        if self.is_alive():
+            self.join(BROKEN)
+
+
+def _number(name: str, default: int | None = None) -> int:
+    text = os.environ.get(name, default)
+    try:
+        return int(text)
+    except (TypeError, ValueError):
+        raise SparsekitError(
+            f"{name} must be an integer where WORLD_SIZE is set, got {text!r}; start with torchrun or unset WORLD_SIZE"
+        ) from None
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[0].split())
+
+
+def share_out(costs: Sequence[float], size: int) -> list[int]:
+    """The rank of each piece of work: the dearest first, each to the rank that has least to do by then, the lowest of equals."""
+    load, owners = [0.0] * size, [0] * len(costs)
+    for i in sorted(range(len(costs)), key=lambda i: -costs[i]):
+        owners[i] = load.index(min(load))
+        load[owners[i]] += costs[i]
+    return owners
+
+
+def collect(world: World, pruners: Mapping[nn.Module, Pruner]) -> list[int]:
+    """The rank that prunes each linear; its statistics hold the sums over all batches there alone.
+
+    Linears that share a statistic stay together, so that it is factored once: k^3 + n k^2 operations for k inputs and n outputs."""
+    if world.size == 1:
+        return [0] * len(pruners)
+    held = list(pruners.values())
+    _unite(world, held)
+    groups: dict[int, list[int]] = {}
+    for i, pruner in enumerate(held):
+        groups.setdefault(id(pruner.statistics), []).append(i)
+    rows, costs = [dense_weight(linear).shape[0] for linear in pruners], []
+    for group in groups.values():
+        columns = float(held[group[0]].statistics.sum.shape[0])
+        costs.append(columns**3 + sum(rows[i] for i in group) * columns**2)
+    owners = [0] * len(held)
+    for group, rank in zip(groups.values(), share_out(costs, world.size)):
+        world.reduce_(held[group[0]].statistics.sum, rank)
+        for i in group:
+            owners[i] = rank
+    return owners
+
+
+def _unite(world: World, pruners: Sequence[Pruner]) -> None:
+    """Makes all ranks share statistics alike and know the tokens of all.
+
+    A rank whose batches never reached a linear (an expert) learns from the others with which it shares its input. Raises
+    SparsekitError where two ranks saw it share otherwise."""
+    first: dict[int, int] = {}
+    leaders = [first.setdefault(id(pruner.statistics), i) for i, pruner in enumerate(pruners)]
+    everyone = world.gather([leaders, [pruner.statistics.tokens for pruner in pruners]])
+    for i, pruner in enumerate(pruners):
+        seen = {theirs[i] for theirs, tokens in everyone if tokens[i] or theirs[i] != i} or {i}
+        if len(seen) > 1:
+            raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
+        pruner.statistics = pruners[seen.pop()].statistics
+    for i in {first[id(pruner.statistics)] for pruner in pruners}:
+        pruners[i].statistics.tokens = sum(tokens[i] for _, tokens in everyone)
+
+
+def spread(
+    world: World, owners: Sequence[int], weights: Sequence[Tensor], rows: Sequence[LinearReport | None]
+) -> list[LinearReport]:
+    """Copies each weight from its owner to all, and the row that reports of it; a rank gives None in place of the others' rows."""
+    if world.size == 1:
+        return list(rows)
+    for weight, owner in zip(weights, owners):
+        world.broadcast_(weight, owner)
+    everyone = world.gather([row and asdict(row) for row in rows])
+    found = [everyone[owner][i] for i, owner in enumerate(owners)]
+    return [LinearReport(**{**row, "shape": tuple(row["shape"])}) for row in found]
+
+
+def fingerprint(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]]) -> dict[str, str]:
+    """What two ranks can tell by that they hold the same weights and the same batches."""
+    weights, tokens = hashlib.sha256(), hashlib.sha256()
+    for name, weight in model.named_parameters():
+        # The sum of the bits taken for integers is exact, in whatever order a device adds.
+        bits = None if weight.is_meta else weight.detach().contiguous().view(-1).view(_BITS[weight.element_size()])
+        weights.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits is not None and int(bits.sum())};".encode())
+    for batch in batches:
+        for name, value in batch.items() if isinstance(batch, Mapping) else [("input_ids", batch)]:
+            tokens.update(
+                f"{name} {value.shape} {value.dtype};".encode() if isinstance(value, Tensor) else f"{name} {value};".encode()
+            )
+            if isinstance(value, Tensor):
+                tokens.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return {"the hash of the weights": weights.hexdigest()[:16], "the hash of the calibration batches": tokens.hexdigest()[:16]}

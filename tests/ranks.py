@@ -1,0 +1,172 @@
+"""One rank of a small world: ``python ranks.py SCENE FOLDER`` with RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT set.
+
+What it prunes is in CASES, for test_world.py to prune in one process. It does without transformers, whose import costs seconds."""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from sparsekit import SparsekitError
+from sparsekit.pipeline import prune
+from sparsekit.pipeline.world import World
+from sparsekit.pruners import SparseGPT
+
+WIDTH, VOCABULARY = 32, 96
+RARE = VOCABULARY - 1  # a token of the last batch alone
+
+
+class Block(nn.Module):
+    def __init__(self, width: int):
+        super().__init__()
+        self.up, self.gate, self.down = nn.Linear(WIDTH, width), nn.Linear(WIDTH, width), nn.Linear(width, WIDTH)
+
+    def forward(self, hidden):
+        return hidden + self.down(self.up(hidden) * self.gate(hidden).sigmoid())
+
+
+class Conv1D(nn.Module):
+    """A stand-in for transformers' own, which sparsekit knows by its name: the weight is held transposed."""
+
+    def __init__(self, outputs: int, inputs: int):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs) / 6), None
+
+    def forward(self, x):
+        return x @ self.weight
+
+
+Conv1D.__module__ = "transformers.pytorch_utils"
+
+
+class Transposed(Block):
+    def __init__(self, width: int):
+        super().__init__(width)
+        self.up, self.down = Conv1D(width, WIDTH), Conv1D(WIDTH, width)
+
+
+class Experts(nn.Module):
+    """RARE, which the second column tells, has an expert of its own: no batch but the last reaches it."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.experts = nn.ModuleList(Block(width) for _ in range(2))
+
+    def forward(self, hidden):
+        out, rare = hidden.clone(), hidden[..., 1] > 4
+        for expert, chosen in zip(self.experts, (~rare, rare)):
+            if chosen.any():
+                out[chosen] = expert(hidden[chosen])
+        return out
+
+
+class Model(nn.Module):
+    """Column 0 of the embedding is zero but for the token RARE: an input of the first linears dead to all batches but the last."""
+
+    def __init__(self, kind: type = Block, width: int = 48, blocks: int = 2):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(kind(width) for _ in range(blocks))
+        with torch.no_grad():
+            self.embedding.weight[:, 0] = 0
+            self.embedding.weight[RARE, :2] = torch.tensor([1.0, 6.0])
+
+    def forward(self, input_ids, attention_mask=None):
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            hidden = block(hidden)
+        return hidden
+
+
+def batches(count: int = 4, seed: int = 1) -> list[Tensor]:
+    """Ragged, so that ranks see unequal numbers of tokens; RARE in the last alone, often enough for an expert of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = [torch.randint(0, RARE, (2, 80 + 9 * i), generator=generator) for i in range(count)]
+    ids[-1][:, ::2] = RARE
+    return ids
+
+
+def padded() -> list[dict[str, Tensor]]:
+    """The third batch counts for nothing, so that a rank of three has seen no token at all."""
+    held = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in batches(3)]
+    held[0]["attention_mask"][:, :7] = 0
+    held[1]["attention_mask"][:] = 0
+    return held
+
+
+# name: model, batches, method, pattern
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], str, str]] = {
+    "dead inputs": (Model, batches, "sparsegpt", "2:4"),
+    "padded": (Model, padded, "sparsegpt", "4:8"),
+    "experts": (lambda: Model(Experts), batches, "sparsegpt", "50%"),
+    "wanda": (lambda: Model(Experts), batches, "wanda", "2:4"),
+    "magnitude": (Model, lambda: [], "magnitude", "2:4"),
+    "transposed": (lambda: Model(Transposed), batches, "sparsegpt", "2:4"),
+    # One block: the next would see activations that 16 bits round otherwise after the first fp32 rounding.
+    "16 bits": (lambda: Model(blocks=1).bfloat16(), batches, "sparsegpt", "2:4"),
+}
+
+
+def refusals(rank: int):
+    """name: what each rank is to be refused with, in a world of three."""
+    yield "too few batches", dict(batches=batches(2))
+    yield "pattern", dict(batches=batches(), pattern=("2:4", "4:8", "2:4")[rank])
+    yield "batches", dict(batches=batches(seed=1 + (rank == 2)))
+    model = Model()
+    model.embedding.weight.data[3, 3] += rank == 1
+    yield "weights", dict(model=model, batches=batches())
+    model = Model()
+    if rank == 1:
+        model.blocks[1].up.weight.data[0, 0] = float("nan")
+    yield "a broken weight", dict(model=model, batches=batches())
+
+
+def alike(world: World, folder: Path) -> None:
+    """Every case, then every refusal, in one world."""
+    for name, (model, held, method, pattern) in CASES.items():
+        model, told = model(), []
+        report = prune(model, held(), method, pattern, world=world, progress=lambda *now, told=told: told.append(now))
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        save_file(state, folder / f"{name}.{world.rank}.safetensors")
+        (folder / f"{name}.{world.rank}.json").write_text(json.dumps({**report.to_dict(), "told": len(told)}))
+    said = {}
+    for name, arguments in refusals(world.rank):
+        try:
+            prune(**{"model": Model(), **arguments}, world=world)
+        except SparsekitError as error:
+            said[name] = str(error)
+    (folder / f"refusals.{world.rank}.json").write_text(json.dumps(said))
+
+
+def failing(world: World, folder: Path) -> None:
+    """FAILING_RANK does what FAILING says when it first prunes a linear; of eight blocks the third."""
+    rank, way = int(os.environ["FAILING_RANK"]), os.environ["FAILING"]
+    original, calls = SparseGPT.prune, []
+
+    def fail(self, weight):
+        calls.append(time.time())
+        if len(calls) > 2:
+            (folder / "failed").write_text(str(time.time()))
+            if way == "kill":
+                os.kill(os.getpid(), 9)
+            raise KeyboardInterrupt if way == "interrupt" else RuntimeError("no more of this")
+        return original(self, weight)
+
+    if world.rank == rank:
+        SparseGPT.prune = fail
+    try:
+        prune(Model(blocks=8), batches(), world=world)
+    finally:
+        (folder / f"ended.{world.rank}").write_text(str(time.time()))
+
+
+if __name__ == "__main__":
+    joined = World.from_environment("cpu")
+    {"alike": alike, "failing": failing}[sys.argv[1]](joined, Path(sys.argv[2]))

@@ -1,0 +1,113 @@
+"""Several processes on one machine that prune one model over gloo, against one process."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import ranks
+import torch
+from safetensors.torch import load_file
+
+from sparsekit.pipeline import prune
+
+HERE = Path(__file__).parent
+
+
+def environment(**variables) -> dict[str, str]:
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
+
+
+def launch(size: int, *command, **variables) -> list[subprocess.CompletedProcess]:
+    """``size`` processes of the command, each a rank, and what became of them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    variables = dict(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **variables)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    started = [
+        subprocess.Popen([sys.executable, *map(str, command)], env=environment(RANK=rank, LOCAL_RANK=rank, **variables), **pipes)
+        for rank in range(size)
+    ]
+    try:
+        said = [process.communicate(timeout=120) for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    return [subprocess.CompletedProcess(command, process.returncode, *texts) for process, texts in zip(started, said)]
+
+
+@pytest.fixture(scope="module")
+def three(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("three")
+    done = launch(3, HERE / "ranks.py", "alike", folder)
+    assert [rank.returncode for rank in done] == [0] * 3, [rank.stderr for rank in done]
+    return folder
+
+
+@pytest.mark.parametrize("case", ranks.CASES)
+def test_three_processes_prune_as_one_does(case, three):
+    build, batches, method, pattern = ranks.CASES[case]
+    alone = build()
+    wanted = prune(alone, batches(), method, pattern).to_dict()
+    states = [load_file(three / f"{case}.{rank}.safetensors") for rank in range(3)]
+    reports = [json.loads((three / f"{case}.{rank}.json").read_text()) for rank in range(3)]
+    for name, tensor in alone.state_dict().items():
+        assert all(torch.equal(state[name], states[0][name]) for state in states[1:]), f"ranks differ in {name}"
+        assert torch.equal(states[0][name] == 0, tensor == 0), f"another mask in {name}"
+        apart = (states[0][name].float() - tensor.float()).abs().max() / tensor.abs().max()
+        assert apart <= (2**-8 if tensor.dtype == torch.bfloat16 else 1e-5), f"{name} differs by {apart}"
+    assert [report.pop("told") > 0 for report in reports] == [True, False, False]
+    for report in reports:
+        for timed in (report, *report["linears"]):
+            timed.pop("seconds")
+    assert reports[0] == reports[1] == reports[2]
+    assert reports[0]["tokens"] == wanted["tokens"]
+    assert [row["name"] for row in reports[0]["linears"]] == [row["name"] for row in wanted["linears"]]
+    for ours, theirs in zip(reports[0]["linears"], wanted["linears"]):
+        assert ours["sparsity"] == theirs["sparsity"] and ours["damping"] == theirs["damping"]
+        assert ours["output_error"] == (theirs["output_error"] and pytest.approx(theirs["output_error"], rel=1e-3))
+
+
+DIFFERS = "all ranks must run with the same settings, and "
+HASHES = "is '[0-9a-f]{16}' on rank {} but '[0-9a-f]{16}' on rank 0"
+REFUSED = {
+    "too few batches": "each of 3 processes needs a calibration batch, got 2; give more samples or start fewer",
+    "pattern": DIFFERS + "pattern is '4:8' on rank 1 but '2:4' on rank 0",
+    "batches": DIFFERS + "the hash of the calibration batches " + HASHES.replace("{}", "2"),
+    "weights": DIFFERS + "the hash of the weights " + HASHES.replace("{}", "1"),
+    "a broken weight": "(rank 1 failed: )?weights must be finite, got NaN or Inf in blocks.1.up",
+}
+
+
+def test_every_rank_is_refused_alike_and_the_world_goes_on(three):
+    said = [json.loads((three / f"refusals.{rank}.json").read_text()) for rank in range(3)]
+    for name, text in REFUSED.items():
+        for rank in range(3):
+            assert re.fullmatch(text, said[rank][name]), (name, rank)
+    assert [rank for rank in range(3) if said[rank]["a broken weight"].startswith("rank 1")] == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("size", "rank", "way", "says"),
+    [
+        (3, 1, "kill", "rank 1 is gone without a word: killed, or cut off"),
+        (2, 0, "kill", "rank 0, which held the store, is gone without a word"),
+        (3, 1, "raise", "rank 1 failed: RuntimeError: no more of this"),
+        (2, 0, "interrupt", "rank 0 was interrupted"),
+    ],
+    ids=["killed", "who holds the store killed", "raises", "interrupted"],
+)
+def test_a_rank_that_fails_ends_the_others(size, rank, way, says, tmp_path):
+    done = launch(size, HERE / "ranks.py", "failing", tmp_path, FAILING_RANK=rank, FAILING=way)
+    failed = float((tmp_path / "failed").read_text())
+    for other in {*range(size)} - {rank}:
+        assert done[other].returncode == 1
+        assert done[other].stderr.rstrip().endswith(f"SparsekitError: {says}"), done[other].stderr
+        assert float((tmp_path / f"ended.{other}").read_text()) - failed < 10
+    assert done[rank].returncode == (-9 if way == "kill" else -2 if way == "interrupt" else 1)
