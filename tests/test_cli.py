@@ -409,7 +409,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint, "save_file", no_space)
+    monkeypatch.setattr(checkpoint.writing, "save_file", no_space)
     done = invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude", "--overwrite")
     assert_refused(done, "No space left on device; nothing was written")
     assert content(tmp_path) == {"out": None, "out/config.json": b"mine"}
@@ -459,7 +459,7 @@ def test_ctrl_c_while_writing_keeps_the_old_folder(tmp_path, monkeypatch):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint, "save_file", interrupted)
+    monkeypatch.setattr(checkpoint.writing, "save_file", interrupted)
     done = invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude", "--overwrite")
     assert done.exit_code == 130
     assert (done.stdout, done.stderr) == ("", "sparsekit: interrupted; nothing was written\n")

@@ -1,190 +1,23 @@
-"""Model folders: in and out, dense or compressed.
-
-A compressed folder is a Hugging Face folder whose safetensors hold, for a 2:4 linear P, ``P.values`` and ``P.meta`` (the canonical
-format of sparsekit/format.py) in place of ``P.weight``. Its ``__metadata__`` carries, under "sparsekit", the JSON object
-``{"version": 1, "linears": {P: [out_features, in_features], ...}}``, and config.json names the quantisation method "sparsekit".
-To transformers an unknown method is worth a warning, and a missing weight a random one. So ``P.weight`` is there too, of shape
-(0,): a loader that does not know the format stops at it.
-"""
+"""Model folders in: whole models, skeletons without weights, and what is wrong with a folder."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import ops
-from .errors import SparsekitError, listed
-from .format import FORMAT_VERSION, Sparse24
-from .linear import SparseLinear, dense_weight, is_linear
-from .report import PruneReport
+from .. import ops
+from ..errors import SparsekitError
+from ..format import FORMAT_VERSION, Sparse24
+from ..linear import SparseLinear, dense_weight, is_linear
 
-MAX_SHARD_BYTES = 4 << 30
-FORMATS = ("compressed", "dense")
 _SAFETENSORS_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-
-
-# ---- writing ----
-
-
-def save(
-    model: nn.Module,
-    folder: str | Path,
-    *,
-    format: str = "compressed",
-    tokenizer=None,
-    overwrite: bool = False,
-    report: PruneReport | None = None,
-) -> None:
-    """Writes the model, and tokenizer and report.json where given, as a folder that ``load`` and, for "dense", transformers read.
-
-    "compressed" stores each SparseLinear as it is; "dense" writes its zeros out and needs no sparsekit to load.
-    The folder appears whole or not at all. Raises SparsekitError where it exists and is not empty, unless overwrite."""
-    check_format(format)
-    if not hasattr(model, "config"):
-        raise SparsekitError(f"only a transformers model can be saved, got {type(model).__name__}; use its state_dict")
-    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)} if format == "compressed" else {}
-    with new_folder(folder, overwrite) as parts:
-        model.config.save_pretrained(parts)
-        config = json.loads((parts / "config.json").read_text())
-        config.pop("quantization_config", None)
-        # Of the model as it is now, not of the file it was once read from.
-        config.update(architectures=[type(model).__name__], dtype=str(model.dtype).removeprefix("torch."))
-        if sparse:
-            config["quantization_config"] = {"quant_method": "sparsekit", "version": FORMAT_VERSION}
-        (parts / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(parts)
-        if tokenizer is not None:
-            tokenizer.save_pretrained(parts)
-        if report is not None:
-            (parts / "report.json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
-        metadata = {"format": "pt"}
-        if sparse:
-            shapes = {name: [m.out_features, m.in_features] for name, m in sparse.items()}
-            metadata["sparsekit"] = json.dumps({"version": FORMAT_VERSION, "linears": shapes})
-        _write_tensors(parts, _tensors(model, format), metadata)
-
-
-def check_format(format: str) -> None:
-    """Raises SparsekitError, listing the known ones, for a format that ``save`` does not write."""
-    if format not in FORMATS:
-        raise SparsekitError(f"the format must be {listed(FORMATS, 'or')}, got {format!r}")
-
-
-def check_new_folder(folder: str | Path, overwrite: bool = False) -> Path:
-    """The folder's path. Raises SparsekitError where something is there already that may not be replaced."""
-    folder = Path(folder)
-    if folder.exists() and not folder.is_dir():
-        raise SparsekitError(f"the output must be a folder, got the file {folder}")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise SparsekitError(f"the output folder {folder} exists and is not empty; give another, or --overwrite")
-    if folder.is_dir() and any(folder.iterdir()) and not (folder / "config.json").is_file():
-        raise SparsekitError(
-            f"only a model folder is overwritten, and {folder} holds other things and no config.json; give another"
-        )
-    parent = next((parent for parent in folder.absolute().parents if parent.exists()), folder)
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        raise SparsekitError(f"the output folder {folder} must be in a folder that can be written, and {parent} is not one")
-    return folder
-
-
-@contextmanager
-def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
-    """A folder to fill beside the one asked for, which it replaces in one rename at the end; removed where anything fails."""
-    folder = check_new_folder(folder, overwrite).resolve()
-    missing = [parent for parent in folder.parents if not parent.exists()]
-    parts, old = (folder.with_name(f"{folder.name}.{state}-{os.getpid()}") for state in ("partial", "old"))
-    shutil.rmtree(parts, ignore_errors=True)  # left by a killed process that had this one's number
-    parts.mkdir(parents=True)
-    try:
-        yield parts
-        if folder.is_dir():
-            folder.rename(old)
-        parts.rename(folder)
-    except BaseException:
-        if old.is_dir() and not folder.exists():
-            old.rename(folder)
-        shutil.rmtree(parts, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):  # somebody else may have put something there
-                parent.rmdir()
-        raise
-    finally:
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-
-
-def _tensors(model: nn.Module, format: str) -> dict[str, Callable[[], Tensor]]:
-    """What to write, by name, each made when its turn comes; a tensor tied to an earlier one is left out."""
-    sparse = {name: m for name, m in model.named_modules() if isinstance(m, SparseLinear)}
-    made: dict[str, Callable[[], Tensor]] = {}
-    seen: set[tuple] = set()
-    for name, tensor in model.state_dict().items():
-        parent, _, leaf = name.rpartition(".")
-        linear = sparse.get(parent) if leaf in ("values", "meta") else None
-        if linear is not None and format == "dense":
-            made[f"{parent}.weight"] = lambda linear=linear: linear.to_linear().weight.detach()
-            continue
-        if linear is not None:
-            made[f"{parent}.weight"] = lambda: torch.empty(0)  # what stops other loaders, see above
-        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
-        if tensor.numel() and place in seen:
-            continue
-        seen.add(place)
-        made[name] = lambda tensor=tensor: tensor
-    return made
-
-
-def _write_tensors(folder: Path, tensors: dict[str, Callable[[], Tensor]], metadata: dict[str, str]) -> None:
-    """model.safetensors, or numbered shards and their index where the tensors fill more than one."""
-    shards: list[dict[str, Tensor]] = [{}]
-    names: list[list[str]] = []
-    paths: list[Path] = []
-
-    def flush() -> None:
-        paths.append(folder / f"shard-{len(paths)}.safetensors")
-        try:
-            save_file(shards[0], paths[-1], metadata)
-        except SafetensorError as error:
-            raise OSError(f"the weights cannot be written: {_first_sentence(error)}") from error
-        shutil.copymode(folder / "config.json", paths[-1])  # safetensors makes files that their owner alone can read
-        names.append(list(shards[0]))
-        shards[0] = {}
-
-    filled = total = 0
-    for name, make in tensors.items():
-        tensor = make().detach().cpu().contiguous()
-        if filled and filled + tensor.nbytes > MAX_SHARD_BYTES:
-            flush()
-            filled = 0
-        shards[0][name] = tensor
-        filled += tensor.nbytes
-        total += tensor.nbytes
-    flush()
-    if len(paths) == 1:
-        paths[0].rename(folder / "model.safetensors")
-        return
-    files = [f"model-{i + 1:05d}-of-{len(paths):05d}.safetensors" for i in range(len(paths))]
-    for path, file in zip(paths, files):
-        path.rename(folder / file)
-    index = {
-        "metadata": {"total_size": total},
-        "weight_map": {name: f for f, held in zip(files, names) for name in held},
-    }
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-
-
-# ---- reading ----
 
 
 def load(folder: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -205,10 +38,10 @@ def load_tokenizer(folder: str | Path):
     from transformers import AutoTokenizer
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a broken file raises whatever its reader trips over
-        raise SparsekitError(f"the folder {folder} must hold a tokenizer that can be read: {_first_sentence(error)}") from error
+        raise SparsekitError(f"the folder {folder} must hold a tokenizer that can be read: {first_sentence(error)}") from error
 
 
 def resolve_device(device: str | torch.device) -> torch.device:
@@ -218,7 +51,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         found = torch.empty(0, device=device).device
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise SparsekitError(f"the device must be one torch can use here, got {device!r}: {_first_sentence(error)}") from error
+        raise SparsekitError(f"the device must be one torch can use here, got {device!r}: {first_sentence(error)}") from error
     if found.type == "meta":
         raise SparsekitError("the device must be one that computes, got 'meta'")
     return found
@@ -234,7 +67,7 @@ def check_model_folder(folder: str | Path) -> Path:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except ValueError as error:
-        raise SparsekitError(f"{folder / 'config.json'} is not JSON: {_first_sentence(error)}") from None
+        raise SparsekitError(f"{folder / 'config.json'} is not JSON: {first_sentence(error)}") from None
     if not isinstance(config, dict):
         raise SparsekitError(f"{folder / 'config.json'} must be a JSON object, got a {type(config).__name__}")
     for _ in weight_files(folder):
@@ -272,7 +105,7 @@ def weight_files(folder: Path) -> Iterator[tuple[Path, safe_open]]:
             with safe_open(path, framework="pt") as tensors:
                 yield path, tensors
         except SafetensorError as error:
-            raise SparsekitError(f"{path} is not a whole safetensors file: {_first_sentence(error)}") from error
+            raise SparsekitError(f"{path} is not a whole safetensors file: {first_sentence(error)}") from error
 
 
 def compressed_linears(folder: Path) -> dict[str, tuple[int, int]] | None:
@@ -313,10 +146,10 @@ def _load_dense(folder: Path, dtype: torch.dtype | str) -> nn.Module:
     if (getattr(config, "quantization_config", None) or {}).get("quant_method") == "sparsekit":
         raise SparsekitError(f"the config in {folder} says sparsekit, and the metadata of the weights that would tell how is gone")
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             model, info = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype, **options)
     except Exception as error:  # a config of another's making raises whatever the model's code trips over
-        raise SparsekitError(f"the model in {folder} cannot be loaded: {_first_sentence(error)}") from error
+        raise SparsekitError(f"the model in {folder} cannot be loaded: {first_sentence(error)}") from error
     absent = [*info["missing_keys"], *info["mismatched_keys"]]
     if absent:
         raise SparsekitError(f"the weights in {folder} must be those of its config, and {absent[0]} is missing or of another shape")
@@ -340,7 +173,7 @@ def _load_compressed(folder: Path, linears: dict[str, tuple[int, int]], dtype: t
         setattr(model.get_submodule(parent), child, found)
     for path, tensors in weight_files(folder):
         for name in tensors.keys():
-            _assign(model, name, tensors.get_tensor(name), dtype, path)
+            assign(model, name, tensors.get_tensor(name), dtype, path)
     model.tie_weights()
     absent = [name for name, p in model.named_parameters() if p.is_meta] + [n for n, b in model.named_buffers() if b.is_meta]
     if absent:
@@ -357,10 +190,10 @@ def read_config(folder: Path):
     from transformers import AutoConfig
 
     try:
-        with _quiet_transformers():
+        with quiet_transformers():
             return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # any value of it may be wrong, each with an exception of its own
-        raise SparsekitError(f"the config in {folder} must name a causal language model: {_first_sentence(error)}") from error
+        raise SparsekitError(f"the config in {folder} must name a causal language model: {first_sentence(error)}") from error
 
 
 def skeleton(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -371,10 +204,10 @@ def skeleton(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     config.__dict__.pop("quantization_config", None)
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     try:
-        with _quiet_transformers(), _parameters_on_meta():
+        with quiet_transformers(), _parameters_on_meta():
             return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
-        raise SparsekitError(f"the config in {folder} must name a causal language model: {_first_sentence(error)}") from error
+        raise SparsekitError(f"the config in {folder} must name a causal language model: {first_sentence(error)}") from error
 
 
 def linear_shapes(folder: Path) -> tuple[tuple[int, int], ...]:
@@ -386,7 +219,7 @@ def linear_shapes(folder: Path) -> tuple[tuple[int, int], ...]:
     return tuple(dict.fromkeys(tuple(dense_weight(linear).shape) for linear in linears))
 
 
-def _assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> None:
+def assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path: Path) -> None:
     """Puts a tensor read from ``path`` in its place, in the model's dtype unless it belongs to a SparseLinear's storage."""
     parent, _, leaf = name.rpartition(".")
     try:
@@ -426,7 +259,7 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """No progress bars and no table of missing weights: what is missing is raised instead."""
     from transformers.utils import logging
 
@@ -441,7 +274,7 @@ def _quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_sentence(error: Exception) -> str:
+def first_sentence(error: Exception) -> str:
     """What the error says first, in one line without its full stop."""
     lines = f"{'no such thing as ' if isinstance(error, KeyError) else ''}{error}".split("\n")
     text = " ".join(lines[: 2 if lines[0].rstrip().endswith(":") else 1])
