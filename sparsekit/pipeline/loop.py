@@ -19,7 +19,7 @@ from ..report import LinearReport, PruneReport
 from .blocks import check_finite, find_blocks, find_targets, list_skipped, verify
 from .store import Store
 from .stream import Stream
-from .world import World, collect, fingerprint, spread
+from .world import World, collect, fingerprint, spread, unite
 
 Progress = Callable[[str, int, int], None]  # what is under way, blocks done, blocks in all
 
@@ -112,6 +112,7 @@ def run(
                 owners = [world.rank] * len(linears)  # what needs no inputs is cheap, and comes out the same everywhere
                 if stream:
                     stream.observe(block, pruners)
+                    unite(world, pruners)
                     owners = collect(world, pruners)
                 rows = []
                 for linear, owner in zip(linears, owners):

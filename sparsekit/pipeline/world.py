@@ -35,9 +35,7 @@ ARRIVAL = 300.0  # seconds that a rank waits for the others at the start
 BEAT = 0.5  # seconds between two signs of life
 LOST = 30.0  # seconds without one after which a rank counts as lost; while a connection is broken, BROKEN
 BROKEN = 3.0
-_FOREVER = timedelta(
-    days=365
-)  # no limit on a collective: what a rank waits for may take long, and the dead are found by their silence
+_FOREVER = timedelta(days=365)  # for a collective: a rank may work long before it joins, and the dead are found by their silence
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _sessions = itertools.count()
 
@@ -98,9 +96,7 @@ class World:
     def from_group(cls) -> World:
         """The world of torch.distributed's default process group, which must be there already."""
         if not (dist.is_available() and dist.is_initialized()):
-            raise SparsekitError(
-                "a world needs a process group, and there is none; call torch.distributed.init_process_group first"
-            )
+            raise SparsekitError("a world needs a process group, got none; call torch.distributed.init_process_group first")
         device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
         store = dist.distributed_c10d._get_default_store()  # has no public name
         return cls(dist.get_rank(), dist.get_world_size(), device, store if dist.get_world_size() > 1 else None)
@@ -224,7 +220,7 @@ class World:
 
 
 class _Watch(threading.Thread):
-    """Gives signs of life through the store, and takes note of the others': rank 0 of all, they of rank 0."""
+    """Gives signs of life through the store, and takes note of the others': rank 0 of all, they of rank 0 unless suspicious."""
 
     def __init__(self, store: dist.Store, rank: int, size: int):
         super().__init__(name="sparsekit watch", daemon=True)
@@ -239,8 +235,8 @@ class _Watch(threading.Thread):
         try:
             for beat in itertools.count():
                 self.store.set(f"beat/{self.rank}", str(beat))
-                for rank in range(1, self.size) if self.rank == 0 else (0,):
-                    if self.store.check([f"beat/{rank}"]):
+                for rank in range(self.size if self.rank == 0 or self.suspicious else 1):
+                    if rank != self.rank and self.store.check([f"beat/{rank}"]):
                         sign, now = self.store.get(f"beat/{rank}"), time.monotonic()
                         if rank not in heard or heard[rank][0] != sign:
                             heard[rank] = sign, now
@@ -304,15 +300,32 @@ def share_out(costs: Sequence[float], size: int) -> list[int]:
     return owners
 
 
+def unite(world: World, pruners: Mapping[nn.Module, Pruner]) -> None:
+    """Makes all ranks share statistics alike and know the tokens of all.
+
+    A rank whose batches never reached a linear (an expert) learns from the others with which it shares its input. Raises
+    SparsekitError where two ranks saw it share otherwise."""
+    if world.size == 1:
+        return
+    held, first = list(pruners.values()), {}
+    leaders = [first.setdefault(id(pruner.statistics), i) for i, pruner in enumerate(held)]
+    everyone = world.gather([leaders, [pruner.statistics.tokens for pruner in held]])
+    for i, pruner in enumerate(held):
+        seen = {theirs[i] for theirs, tokens in everyone if tokens[i] or theirs[i] != i} or {i}
+        if len(seen) > 1:
+            raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
+        pruner.statistics = held[seen.pop()].statistics
+    for i in {first[id(pruner.statistics)] for pruner in held}:
+        held[i].statistics.tokens = sum(tokens[i] for _, tokens in everyone)
+
+
 def collect(world: World, pruners: Mapping[nn.Module, Pruner]) -> list[int]:
     """The rank that prunes each linear; its statistics hold the sums over all batches there alone.
 
     Linears that share a statistic stay together, so that it is factored once: k^3 + n k^2 operations for k inputs and n outputs."""
     if world.size == 1:
         return [0] * len(pruners)
-    held = list(pruners.values())
-    _unite(world, held)
-    groups: dict[int, list[int]] = {}
+    held, groups = list(pruners.values()), {}
     for i, pruner in enumerate(held):
         groups.setdefault(id(pruner.statistics), []).append(i)
     rows, costs = [dense_weight(linear).shape[0] for linear in pruners], []
@@ -325,23 +338,6 @@ def collect(world: World, pruners: Mapping[nn.Module, Pruner]) -> list[int]:
         for i in group:
             owners[i] = rank
     return owners
-
-
-def _unite(world: World, pruners: Sequence[Pruner]) -> None:
-    """Makes all ranks share statistics alike and know the tokens of all.
-
-    A rank whose batches never reached a linear (an expert) learns from the others with which it shares its input. Raises
-    SparsekitError where two ranks saw it share otherwise."""
-    first: dict[int, int] = {}
-    leaders = [first.setdefault(id(pruner.statistics), i) for i, pruner in enumerate(pruners)]
-    everyone = world.gather([leaders, [pruner.statistics.tokens for pruner in pruners]])
-    for i, pruner in enumerate(pruners):
-        seen = {theirs[i] for theirs, tokens in everyone if tokens[i] or theirs[i] != i} or {i}
-        if len(seen) > 1:
-            raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
-        pruner.statistics = pruners[seen.pop()].statistics
-    for i in {first[id(pruner.statistics)] for pruner in pruners}:
-        pruners[i].statistics.tokens = sum(tokens[i] for _, tokens in everyone)
 
 
 def spread(
