@@ -109,6 +109,28 @@ void compress24_cpu(Ptr w, int64_t rows, int64_t cols, int64_t row_stride, int64
                               reinterpret_cast<int64_t *>(status), threads);
 }
 
+void obs_block_cpu(Ptr w, Ptr upper, int64_t batch, int64_t rows, int64_t cols, int64_t batch_stride,
+                   int64_t row_stride, bool given, int n, int m, bool pairs, Ptr mask, Ptr errors, Ptr loss, Ptr status,
+                   int threads) {
+    const char *op = "obs_block_cpu";
+    check_range(op, "batch", batch, 0, INT_MAX);
+    check_range(op, "rows", rows, 0, INT_MAX);
+    check_range(op, "cols", cols, 0, INT_MAX);
+    check_format(op, batch * rows, cols, status, threads);
+    check_matrix(op, "w", "", w, rows, batch * cols, row_stride, batch > 0 && cols > 0 ? 1 : 0);
+    check_range(op, "batch_stride", batch_stride, 0, INT64_MAX / 16 / (batch > 0 ? batch : 1));
+    if (!given) {
+        check_range(op, "m", m, 1, INT_MAX / 2);
+        check_range(op, "n", n, 0, m);
+    }
+    check_pointers(op, {{"upper", upper}, {"mask", mask}, {"errors", errors}}, batch * rows, cols);
+    check_pointer(op, "loss", loss, batch * rows > 0);
+    sparsekit::obs_block_cpu(reinterpret_cast<float *>(w), reinterpret_cast<const float *>(upper), batch, rows, cols,
+                             batch_stride, row_stride, given, n, m, pairs, reinterpret_cast<uint8_t *>(mask),
+                             reinterpret_cast<float *>(errors), reinterpret_cast<float *>(loss),
+                             reinterpret_cast<int64_t *>(status), threads);
+}
+
 void check_prune(const std::string &op, Ptr w, int64_t rows, int64_t cols, int64_t w_row_stride, int64_t w_col_stride,
                  int dtype, Ptr rank, int rank_kind, int rank_dtype, int64_t rank_row_stride, int64_t rank_col_stride,
                  Ptr status, int threads) {
@@ -320,6 +342,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           arg("dtype"), arg("kept"), ptr("mask"), ptr("status"), arg("threads"), release);
     m.def("validate24_cpu", validate24_cpu, ptr("values"), ptr("meta"), arg("dtype"), arg("rows"), arg("cols"),
           ptr("status"), arg("threads"), release);
+    m.def("obs_block_cpu", obs_block_cpu, ptr("w"), ptr("upper"), arg("batch"), arg("rows"), arg("cols"),
+          arg("batch_stride"), arg("row_stride"), arg("given"), arg("n"), arg("m"), arg("pairs"), ptr("mask"),
+          ptr("errors"), ptr("loss"), ptr("status"), arg("threads"), release);
     m.def("cpu_isa", sparsekit::cpu::cpu_isa, "The path of the CPU kernels in use: avx512, avx2 or portable.");
     m.def("set_cpu_isa", set_cpu_isa, arg("name"), "Chooses the path of the CPU kernels, for tests.");
     m.def("cuda_archs", cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");

@@ -65,8 +65,17 @@ void mask_rows_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_s
 void validate24_cpu(const void *values, const uint8_t *meta, int dtype, int64_t rows, int64_t cols, int64_t *status,
                     int threads);
 
+// The OBS step of blocks of columns, sparsekit/ops/obs.py: w [batch, rows, cols], rows row_stride and weights
+// batch_stride elements apart, is pruned in place; upper [batch, cols, cols]. What to keep stands in mask [batch, rows,
+// cols], bytes 0 and 1, where `given`; else it is the n best of each m columns, or pairs of columns, and is written
+// there. errors [batch, rows, cols] and loss [batch, rows]; all but w contiguous. status [1]: the first row with NaN,
+// counted over the batch, or INT64_MAX. The same bits for every `threads`.
+void obs_block_cpu(float *w, const float *upper, int64_t batch, int64_t rows, int64_t cols, int64_t batch_stride,
+                   int64_t row_stride, bool given, int n, int m, bool pairs, uint8_t *mask, float *errors, float *loss,
+                   int64_t *status, int threads);
+
 #ifdef SPARSEKIT_CUDA
-// The same product where x and w are both fp16 or both bf16 (`dtype`), w in fragment order (Fragments24 of
+// The product of linear24_cpu where x and w are both fp16 or both bf16 (`dtype`), w in fragment order (Fragments24 of
 // sparsekit/format.py), both arrays 16-byte aligned. tile: 0 chooses by m; 1 to 4 are 32x8, 32x16, 64x64 and 128x128
 // (features x tokens).
 cudaError_t launch_linear24_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,

@@ -100,12 +100,12 @@ def obs_block(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pai
 
     upper (b, b) is the diagonal block of U. With e = w_j / U_jj for a column that goes, else 0: w[:, j:] -= e U[j, j:]."""
     w, kept = w.clone(), torch.ones_like(w, dtype=torch.bool) if mask is None else mask.clone()
-    errors, diagonal, group = torch.zeros_like(w), upper.diagonal(), 2 * m if pairs else m
+    errors, inverse, group = torch.zeros_like(w), 1 / upper.diagonal(), 2 * m if pairs else m
     for j in range(w.shape[1]):
         if mask is None and j % group == 0:
             ahead = slice(j, j + group)
-            kept[:, ahead] = mask_nm((w[:, ahead] / diagonal[ahead]).square(), n, m, pairs)
-        errors[:, j] = torch.where(kept[:, j], 0, w[:, j] / diagonal[j])
+            kept[:, ahead] = mask_nm((w[:, ahead] * inverse[ahead]).square(), n, m, pairs)
+        errors[:, j] = torch.where(kept[:, j], 0, w[:, j] * inverse[j])
         w[:, j:] -= errors[:, j, None] * upper[j, j:]
         w[:, j] = w[:, j].masked_fill(~kept[:, j], 0)  # an exact zero, neither the rounding of w - w nor -0.0
     return w, kept, errors, errors.square().sum(1)

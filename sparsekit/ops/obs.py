@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .. import reference
-from .registry import define
+from .registry import _C, define, threads
 
 
 def obs_block_(
@@ -47,14 +46,24 @@ def _check(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pairs:
 
 def _obs_block(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check(w, upper, mask, n, m, pairs)
-    blocks, uppers = (w, upper) if w.dim() == 3 else (w[None], upper[None])
-    masks = [None] * len(blocks) if mask is None else mask if w.dim() == 3 else mask[None]
-    found = [reference.obs_block(block, u, one, n, m, pairs) for block, u, one in zip(blocks, uppers, masks)]
-    if not found:
-        return _obs_block_fake(w, upper, mask, n, m, pairs)
-    new, kept, errors, loss = (torch.stack(parts).view(*w.shape[:-2], *parts[0].shape) for parts in zip(*found))
-    w.copy_(new)
+    kept, errors, loss = _obs_block_fake(w, upper, mask, n, m, pairs)
+    if mask is not None:
+        kept.copy_(mask)
+    status = torch.empty(1, dtype=torch.int64)
+    batch, rows, columns = w.shape if w.dim() == 3 else (1, *w.shape)
+    strides = w.stride(0) if w.dim() == 3 else 0, w.stride(-2)
+    upper = upper.contiguous()
+    given = mask is not None
+    arrays = kept.data_ptr(), errors.data_ptr(), loss.data_ptr(), status.data_ptr()
+    _C.obs_block_cpu(w.data_ptr(), upper.data_ptr(), batch, rows, columns, *strides, given, n, m, pairs, *arrays, threads())
+    if (bad := int(status)) < batch * rows:
+        _refuse_nan(w, bad)
     return kept, errors, loss
+
+
+def _refuse_nan(w: Tensor, row: int) -> None:
+    of_weight = f" of weight {row // w.shape[-2]}" if w.dim() == 3 else ""
+    raise ValueError(f"obs_block_: w and upper must give no NaN, got one in row {row % w.shape[-2]}{of_weight}")
 
 
 def _obs_block_fake(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
