@@ -13,7 +13,9 @@ import ranks
 import torch
 from safetensors.torch import load_file
 
-from sparsekit.pipeline import prune
+from sparsekit import SparsekitError
+from sparsekit.pipeline import prune, world
+from sparsekit.pipeline.world import World, share_out
 
 HERE = Path(__file__).parent
 
@@ -111,3 +113,49 @@ def test_a_rank_that_fails_ends_the_others(size, rank, way, says, tmp_path):
         assert done[other].stderr.rstrip().endswith(f"SparsekitError: {says}"), done[other].stderr
         assert float((tmp_path / f"ended.{other}").read_text()) - failed < 10
     assert done[rank].returncode == (-9 if way == "kill" else -2 if way == "interrupt" else 1)
+
+
+def test_work_is_shared_out_by_cost():
+    # 8 here, 5 and 3 there, and then of equals the lowest.
+    assert share_out([1, 8, 5, 3], 2) == [0, 0, 1, 1]
+    assert share_out([2, 2, 2], 3) == [0, 1, 2]
+    assert share_out([4], 3) == [0]
+    assert share_out([], 2) == []
+
+
+def test_parts_are_neighbours_and_cover_all():
+    for size, count in ((1, 0), (1, 5), (2, 2), (3, 8), (5, 7)):
+        parts = [World(rank, size).part(list(range(count))) for rank in range(size)]
+        assert [item for part in parts for item in part] == list(range(count))
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+
+
+@pytest.mark.parametrize(
+    ("variables", "says"),
+    [
+        ({"WORLD_SIZE": "two"}, "the world's WORLD_SIZE must be an integer, got 'two'"),
+        ({}, "the world's RANK must be an integer, got None"),
+        ({"RANK": "2"}, "RANK must be 0 to 1 in a world of 2, got 2"),
+        ({"RANK": "0"}, "a world of 2 needs MASTER_ADDR, and it is not set"),
+        ({"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "99999"}, "cannot meet the others at 127.0.0.1:99999: "),
+        ({"RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}, "rank 0 of 2 cannot meet the others at 127.0.0.1:0: "),
+    ],
+    ids=["not a number", "no rank", "a rank too high", "no address", "no port", "alone"],
+)
+def test_a_world_that_cannot_come_about(variables, says, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"WORLD_SIZE": "2", **variables}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(world, "ARRIVAL", 1.0)
+    with pytest.raises(SparsekitError, match=re.escape(says)):
+        World.from_environment("cpu")
+
+
+def test_a_process_alone_needs_no_group(monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    alone = World.from_environment("cpu")
+    assert (alone.rank, alone.size, alone.leads, alone.device) == (0, 1, True, torch.device("cpu"))
+    assert not torch.distributed.is_initialized()
+    with pytest.raises(SparsekitError, match="needs a process group, got none"):
+        World.from_group()

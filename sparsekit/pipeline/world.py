@@ -282,9 +282,7 @@ def _number(name: str, default: int | None = None) -> int:
     try:
         return int(text)
     except (TypeError, ValueError):
-        raise SparsekitError(
-            f"{name} must be an integer where WORLD_SIZE is set, got {text!r}; start with torchrun or unset WORLD_SIZE"
-        ) from None
+        raise SparsekitError(f"the world's {name} must be an integer, got {text!r}; start with torchrun") from None
 
 
 def _line(error: Exception) -> str:
