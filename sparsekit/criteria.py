@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -82,6 +83,15 @@ class Gram:
         whole = (weight @ self.sum * weight).sum().item()
         lost = max((difference @ self.sum * difference).sum().item(), 0.0)  # rounding can take a small one below zero
         return lost / whole if whole > 0 else 0.0
+
+
+def total(parts: Sequence[Gram] | Sequence[SquaredNorm]) -> Gram | SquaredNorm:
+    """The statistic of all the tokens that the parts, of one kind and size, have seen."""
+    whole = type(parts[0])(parts[0].sum.shape[0], parts[0].sum.device)
+    for part in parts:
+        whole.sum += part.sum
+        whole.tokens += part.tokens
+    return whole
 
 
 def magnitude(weight: Tensor) -> Tensor:

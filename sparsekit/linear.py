@@ -140,16 +140,22 @@ def _reads_fragments(values: Tensor) -> bool:
     return values.is_cuda and values.dtype in (torch.float16, torch.bfloat16)
 
 
-def is_conv1d(module: nn.Module) -> bool:
+def _is_transformers(module: nn.Module, name: str, file: str) -> bool:
     # By name: importing transformers for an isinstance check costs seconds.
-    return type(module).__name__ == "Conv1D" and type(module).__module__ == "transformers.pytorch_utils"
+    return type(module).__name__ == name and type(module).__module__ == f"transformers.{file}"
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    return _is_transformers(module, "Conv1D", "pytorch_utils")
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether the module is a dense linear that can be pruned: nn.Linear itself or GPT-2's Conv1D.
+    """Whether the module is a dense linear that can be pruned: nn.Linear itself, GPT-2's Conv1D or Falcon's linear.
 
-    Subclasses of nn.Linear are left alone: a quantised one holds something else in ``weight``."""
-    return type(module) is nn.Linear or is_conv1d(module)
+    Other subclasses of nn.Linear are left alone: a quantised one holds something else in ``weight``."""
+    return (
+        type(module) is nn.Linear or is_conv1d(module) or _is_transformers(module, "FalconLinear", "models.falcon.modeling_falcon")
+    )
 
 
 def dense_weight(linear: nn.Module) -> Tensor:

@@ -7,7 +7,10 @@ from dataclasses import asdict, dataclass, field
 
 @dataclass
 class LinearReport:
-    """One pruned linear. shape is (out_features, in_features); output_error and damping as in PruneResult."""
+    """One pruned matrix. shape is (out_features, in_features); output_error and damping as in PruneResult.
+
+    statistics: what is known of its inputs, "own", or of an expert that saw too few tokens "layer", those of all experts, or
+    "magnitude", none. tokens: how many it saw itself."""
 
     name: str
     shape: tuple[int, int]
@@ -15,6 +18,8 @@ class LinearReport:
     output_error: float | None
     damping: float | None
     seconds: float
+    statistics: str
+    tokens: int
 
 
 @dataclass

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 VOCABULARY = 96
 WIDTH = 32
 BLOCKS = 3
+EXPERTS = 4
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,11 @@ class Architecture:
         return [f"{self.blocks}.{i}.{name}" for i in range(BLOCKS) for name in self.linears]
 
 
+def experts(module: str, count: int = EXPERTS) -> tuple[str, ...]:
+    """The matrices of all experts that the module holds in two parameters."""
+    return tuple(f"{module}.{parameter}[{i}]" for parameter in ("gate_up_proj", "down_proj") for i in range(count))
+
+
 _LLAMA_SIZES = dict(
     vocab_size=VOCABULARY,
     hidden_size=WIDTH,
@@ -38,6 +44,14 @@ _LLAMA_SIZES = dict(
 _ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
 _GATED = _ATTENTION + ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
 _LLAMA = ("model.layers", _GATED, {"model.embed_tokens": "embedding"})
+_FALCON_SIZES = dict(
+    vocab_size=VOCABULARY, hidden_size=WIDTH, num_hidden_layers=BLOCKS, num_attention_heads=4, bos_token_id=1, eos_token_id=2
+)
+_FALCON = (
+    "transformer.h",
+    ("self_attention.query_key_value", "self_attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
+    {"transformer.word_embeddings": "embedding"},
+)
 _SMALL_TOKENS = dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 
 ARCHITECTURES = {
@@ -107,7 +121,43 @@ ARCHITECTURES = {
         ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"),
         {"gpt_neox.embed_in": "embedding"},
     ),
+    # Scaled embedding, norms of 1 + weight, heads wider than their share; tied.
+    "gemma": Architecture(transformers.GemmaConfig, {**_LLAMA_SIZES, **_SMALL_TOKENS, "head_dim": 12}, *_LLAMA),
+    # One key and value head, attention and MLP side by side behind one norm, rotary.
+    "falcon": Architecture(transformers.FalconConfig, {**_FALCON_SIZES, "multi_query": True, "parallel_attn": True}, *_FALCON),
+    # One after the other, ALiBi in the mask, biases.
+    "falcon, alibi": Architecture(
+        transformers.FalconConfig,
+        {**_FALCON_SIZES, "alibi": True, "multi_query": False, "parallel_attn": False, "bias": True},
+        *_FALCON,
+    ),
+    # Grouped heads, side by side behind two norms.
+    "falcon, new": Architecture(
+        transformers.FalconConfig, {**_FALCON_SIZES, "new_decoder_architecture": True, "num_kv_heads": 2}, *_FALCON
+    ),
+    # ALiBi as an argument of the blocks; the residual is an argument of the modules; tied.
+    "bloom": Architecture(
+        transformers.BloomConfig,
+        dict(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=BLOCKS, n_head=4, **_SMALL_TOKENS),
+        *_FALCON,
+    ),
+    # The experts of a layer are two parameters of three dimensions.
+    "qwen3_moe": Architecture(
+        transformers.Qwen3MoeConfig,
+        {**_LLAMA_SIZES, "num_experts": EXPERTS, "num_experts_per_tok": 2, "moe_intermediate_size": 20, "head_dim": 8},
+        "model.layers",
+        _ATTENTION + experts("mlp.experts"),
+        {"model.embed_tokens": "embedding", **{f"model.layers.{i}.mlp.gate": "router" for i in range(BLOCKS)}},
+    ),
+    "mixtral": Architecture(
+        transformers.MixtralConfig,
+        {**_LLAMA_SIZES, "num_local_experts": EXPERTS},
+        "model.layers",
+        _ATTENTION + experts("mlp.experts"),
+        {"model.embed_tokens": "embedding", **{f"model.layers.{i}.mlp.gate": "router" for i in range(BLOCKS)}},
+    ),
 }
+DENSE = [name for name, architecture in ARCHITECTURES.items() if not any("[" in linear for linear in architecture.linears)]
 
 
 def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> nn.Module:
@@ -134,6 +184,14 @@ def token_batches(*shapes: tuple[int, int], seed: int = 1) -> list[Tensor]:
 def matrix(linear: nn.Module) -> Tensor:
     """The weight as (out_features, in_features), whichever way the module holds it."""
     return linear.weight.detach().T if type(linear).__name__ == "Conv1D" else linear.weight.detach()
+
+
+def weight_of(model: nn.Module, name: str) -> Tensor:
+    """The matrix (out_features, in_features) that a report calls by this name."""
+    path, _, index = name.partition("[")
+    if not index:
+        return matrix(model.get_submodule(path))
+    return model.get_parameter(path).detach()[int(index.removesuffix("]"))]
 
 
 def most_nonzeros(weight: Tensor, of: int) -> int:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from ..errors import SparsekitError
 from ..evaluate import eval_mode
-from ..linear import SparseLinear, dense_weight
+from ..linear import SparseLinear
 from ..patterns import Pattern
 from ..pruners import Pruner, method_named
 from ..report import LinearReport, PruneReport
-from .blocks import check_finite, find_blocks, find_targets, list_skipped, verify
+from .blocks import Target, check_finite, find_blocks, find_targets, list_skipped, verify
+from .observe import MAGNITUDE, by_magnitude, settle
 from .store import Store
 from .stream import Stream
 from .world import World, collect, fingerprint, spread, unite
@@ -86,42 +87,44 @@ def run(
     model, blocks = source.model, source.blocks
     names = {module: name for name, module in model.named_modules()}
     targets = find_targets(blocks, names, skip)
-    report = PruneReport(method, str(pattern), skipped=list_skipped(model, targets, names, skip))
+    report = PruneReport(method, str(pattern), skipped=list_skipped(model, blocks, targets, names, skip))
     world = World() if world is None else world
     progress = progress if world.leads else None
     with world.watched(), eval_mode(model):
-        for linears in targets:
-            check_finite(linears, names)
+        for group in targets:
+            check_finite(group)
         if world.size > 1:
             batches = list(batches)
-            listed = [names[linear] for linears in targets for linear in linears]
+            listed = [target.name for group in targets for target in group]
             world.agree({"method": method, "pattern": str(pattern), "linears": listed, **fingerprint(model, batches)})
         stream = None
         if kind.needs_inputs:
             with source.capturing():
                 stream = Stream(model, blocks, world.part(batches), device=source.device, store=source.store)
             report.tokens = sum(world.gather(stream.tokens))
-        for i, (block, linears) in enumerate(zip(blocks, targets)):
+        for i, (block, group) in enumerate(zip(blocks, targets)):
             if progress:
                 progress(names[block], i, len(blocks))
             rows = source.enter(i)
             world.agree({f"whether {names[block]} is pruned already": rows is not None})
             if rows is None:
-                check_finite(linears, names)
-                pruners = {linear: kind(dense_weight(linear).shape[1], pattern, linear.weight.device) for linear in linears}
-                owners = [world.rank] * len(linears)  # what needs no inputs is cheap, and comes out the same everywhere
+                check_finite(group)
+                pruners = {target: kind(target.weight.shape[1], pattern, target.weight.device) for target in group}
+                origins = dict.fromkeys(group, (MAGNITUDE, 0))
+                owners = [world.rank] * len(group)  # what needs no inputs is cheap, and comes out the same everywhere
                 if stream:
-                    stream.observe(block, pruners)
+                    entering = stream.observe(block, pruners)
                     unite(world, pruners)
+                    origins = settle(pruners, {(layer, role) for found in world.gather(sorted(entering)) for layer, role in found})
                     owners = collect(world, pruners)
                 rows = []
-                for linear, owner in zip(linears, owners):
+                for target, owner in zip(group, owners):
                     world.look()
-                    pruner = pruners.pop(linear)
-                    rows.append(_prune_linear(linear, names[linear], pruner, source) if owner == world.rank else None)
+                    pruner = pruners.pop(target)
+                    rows.append(_prune(target, pruner, *origins[target], source) if owner == world.rank else None)
                 if stream:
-                    rows = spread(world, owners, [dense_weight(linear) for linear in linears], rows)
-                verify(linears, names, pattern, kind)
+                    rows = spread(world, owners, [target.weight for target in group], rows)
+                verify(group, pattern, kind)
             if stream and i + 1 < len(blocks):
                 stream.advance(block)
             source.leave(i, rows)
@@ -132,13 +135,16 @@ def run(
     return report
 
 
-def _prune_linear(linear: nn.Module, name: str, pruner: Pruner, source: Source) -> LinearReport:
+def _prune(target: Target, pruner: Pruner, origin: str, tokens: int, source: Source) -> LinearReport:
     begin = time.perf_counter()
-    weight = dense_weight(linear)
+    weight = target.weight
+    if origin == MAGNITUDE:
+        pruner = by_magnitude(pruner)
     try:
         result = pruner.prune(weight)
     except ValueError as error:
-        raise SparsekitError(f"{name} cannot be pruned: {error}") from error
-    weight.copy_(source.rounded(name, result.weight))
+        raise SparsekitError(f"{target.name} cannot be pruned: {error}") from error
+    weight.copy_(source.rounded(target.name, result.weight))
     zeros = (weight == 0).sum().item() / max(weight.numel(), 1)
-    return LinearReport(name, tuple(weight.shape), zeros, result.output_error, result.damping, time.perf_counter() - begin)
+    seconds = time.perf_counter() - begin
+    return LinearReport(target.name, tuple(weight.shape), zeros, result.output_error, result.damping, seconds, origin, tokens)

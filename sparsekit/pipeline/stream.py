@@ -1,8 +1,7 @@
-"""What flows from block to block: the hidden states of the calibration batches, and what the linears of a block see of them."""
+"""What flows from block to block: the hidden states of the calibration batches, and the other arguments of each block."""
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -12,6 +11,8 @@ from torch import Tensor, nn
 from ..data import check_vocabulary
 from ..errors import SparsekitError
 from ..pruners import Pruner
+from .blocks import Target
+from .observe import Observer, Role
 from .store import InMemory, Store
 
 
@@ -55,42 +56,13 @@ class Stream:
         if not len(self.hidden):
             raise SparsekitError("this method needs calibration batches, got none")
 
-    def observe(self, block: nn.Module, pruners: dict[nn.Module, Pruner]) -> None:
-        """Runs every batch through the block and shows each pruner what its linear receives.
-
-        Linears that receive the same tensor (q, k and v; gate and up) share one statistic, gathered once."""
-        leaders: dict[nn.Module, nn.Module] = {}
-        calls: Counter[nn.Module] = Counter()
-        # Of the batch under way: input, its version and who got it first. Holding the tensors keeps their identity unique.
-        seen: list[tuple[Tensor, int, nn.Module]] = []
-        mask: Tensor | None = None
-
-        def look(linear: nn.Module, args: tuple) -> None:
-            x = args[0]
-            calls[linear] += 1
-            leader = next((first for tensor, version, first in seen if tensor is x and version == x._version), linear)
-            if leader is linear:
-                seen.append((x, x._version, linear))
-            if leaders.setdefault(linear, leader) is not leader:
-                raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
-            if leader is linear:
-                # An expert sees some of the tokens, in an order of its own: there the mask says nothing.
-                whole = mask is None or mask.numel() != x.shape[:-1].numel()
-                pruners[linear].observe(x if whole else x.reshape(-1, x.shape[-1])[mask])
-
-        hooks = [linear.register_forward_pre_hook(look) for linear in pruners]
-        try:
-            for b in range(len(self.hidden)):
-                mask = self.masks[b]
+    def observe(self, block: nn.Module, pruners: dict[Target, Pruner]) -> set[Role]:
+        """Runs every batch through the block and shows each pruner what its matrix receives. Returns what ``settle`` asks for."""
+        observer = Observer(pruners)
+        for b in range(len(self.hidden)):
+            with observer.batch(self.masks[b]):
                 self._run(block, b)
-                seen.clear()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        for linear, leader in leaders.items():
-            if calls[linear] != calls[leader]:
-                raise SparsekitError("linears that share an input must be called alike, and one of a block is called more often")
-            pruners[linear].statistics = pruners[leader].statistics
+        return observer.finish()
 
     def advance(self, block: nn.Module) -> None:
         """Replaces the hidden states by the block's output, and forgets the block's arguments."""

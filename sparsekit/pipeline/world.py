@@ -25,9 +25,9 @@ from torch import Tensor, nn
 
 from ..checkpoint import resolve_device
 from ..errors import SparsekitError, listed
-from ..linear import dense_weight
 from ..pruners import Pruner
 from ..report import LinearReport
+from .blocks import Target
 
 T = TypeVar("T")
 
@@ -298,7 +298,7 @@ def share_out(costs: Sequence[float], size: int) -> list[int]:
     return owners
 
 
-def unite(world: World, pruners: Mapping[nn.Module, Pruner]) -> None:
+def unite(world: World, pruners: Mapping[Target, Pruner]) -> None:
     """Makes all ranks share statistics alike and know the tokens of all.
 
     A rank whose batches never reached a linear (an expert) learns from the others with which it shares its input. Raises
@@ -317,7 +317,7 @@ def unite(world: World, pruners: Mapping[nn.Module, Pruner]) -> None:
         held[i].statistics.tokens = sum(tokens[i] for _, tokens in everyone)
 
 
-def collect(world: World, pruners: Mapping[nn.Module, Pruner]) -> list[int]:
+def collect(world: World, pruners: Mapping[Target, Pruner]) -> list[int]:
     """The rank that prunes each linear; its statistics hold the sums over all batches there alone.
 
     Linears that share a statistic stay together, so that it is factored once: k^3 + n k^2 operations for k inputs and n outputs."""
@@ -326,7 +326,7 @@ def collect(world: World, pruners: Mapping[nn.Module, Pruner]) -> list[int]:
     held, groups = list(pruners.values()), {}
     for i, pruner in enumerate(held):
         groups.setdefault(id(pruner.statistics), []).append(i)
-    rows, costs = [dense_weight(linear).shape[0] for linear in pruners], []
+    rows, costs = [target.weight.shape[0] for target in pruners], []
     for group in groups.values():
         columns = float(held[group[0]].statistics.sum.shape[0])
         costs.append(columns**3 + sum(rows[i] for i in group) * columns**2)
