@@ -99,7 +99,7 @@ def test_every_rank_is_refused_alike_and_the_world_goes_on(three):
     ("size", "rank", "way", "says"),
     [
         (3, 1, "kill", "rank 1 is gone without a word: killed, or cut off"),
-        (2, 0, "kill", "rank 0, which held the store, is gone without a word"),
+        (2, 0, "kill", "rank 0 is gone without a word: killed, or cut off"),
         (3, 1, "raise", "rank 1 failed: RuntimeError: no more of this"),
         (2, 0, "interrupt", "rank 0 was interrupted"),
     ],

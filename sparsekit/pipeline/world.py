@@ -11,10 +11,9 @@ import hashlib
 import itertools
 import json
 import os
-import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -28,14 +27,12 @@ from ..errors import SparsekitError, listed
 from ..pruners import Pruner
 from ..report import LinearReport
 from .blocks import Target
+from .watch import PATIENCE, Watch
 
 T = TypeVar("T")
 
 ARRIVAL = 300.0  # seconds that a rank waits for the others at the start
-BEAT = 0.5  # seconds between two signs of life
-LOST = 30.0  # seconds without one after which a rank counts as lost; while a connection is broken, BROKEN
-BROKEN = 3.0
-_FOREVER = timedelta(days=365)  # for a collective: a rank may work long before it joins, and the dead are found by their silence
+_FOREVER = timedelta(days=365)  # for a collective: a rank may work long before it joins, and the dead are found otherwise
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _sessions = itertools.count()
 
@@ -50,7 +47,7 @@ class World:
         self.rank, self.size, self.device = rank, size, device
         self._root, self._store = store, store
         self._turn = 0  # of gather
-        self._watch: _Watch | None = None
+        self._watch: Watch | None = None
 
     @classmethod
     def from_environment(cls, device: str = "auto") -> World:
@@ -168,10 +165,11 @@ class World:
             yield
             return
         self._store, self._turn = dist.PrefixStore(f"sparsekit/{next(_sessions)}", self._root), 0
-        self._watch = _Watch(self._store, self.rank, self.size)
+        self._watch = Watch(self._store, self.rank, self.size)
         try:
             with self._broken():
-                if absent := self._wait_for("come", ARRIVAL):
+                here = self._wait(lambda: self._watch.connected, ARRIVAL)
+                if absent := self._wait_for("come", ARRIVAL if here else 0):
                     raise SparsekitError(f"{self.size} ranks must come within {ARRIVAL:.0f} s, and rank {listed(absent)} did not")
             yield
             with self._broken():
@@ -208,73 +206,14 @@ class World:
 
     @contextmanager
     def _broken(self) -> Iterator[None]:
-        """A broken connection says that a rank is gone, but not which: the watch finds out."""
+        """A broken connection says that a rank is gone, but not which: the watch knows soon."""
         try:
             yield
         except SparsekitError:
             raise
         except RuntimeError as error:
-            self._watch.suspicious = True
-            self._wait(lambda: False, 2 * BROKEN)
+            self._wait(lambda: False, PATIENCE)
             raise SparsekitError(f"the connection to another rank broke: {_line(error)}") from error
-
-
-class _Watch(threading.Thread):
-    """Gives signs of life through the store, and takes note of the others': rank 0 of all, they of rank 0 unless suspicious."""
-
-    def __init__(self, store: dist.Store, rank: int, size: int):
-        super().__init__(name="sparsekit watch", daemon=True)
-        self.store, self.rank, self.size = store, rank, size
-        self.failure: tuple[int, str] | None = None  # the rank that ended it all, and how to say so
-        self.suspicious = False
-        self.ending = threading.Event()
-        self.start()
-
-    def run(self) -> None:
-        heard: dict[int, tuple[bytes, float]] = {}  # the last sign of a rank, and when it was new
-        try:
-            for beat in itertools.count():
-                self.store.set(f"beat/{self.rank}", str(beat))
-                for rank in range(self.size if self.rank == 0 or self.suspicious else 1):
-                    if rank != self.rank and self.store.check([f"beat/{rank}"]):
-                        sign, now = self.store.get(f"beat/{rank}"), time.monotonic()
-                        if rank not in heard or heard[rank][0] != sign:
-                            heard[rank] = sign, now
-                        elif now - heard[rank][1] > (BROKEN if self.suspicious else LOST) and not self.left(rank):
-                            self.publish(rank, f"rank {rank} is gone without a word: killed, or cut off")
-                if self.failure is None and self.store.check(["failure"]):
-                    self.failure = tuple(json.loads(self.store.get("failure")))
-                if self.failure:
-                    self.store.set(f"knows/{self.rank}", "")
-                if self.ending.wait(BEAT):
-                    return
-        except RuntimeError:  # the store is gone, and with it who held it
-            agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            self.failure = self.failure or (0, f"{'torchrun' if agent else 'rank 0'}, which held the store, is gone without a word")
-
-    def left(self, rank: int) -> bool:
-        return self.store.check([f"leave/{rank}"])
-
-    def publish(self, rank: int, text: str) -> None:
-        """The first failure of all is the one that every rank tells of."""
-        self.store.compare_set("failure", "", json.dumps((rank, text)))
-
-    def give_up(self, error: BaseException) -> None:
-        """Tells the others, and stays until they know, or cannot be expected to."""
-        text = f"failed: {error}" if isinstance(error, SparsekitError) else f"failed: {type(error).__name__}: {error}"
-        with suppress(RuntimeError):
-            self.publish(self.rank, f"rank {self.rank} {'was interrupted' if isinstance(error, KeyboardInterrupt) else text}")
-            end = time.monotonic() + BROKEN
-            while time.monotonic() < end and self.is_alive():
-                others = {*range(self.size)} - {self.rank, self.failure[0] if self.failure else self.rank}
-                if all(self.store.check([f"knows/{rank}"]) for rank in others):
-                    break
-                time.sleep(0.05)
-
-    def stop(self) -> None:
-        self.ending.set()
-        if self.is_alive():
-            self.join(BROKEN)
 
 
 def _number(name: str, default: int | None = None) -> int:
