@@ -19,7 +19,7 @@ from sparsekit.pipeline.world import World
 from sparsekit.pruners import SparseGPT
 
 WIDTH, VOCABULARY = 32, 96
-RARE = VOCABULARY - 1  # a token of the last batch alone
+RARE, RAREST = VOCABULARY - 1, VOCABULARY - 2  # tokens of the last batch alone, and of the first, two of them
 
 
 class Block(nn.Module):
@@ -52,16 +52,20 @@ class Transposed(Block):
 
 
 class Experts(nn.Module):
-    """RARE, which the second column tells, has an expert of its own: no batch but the last reaches it."""
+    """RARE and RAREST, which a column each tells, have an expert of their own, that no batch but one reaches."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.experts = nn.ModuleList(Block(width) for _ in range(2))
+        self.router = nn.Linear(WIDTH, 3, bias=False)
+        self.experts = nn.ModuleList(Block(width) for _ in range(3))
+        with torch.no_grad():
+            self.router.weight.copy_(torch.eye(3, WIDTH))
 
     def forward(self, hidden):
-        out, rare = hidden.clone(), hidden[..., 1] > 4
-        for expert, chosen in zip(self.experts, (~rare, rare)):
-            if chosen.any():
+        out, logits = hidden.clone(), self.router(hidden)
+        choice = (logits[..., 1] > 4) + 2 * (logits[..., 2] > 4)
+        for i, expert in enumerate(self.experts):
+            if (chosen := choice == i).any():
                 out[chosen] = expert(hidden[chosen])
         return out
 
@@ -76,7 +80,8 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(kind(width) for _ in range(blocks))
         with torch.no_grad():
             self.embedding.weight[:, 0] = 0
-            self.embedding.weight[RARE, :2] = torch.tensor([1.0, 6.0])
+            self.embedding.weight[RARE, :3] = torch.tensor([1.0, 6.0, 0.0])
+            self.embedding.weight[RAREST, :3] = torch.tensor([0.0, 0.0, 6.0])
 
     def forward(self, input_ids, attention_mask=None):
         hidden = self.embedding(input_ids)
@@ -86,10 +91,11 @@ class Model(nn.Module):
 
 
 def batches(count: int = 4, seed: int = 1) -> list[Tensor]:
-    """Ragged, so that ranks see unequal numbers of tokens; RARE in the last alone, often enough for an expert of its own."""
+    """Ragged, so that ranks see unequal numbers of tokens. RARE comes often enough for an expert of its own, RAREST does not."""
     generator = torch.Generator().manual_seed(seed)
-    ids = [torch.randint(0, RARE, (2, 80 + 9 * i), generator=generator) for i in range(count)]
+    ids = [torch.randint(0, RAREST, (2, 80 + 9 * i), generator=generator) for i in range(count)]
     ids[-1][:, ::2] = RARE
+    ids[0][:, 3] = RAREST
     return ids
 
 

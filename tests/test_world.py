@@ -73,7 +73,11 @@ def test_three_processes_prune_as_one_does(case, three):
     assert [row["name"] for row in reports[0]["linears"]] == [row["name"] for row in wanted["linears"]]
     for ours, theirs in zip(reports[0]["linears"], wanted["linears"]):
         assert ours["sparsity"] == theirs["sparsity"] and ours["damping"] == theirs["damping"]
+        assert [ours[what] for what in ("statistics", "tokens")] == [theirs[what] for what in ("statistics", "tokens")]
         assert ours["output_error"] == (theirs["output_error"] and pytest.approx(theirs["output_error"], rel=1e-3))
+    if case == "experts":
+        found = {row["statistics"] for row in wanted["linears"]}
+        assert found == {"own", "layer", "magnitude"}, "an expert of each kind"
 
 
 DIFFERS = "all ranks must run with the same settings, and "

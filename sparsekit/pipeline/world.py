@@ -271,7 +271,10 @@ def collect(world: World, pruners: Mapping[Target, Pruner]) -> list[int]:
         costs.append(columns**3 + sum(rows[i] for i in group) * columns**2)
     owners = [0] * len(held)
     for group, rank in zip(groups.values(), share_out(costs, world.size)):
-        world.reduce_(held[group[0]].statistics.sum, rank)
+        statistics = held[group[0]].statistics
+        world.reduce_(statistics.sum, rank)
+        if rank != world.rank:
+            statistics.sum = statistics.sum.new_empty(0)  # the memory is for those of this rank
         for i in group:
             owners[i] = rank
     return owners
