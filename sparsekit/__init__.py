@@ -21,6 +21,7 @@ _LAZY = {
     "ops": None,
     "perplexity": "evaluate",
     "prune": "pipeline",
+    "prune_folder": "pipeline",
     "save": "checkpoint",
 }
 

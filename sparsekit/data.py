@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -73,3 +75,15 @@ def evaluation_windows(tokens: Tensor, seq_len: int, max_tokens: int | None = No
             f"give a longer text, a smaller --seq-len or a larger --max-tokens"
         )
     return tokens[: count * seq_len].view(count, seq_len)
+
+
+def hash_batches(batches: Iterable[Tensor | Mapping]) -> str:
+    """What two runs can tell by that they have the same batches, in the same order."""
+    seen = hashlib.sha256()
+    for batch in batches:
+        for name, value in batch.items() if isinstance(batch, Mapping) else [("input_ids", batch)]:
+            what = f"{tuple(value.shape)} {value.dtype}" if isinstance(value, Tensor) else value
+            seen.update(f"{name} {what};".encode())
+            if isinstance(value, Tensor):
+                seen.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return seen.hexdigest()[:16]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
 
 
 @dataclass
@@ -21,10 +22,15 @@ class LinearReport:
     statistics: str
     tokens: int
 
+    @classmethod
+    def from_dict(cls, row: dict[str, Any]) -> LinearReport:
+        return cls(**{**row, "shape": tuple(row["shape"])})
+
 
 @dataclass
 class PruneReport:
-    """skipped maps each module with a weight matrix that was not pruned to the reason."""
+    """skipped maps each module with a weight matrix that was not pruned to the reason. fingerprint: of a folder's run, what
+    has to be the same for it to be resumed."""
 
     method: str
     pattern: str
@@ -32,6 +38,7 @@ class PruneReport:
     seconds: float = 0.0
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    fingerprint: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sparsity(self) -> float:
@@ -42,3 +49,8 @@ class PruneReport:
 
     def to_dict(self) -> dict:
         return {**asdict(self), "sparsity": self.sparsity}
+
+    @classmethod
+    def from_dict(cls, found: dict[str, Any]) -> PruneReport:
+        kept = {field.name: found[field.name] for field in fields(cls)}
+        return cls(**{**kept, "linears": [LinearReport.from_dict(row) for row in found["linears"]]})

@@ -17,7 +17,7 @@ from ..errors import SparsekitError
 from ..format import FORMAT_VERSION, Sparse24
 from ..linear import SparseLinear, dense_weight, is_linear
 
-_SAFETENSORS_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+SAFETENSORS_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load(folder: str | Path, *, device: str | torch.device = "auto", dtype: torch.dtype | str = "auto") -> nn.Module:
@@ -81,7 +81,7 @@ def stored_dtype(folder: Path) -> torch.dtype:
     for _, tensors in weight_files(folder):
         for name in tensors.keys():
             part = tensors.get_slice(name)
-            dtype = _SAFETENSORS_DTYPE.get(part.get_dtype())
+            dtype = SAFETENSORS_DTYPE.get(part.get_dtype())
             if dtype is not None:
                 held[dtype] = held.get(dtype, 0) + math.prod(part.get_shape())
     return max(held, key=held.__getitem__) if held else torch.float32
@@ -112,22 +112,27 @@ def compressed_linears(folder: Path) -> dict[str, tuple[int, int]] | None:
     """Shape by name of the linears a folder holds compressed; None for an ordinary folder.
 
     Raises SparsekitError for a format version newer than this package's."""
-    linears: dict[str, tuple[int, int]] | None = None
-    for path, tensors in weight_files(folder):
-        if text := (tensors.metadata() or {}).get("sparsekit"):
-            try:
-                header = json.loads(text)
-                newer = int(header["version"]) > FORMAT_VERSION
-                shapes = {} if newer else {name: (int(n), int(k)) for name, (n, k) in header["linears"].items()}
-            except (ValueError, KeyError, TypeError, AttributeError):
-                raise SparsekitError(f"{path} must say how it is compressed, and its metadata cannot be read") from None
-            if newer:
-                raise SparsekitError(
-                    f"{path} is written in format version {header['version']}, this sparsekit reads up to {FORMAT_VERSION}; "
-                    f"upgrade sparsekit"
-                )
-            linears = {**(linears or {}), **shapes}
-    return linears
+    found = [linears for path, tensors in weight_files(folder) if (linears := linears_in(path, tensors)) is not None]
+    return {name: shape for linears in found for name, shape in linears.items()} if found else None
+
+
+def linears_in(path: Path, tensors: safe_open) -> dict[str, tuple[int, int]] | None:
+    """Shape by name of the linears that one weight file says are compressed; None where it says nothing of them."""
+    text = (tensors.metadata() or {}).get("sparsekit")
+    if not text:
+        return None
+    try:
+        header = json.loads(text)
+        newer = int(header["version"]) > FORMAT_VERSION
+        shapes = {} if newer else {name: (int(n), int(k)) for name, (n, k) in header["linears"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise SparsekitError(f"{path} must say how it is compressed, and its metadata cannot be read") from None
+    if newer:
+        raise SparsekitError(
+            f"{path} is written in format version {header['version']}, this sparsekit reads up to {FORMAT_VERSION}; "
+            f"upgrade sparsekit"
+        )
+    return shapes
 
 
 def check_stored(name: str, weight: Sparse24, folder: Path) -> None:
@@ -157,8 +162,6 @@ def _load_dense(folder: Path, dtype: torch.dtype | str) -> nn.Module:
 
 
 def _load_compressed(folder: Path, linears: dict[str, tuple[int, int]], dtype: torch.dtype | str) -> nn.Module:
-    from transformers import GenerationConfig
-
     model = skeleton(folder, dtype)
     dtype = model.dtype
     for name, shape in linears.items():
@@ -180,9 +183,17 @@ def _load_compressed(folder: Path, linears: dict[str, tuple[int, int]], dtype: t
         raise SparsekitError(f"the weights in {folder} must be those of its config, and {absent[0]} is missing")
     for name in linears:
         check_stored(name, model.get_submodule(name).weight24, folder)
-    if (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    model.generation_config = read_generation_config(folder) or model.generation_config
     return model
+
+
+def read_generation_config(folder: Path):
+    """How the folder's model is to generate; None where it does not say."""
+    from transformers import GenerationConfig
+
+    if not (folder / "generation_config.json").is_file():
+        return None
+    return GenerationConfig.from_pretrained(folder, local_files_only=True)
 
 
 def read_config(folder: Path):

@@ -209,7 +209,7 @@ def write_json(path: Path, value: object, sort_keys: bool = False) -> None:
 
 
 def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Writes a safetensors file, which is on the disk when this returns.
+    """Writes a safetensors file.
 
     The same tensors give the same bytes; the library's own writer leaves the order of the metadata to chance."""
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))  # so that each lies aligned
@@ -224,8 +224,6 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) 
         file.write(struct.pack("<Q", len(text)) + text)
         for _, tensor in ordered:
             file.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:

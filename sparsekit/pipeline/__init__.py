@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..patterns import Pattern
 from ..report import PruneReport
 from .blocks import find_blocks
+from .folder import prune_folder
 from .loop import Progress, Resident, run
 from .world import World
 
@@ -42,4 +43,4 @@ def prune(
     return run(Resident(model, blocks, stored), batches, method, pattern, skip, progress, world)
 
 
-__all__ = ["Progress", "World", "find_blocks", "prune"]
+__all__ = ["Progress", "World", "find_blocks", "prune", "prune_folder"]

@@ -40,8 +40,8 @@ class Source(Protocol):
     def enter(self, i: int) -> list[LinearReport] | None:
         """Brings the weights of block i. Returns what was reported of it where it is pruned already, by an earlier run."""
 
-    def rounded(self, name: str, weight: Tensor) -> Tensor:
-        """The pruned weight of the linear as it will be read back, in the dtype it has: later blocks are calibrated on that."""
+    def rounded(self, target: Target, weight: Tensor) -> Tensor:
+        """The pruned weight of the target as it will be read back, in the dtype it has: later blocks are calibrated on that."""
 
     def leave(self, i: int, rows: list[LinearReport]) -> None:
         """Ends the work on block i, of whose linears ``rows`` reports."""
@@ -64,7 +64,7 @@ class Resident:
     def enter(self, i: int) -> None:
         return None
 
-    def rounded(self, name: str, weight: Tensor) -> Tensor:
+    def rounded(self, target: Target, weight: Tensor) -> Tensor:
         return weight if self.stored is None else weight.to(self.stored).to(weight.dtype)
 
     def leave(self, i: int, rows: list[LinearReport]) -> None:
@@ -144,7 +144,7 @@ def _prune(target: Target, pruner: Pruner, origin: str, tokens: int, source: Sou
         result = pruner.prune(weight)
     except ValueError as error:
         raise SparsekitError(f"{target.name} cannot be pruned: {error}") from error
-    weight.copy_(source.rounded(target.name, result.weight))
+    weight.copy_(source.rounded(target, result.weight)).add_(0.0)  # -0.0 counts as zero, and is stored as 0.0
     zeros = (weight == 0).sum().item() / max(weight.numel(), 1)
     seconds = time.perf_counter() - begin
     return LinearReport(target.name, tuple(weight.shape), zeros, result.output_error, result.damping, seconds, origin, tokens)

@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..checkpoint import resolve_device
+from ..data import hash_batches
 from ..errors import SparsekitError, listed
 from ..pruners import Pruner
 from ..report import LinearReport
@@ -290,21 +291,14 @@ def spread(
         world.broadcast_(weight, owner)
     everyone = world.gather([row and asdict(row) for row in rows])
     found = [everyone[owner][i] for i, owner in enumerate(owners)]
-    return [LinearReport(**{**row, "shape": tuple(row["shape"])}) for row in found]
+    return [LinearReport.from_dict(row) for row in found]
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]]) -> dict[str, str]:
     """What two ranks can tell by that they hold the same weights and the same batches."""
-    weights, tokens = hashlib.sha256(), hashlib.sha256()
+    weights = hashlib.sha256()
     for name, weight in model.named_parameters():
         # The sum of the bits taken for integers is exact, in whatever order a device adds.
         bits = None if weight.is_meta else weight.detach().contiguous().view(-1).view(_BITS[weight.element_size()])
         weights.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits is not None and int(bits.sum())};".encode())
-    for batch in batches:
-        for name, value in batch.items() if isinstance(batch, Mapping) else [("input_ids", batch)]:
-            tokens.update(
-                f"{name} {value.shape} {value.dtype};".encode() if isinstance(value, Tensor) else f"{name} {value};".encode()
-            )
-            if isinstance(value, Tensor):
-                tokens.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return {"the hash of the weights": weights.hexdigest()[:16], "the hash of the calibration batches": tokens.hexdigest()[:16]}
+    return {"the hash of the weights": weights.hexdigest()[:16], "the hash of the calibration batches": hash_batches(batches)}

@@ -1,0 +1,180 @@
+"""Pruning a model folder into another, with one block in memory at a time, in pieces that outlive the process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import __version__
+from ..checkpoint import check_format, check_model_folder, resolve_device, weight_files
+from ..checkpoint.lazy import LazyModel
+from ..checkpoint.unfinished import Unfinished, partial_folder, unfinished
+from ..checkpoint.writing import compressed_shapes, metadata_of, tensors_of, write_beside, write_index
+from ..data import hash_batches
+from ..linear import compress, is_linear
+from ..patterns import Pattern
+from ..pruners import method_named
+from ..report import LinearReport, PruneReport
+from .blocks import find_blocks
+from .loop import Progress, run
+from .store import Store
+
+
+def prune_folder(
+    folder: str | Path,
+    out: str | Path,
+    batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
+    method: str = "sparsegpt",
+    pattern: str | Pattern = "2:4",
+    *,
+    format: str = "compressed",
+    skip: Iterable[str] = (),
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str = "auto",
+    tokenizer=None,
+    overwrite: bool = False,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> PruneReport:
+    """Prunes the model of a Hugging Face folder into the folder ``out``, block by block: for models that do not fit in memory.
+
+    batches, method, pattern, skip: as for ``prune``, which this equals bit for bit. format: as for ``save``. device, dtype: where
+    and in what to compute, as for ``load``; every weight is stored in the dtype it had.
+    Each block is a weight file of ``out``, finished in OUT.partial beside it until all are. After an interruption they stay there,
+    and the same call with ``resume`` goes on from them, to the same bytes.
+    Raises SparsekitError for what cannot be pruned, where ``out`` or OUT.partial stand in the way unless ``overwrite``, and for
+    resuming what is another run, naming what differs. A SparsekitError leaves nothing that was not there."""
+    pattern, skip, batches = Pattern.parse(pattern), tuple(skip), list(batches)
+    method_named(method), check_format(format)
+    folder, out, place = check_model_folder(folder), Path(out), resolve_device(device)
+    lazy = LazyModel(folder, find_blocks, dtype, place)
+    this = {
+        "hash of the weights": _hash_files(folder),
+        "hash of the calibration batches": hash_batches(batches),
+        "method": method,
+        "pattern": str(pattern),
+        "format": format,
+        "skipped names": list(skip),
+        "device": place.type,
+        "dtype": str(lazy.dtype).removeprefix("torch."),
+        "version of sparsekit": __version__,
+    }
+    if resume and (report := _finished(out, this)):
+        return report
+    outside = _share_out(lazy)
+    with unfinished(out, len(lazy.blocks) + len(outside), this, overwrite=overwrite, resume=resume) as work:
+        source = _Lazy(lazy, work, format, None)
+        report = run(source, batches, method, pattern, skip, progress)
+        report.fingerprint = this
+        for i, parts in enumerate(outside, len(lazy.blocks)):
+            if work.remembered(i) is None:
+                lazy.fill(parts)
+                source.write(i, lazy.model, [name for part in parts for name in lazy.names(part)], {})
+                lazy.drop(parts)
+        said = [work.remembered(i) for i in range(work.count)]
+        write_index(work.model, {work.shard(i).name: piece["tensors"] for i, piece in enumerate(said)})
+        compressed = any(piece["compressed"] for piece in said)
+        write_beside(work.model, lazy.model, lazy.stored, compressed, tokenizer, report)
+        work.finish()
+    return report
+
+
+class _Lazy:
+    """A folder's blocks: read when their turn comes, written when it is over, in memory in between."""
+
+    def __init__(self, lazy: LazyModel, work: Unfinished, format: str, store: Store | None):
+        self.lazy, self.work, self.format, self.store = lazy, work, format, store
+        self.model, self.blocks, self.device = lazy.model, lazy.blocks, lazy.device
+        self._prefix = {block: f"{name}." for name, block in lazy.model.named_modules()}
+
+    @contextmanager
+    def capturing(self) -> Iterator[None]:
+        head = self.model.get_output_embeddings()
+        unused = {f"{name}." for name, module in self.model.named_modules() if module is head}
+        tops = [top for top, names in self.lazy.outside.items() if not all(n.rpartition(".")[0] + "." in unused for n in names)]
+        self.lazy.fill([0, *tops])
+        try:
+            yield
+        finally:
+            self.lazy.drop([0, *tops])
+
+    def enter(self, i: int) -> list[LinearReport] | None:
+        said = self.work.remembered(i)
+        if said is None:
+            self.lazy.fill([i])
+            return None
+        self.lazy.fill_block(i, self.work.shard(i))
+        return [LinearReport.from_dict(row) for row in said["linears"]]
+
+    def rounded(self, name: str, weight: Tensor) -> Tensor:
+        return weight.to(self.lazy.stored_dtype(f"{name}.weight")).to(weight.dtype)
+
+    def leave(self, i: int, rows: list[LinearReport]) -> None:
+        if self.work.remembered(i) is None:
+            block, prefix = self.blocks[i], self._prefix[self.blocks[i]]
+            for name, tensor in block.state_dict(keep_vars=True).items():
+                if tensor.is_floating_point():
+                    tensor.data = tensor.data.to(self.lazy.stored_dtype(prefix + name))
+            dense = {name: module for name, module in block.named_modules() if is_linear(module)}
+            swapped = compress(block) if self.format == "compressed" else []
+            self.write(i, block, None, {"linears": [asdict(row) for row in rows]}, prefix)
+            for name in swapped:
+                block.set_submodule(name, dense[name])
+        self.lazy.drop([i])
+
+    def write(self, i: int, module: nn.Module, only: list[str] | None, remember: dict[str, Any], prefix: str = "") -> None:
+        """Makes weight file i of the tensors of a module, or of those among them that ``only`` names."""
+        made = tensors_of(module, self.format)
+        tensors = {prefix + name: make().detach() for name, make in made.items() if only is None or name in only}
+        if only is not None:
+            tensors = {name: t.to(self.lazy.stored_dtype(name)) if t.is_floating_point() else t for name, t in tensors.items()}
+        compressed = {prefix + name: shape for name, shape in compressed_shapes(module).items()} if only is None else {}
+        remember = {**remember, "compressed": len(compressed), "tensors": {name: t.nbytes for name, t in tensors.items()}}
+        self.work.put(i, tensors, metadata_of(compressed), remember)
+
+
+def _share_out(lazy: LazyModel) -> list[list[str]]:
+    """What stands outside the blocks, by weight files: none larger than the largest block, but for one of a single tensor."""
+    room = max(lazy.nbytes(i, stored=True) for i in range(len(lazy.blocks)))
+    files: list[list[str]] = []
+    filled = 0
+    for top in lazy.outside:
+        size = lazy.nbytes(top, stored=True)
+        if not files or filled + size > room:
+            files.append([])
+            filled = 0
+        files[-1].append(top)
+        filled += size
+    return files
+
+
+def _hash_files(folder: Path) -> str:
+    """Of the config, and of each weight file its header, size and time: to read a model to its end takes long."""
+    seen = hashlib.sha256((folder / "config.json").read_bytes())
+    for path in sorted(path for path, _ in weight_files(folder)):
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            seen.update(file.read(length))
+        seen.update(f"{path.name} {path.stat().st_size} {path.stat().st_mtime_ns};".encode())
+    return seen.hexdigest()[:16]
+
+
+def _finished(out: Path, this: dict[str, Any]) -> PruneReport | None:
+    """The report of the folder, where this run has finished it already."""
+    try:
+        found = json.loads((out / "report.json").read_text())
+    except (OSError, ValueError):
+        return None
+    if not isinstance(found, dict) or found.get("fingerprint") != this:
+        return None
+    shutil.rmtree(partial_folder(out), ignore_errors=True)  # a process that ended just before it would have removed it
+    return PruneReport.from_dict(found)
