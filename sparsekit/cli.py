@@ -32,7 +32,8 @@ DType = Annotated[
 def command(after: str = "") -> Callable:
     """Registers a subcommand; its user's mistakes become one sentence on stderr and exit code 2, Ctrl-C exit code 130.
 
-    ``after`` ends the sentence where it was not the user: what a full disk or an interruption leaves behind."""
+    ``after`` ends the sentence where it was not the user: what a full disk or an interruption leaves behind, unless the error knows
+    better, in its attribute ``left``."""
 
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
@@ -45,10 +46,10 @@ def command(after: str = "") -> Callable:
             except BrokenPipeError:  # the reader of stdout has seen enough
                 raise
             except OSError as error:  # a full disk, a folder that may not be read or written
-                say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{after}")
+                say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{getattr(error, 'left', after)}")
                 raise typer.Exit(2) from None
-            except KeyboardInterrupt:
-                say(f"interrupted{after}")
+            except KeyboardInterrupt as error:
+                say(f"interrupted{getattr(error, 'left', after)}")
                 raise typer.Exit(130) from None
 
         return app.command()(run)
@@ -133,11 +134,16 @@ def prune(
         list[str] | None, typer.Option(help="A linear to leave alone, by name or shell pattern; may be repeated.")
     ] = None,
     device: Device = "auto",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output folder where it is not empty.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the output folder where it is not empty, and what is unfinished of it.")
+    ] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from what an interrupted run of the same command finished, if there is one.")
+    ] = False,
     json_out: Json = False,
 ) -> None:
     """Prune a model, check that every linear holds the pattern, and write it."""
-    from . import checkpoint, data, linear, pipeline
+    from . import checkpoint, data, pipeline
     from .patterns import Pattern
     from .pruners import method_named
 
@@ -149,18 +155,16 @@ def prune(
     for path in (model_dir, calib):
         if path and out.resolve() in (path.resolve(), *path.resolve().parents):
             raise SparsekitError(f"the output folder {out} would be replaced, and must not be or hold the input {path}")
-    checkpoint.check_new_folder(out, overwrite)
+    checkpoint.check_new_folder(out, overwrite or resume)
     checkpoint.check_model_folder(model_dir)
     dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
     tokenizer = checkpoint.load_tokenizer(model_dir)
     batches = data.calibration_batches(data.read_tokens(calib, tokenizer), samples, length, seed) if calib else ()
-    model = checkpoint.load(model_dir, device=device, dtype=dtype)
+    how = dict(format=format, skip=skip or (), device=device, dtype=dtype, tokenizer=tokenizer, overwrite=overwrite, resume=resume)
     with progress_bar(f"{method} {pattern}") as progress:
-        report = pipeline.prune(model, batches, method, pattern, skip=skip or (), progress=progress)
-    model.to(checkpoint.stored_dtype(model_dir))
-    if format == "compressed" and not linear.compress(model):
+        report = pipeline.prune_folder(model_dir, out, batches, method, pattern, **how, progress=progress)
+    if report.format != format:
         say(f"no linear holds 2:4 after pruning to {pattern}; the weights are stored dense")
-    checkpoint.save(model, out, format=format, tokenizer=tokenizer, overwrite=overwrite, report=report)
     if json_out:
         print(json.dumps({"out": str(out), **report.to_dict()}))
     else:

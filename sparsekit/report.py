@@ -29,7 +29,8 @@ class LinearReport:
 
 @dataclass
 class PruneReport:
-    """skipped maps each module with a weight matrix that was not pruned to the reason. fingerprint: of a folder's run, what
+    """skipped maps each module with a weight matrix that was not pruned to the reason. format: how a folder's weights
+    were stored, "compressed" or "dense". fingerprint: of a folder's run, what
     has to be the same for it to be resumed."""
 
     method: str
@@ -38,6 +39,7 @@ class PruneReport:
     seconds: float = 0.0
     linears: list[LinearReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    format: str | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
     @property

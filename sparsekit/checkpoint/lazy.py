@@ -105,9 +105,8 @@ class LazyModel:
 
     def nbytes(self, part: int | str, stored: bool = False) -> int:
         """Bytes of a part's parameters as the model computes with them, or as they are stored."""
-        dtypes = {
-            name: self.stored_dtype(name) if stored else self._meta[name].dtype for name in self.names(part) if name in self._meta
-        }
+        held = {id(self._meta[name]): name for name in self.names(part) if name in self._meta}  # twins once
+        dtypes = {name: self.stored_dtype(name) if stored else self._meta[name].dtype for name in held.values()}
         return sum(self._meta[name].numel() * dtype.itemsize for name, dtype in dtypes.items())
 
     def fill(self, parts: Iterable[int | str]) -> None:

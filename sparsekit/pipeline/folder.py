@@ -82,8 +82,8 @@ def prune_folder(
                 lazy.drop(parts)
         said = [work.remembered(i) for i in range(work.count)]
         write_index(work.model, {work.shard(i).name: piece["tensors"] for i, piece in enumerate(said)})
-        compressed = any(piece["compressed"] for piece in said)
-        write_beside(work.model, lazy.model, lazy.stored, compressed, tokenizer, report)
+        report.format = "compressed" if any(piece["compressed"] for piece in said) else "dense"
+        write_beside(work.model, lazy.model, lazy.stored, report.format == "compressed", tokenizer, report)
         work.finish()
     return report
 
