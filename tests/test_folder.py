@@ -113,13 +113,13 @@ def test_experts_that_are_stored_one_by_one(family, tmp_path):
 def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):
     folder = dense_folder(tmp_path / "model", "llama")
     seen = []
-    prune_linear = loop._prune_linear
+    prune_one = loop._prune
 
-    def look(linear, name, pruner, source):
+    def look(target, pruner, origin, tokens, source):
         seen.append({n.split(".")[2] for n, p in source.model.named_parameters() if not p.is_meta and ".layers." in n})
         assert all(p.is_meta for n, p in source.model.named_parameters() if ".layers." not in n), "embeddings are let go"
-        return prune_linear(linear, name, pruner, source)
+        return prune_one(target, pruner, origin, tokens, source)
 
-    monkeypatch.setattr(loop, "_prune_linear", look)
+    monkeypatch.setattr(loop, "_prune", look)
     prune_folder(folder, tmp_path / "out", token_batches((2, 16)), device="cpu")
     assert seen == [{str(i)} for i in range(3) for _ in range(7)]

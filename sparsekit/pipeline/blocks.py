@@ -30,6 +30,11 @@ class Target:
     role: str = ""
 
     @property
+    def tensor(self) -> str:
+        """The name of the parameter that holds it, in the model's state_dict."""
+        return f"{self.name}.{self.parameter}" if self.index is None else self.name.partition("[")[0]
+
+    @property
     def weight(self) -> Tensor:
         """The matrix (out_features, in_features), a view: writing to it changes the model."""
         if self.index is None:

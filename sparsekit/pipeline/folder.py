@@ -24,7 +24,7 @@ from ..linear import compress, is_linear
 from ..patterns import Pattern
 from ..pruners import method_named
 from ..report import LinearReport, PruneReport
-from .blocks import find_blocks
+from .blocks import Target, find_blocks
 from .loop import Progress, run
 from .store import Store
 
@@ -115,8 +115,8 @@ class _Lazy:
         self.lazy.fill_block(i, self.work.shard(i))
         return [LinearReport.from_dict(row) for row in said["linears"]]
 
-    def rounded(self, name: str, weight: Tensor) -> Tensor:
-        return weight.to(self.lazy.stored_dtype(f"{name}.weight")).to(weight.dtype)
+    def rounded(self, target: Target, weight: Tensor) -> Tensor:
+        return weight.to(self.lazy.stored_dtype(target.tensor)).to(weight.dtype)
 
     def leave(self, i: int, rows: list[LinearReport]) -> None:
         if self.work.remembered(i) is None:
