@@ -31,7 +31,7 @@ demo: setup
 	$(BIN)/sparsekit demo --model $(DEMO_MODEL)
 
 $(VENV)/test: pyproject.toml | $(VENV)/installed
-	$(BIN)/pip install --quiet pytest pytest-benchmark hypothesis triton matplotlib ruff clang-format pybind11 ninja setuptools
+	$(BIN)/pip install --quiet pytest pytest-benchmark hypothesis accelerate triton matplotlib ruff clang-format pybind11 ninja setuptools
 	touch $@
 
 test: $(VENV)/installed $(VENV)/test

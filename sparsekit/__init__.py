@@ -9,9 +9,11 @@ __version__ = "0.1.0"
 # Loaded at first use: `sparsekit --help` does not pay for torch, nor a kernel's user for transformers.
 _LAZY = {
     "Block": "patterns",
+    "GradualPruner": "gradual",
     "NM": "patterns",
     "PairNM": "patterns",
     "Pattern": "patterns",
+    "PruningConfig": "config",
     "Schedule": "schedules",
     "Sparse24": "format",
     "SparseLinear": "linear",

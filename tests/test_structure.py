@@ -19,9 +19,9 @@ SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
 # A module imports only what stands before it. A folder is one place; inside it, files may import one another.
 ORDER = [
-    "errors", "env", "format", "reference", "tune", "timing", "ops", "bench", "patterns", "schedules", "catalog", "criteria",
-    "pruners", "linear", "report", "assets", "data", "evaluate", "checkpoint", "pipeline", "inspection", "integrations", "demo",
-    "cli", "__main__",
+    "errors", "env", "format", "reference", "tune", "timing", "ops", "bench", "patterns", "schedules", "config", "catalog",
+    "criteria", "pruners", "linear", "report", "assets", "data", "evaluate", "checkpoint", "pipeline", "gradual", "inspection",
+    "integrations", "demo", "cli", "__main__",
 ]  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SparsekitError
-from ..linear import dense_weight, is_linear
+from ..linear import is_conv1d, is_linear
 from ..patterns import Pattern
 from ..pruners import Pruner
 
@@ -37,10 +37,13 @@ class Target:
     @property
     def weight(self) -> Tensor:
         """The matrix (out_features, in_features), a view: writing to it changes the model."""
+        return self.of(getattr(self.module, self.parameter).detach())
+
+    def of(self, held: Tensor) -> Tensor:
+        """The matrix's part (out_features, in_features) of a tensor in the shape of its parameter: of a gradient, for one."""
         if self.index is None:
-            return dense_weight(self.module)
-        matrix = getattr(self.module, self.parameter).detach()[self.index]
-        return matrix.T if is_transposed(self.module, self.parameter) else matrix
+            return held.T if is_conv1d(self.module) else held
+        return held[self.index].T if is_transposed(self.module, self.parameter) else held[self.index]
 
 
 def fused_parameters(module: nn.Module) -> list[str]:

@@ -1,0 +1,128 @@
+"""The settings of a gradual pruning: one value, checked when it is made, to and from JSON and YAML."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from .errors import SparsekitError, listed
+from .patterns import Block, Pattern, Unstructured
+from .schedules import Schedule
+
+CRITERIA = ("magnitude", "gradient")
+GROUPS = ("row", "layer", "model")
+
+
+@dataclass(frozen=True)
+class PruningConfig:
+    """pattern, schedule: value objects or their text. sparsity: the pattern's own, for one who wants it checked; None takes it.
+    criterion: "magnitude" or "gradient" (Fisher: the sum over backward passes of (g w)^2 since the last pruning).
+    group: what weights are compared within, a "row" (output feature), a "layer" or the whole "model"; it says nothing where the
+    pattern has its own groups (N:M), and must then be "layer".
+    begin, end, every: prunes after optimiser step ``begin``, then every so many steps, and for the last time after ``end``.
+    start: the sparsity before the first pruning. skip: names, or shell patterns of names, of linears to leave alone.
+    Raises SparsekitError for what is unknown, contradicts itself or cannot reach the pattern."""
+
+    pattern: Pattern | str = "2:4"
+    criterion: str = "magnitude"
+    group: str = "layer"
+    schedule: Schedule | str = "cubic"
+    begin: int = 0
+    end: int = 0
+    every: int = 1
+    start: float = 0.0
+    sparsity: float | None = None
+    skip: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        put = object.__setattr__  # the way in for a frozen dataclass
+        put(self, "pattern", Pattern.parse(self.pattern))
+        put(self, "schedule", Schedule.parse(self.schedule))
+        put(self, "skip", tuple([self.skip] if isinstance(self.skip, str) else self.skip))
+        for name, known in (("criterion", CRITERIA), ("group", GROUPS)):
+            if getattr(self, name) not in known:
+                raise SparsekitError(f"the {name} must be {listed(known, 'or')}, got {getattr(self, name)!r}")
+        for name, least in (("begin", 0), ("end", 0), ("every", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise SparsekitError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        if (self.end - self.begin) % self.every or self.end < self.begin:
+            raise SparsekitError(
+                f"end must come a whole number of times every = {self.every} steps after begin = {self.begin}, got {self.end}"
+            )
+        if self.group != "layer" and not isinstance(self.pattern, (Unstructured, Block)):
+            raise SparsekitError(f"{self.pattern} compares weights within its own groups, got group = {self.group!r}; leave it out")
+        if self.sparsity is None:
+            put(self, "sparsity", self.pattern.sparsity)
+        elif self.sparsity != self.pattern.sparsity:
+            raise SparsekitError(
+                f"the sparsity of {self.pattern} is {self.pattern.sparsity:g}, got {self.sparsity}; leave one of them out"
+            )
+        self.schedule.check(self.pattern.sparsity, self.prunings, self.start)
+
+    @property
+    def prunings(self) -> int:
+        """How many times it prunes."""
+        return (self.end - self.begin) // self.every + 1
+
+    def pattern_after(self, pruning: int) -> Pattern:
+        """The pattern that the model holds after pruning 1, 2, ... ``prunings``; the last one is the pattern itself."""
+        whole = self.pattern.sparsity
+        if pruning == self.prunings or whole == 0:
+            return self.pattern
+        return self.pattern.partway(self.schedule.sparsities(whole, self.prunings, self.start)[pruning - 1] / whole)
+
+    # ---- as text ----
+
+    def to_dict(self) -> dict:
+        """Of JSON's types alone."""
+        return {**asdict(self), "pattern": str(self.pattern), "schedule": str(self.schedule), "skip": list(self.skip)}
+
+    @classmethod
+    def from_dict(cls, found: dict) -> PruningConfig:
+        """Raises SparsekitError, listing the known names, for a setting that there is not."""
+        if not isinstance(found, dict):
+            raise SparsekitError(f"a pruning config must be an object of settings, got a {type(found).__name__}")
+        known = [field.name for field in fields(cls)]
+        unknown = [name for name in found if name not in known]
+        if unknown:
+            raise SparsekitError(f"a pruning config has the settings {listed(known)}, got {unknown[0]!r}")
+        return cls(**found)
+
+    def save(self, path: str | Path) -> None:
+        """Writes a .json, .yaml or .yml file."""
+        path = Path(path)
+        if _is_yaml(path):
+            import yaml
+
+            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+        else:
+            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> PruningConfig:
+        """Reads what ``save`` wrote, or a person. Raises SparsekitError where that is not a pruning config."""
+        path = Path(path)
+        as_yaml = _is_yaml(path)
+        try:
+            text = path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SparsekitError(f"the pruning config {path} must be a text file that can be read, got {error}") from None
+        try:
+            if as_yaml:
+                import yaml
+
+                found = yaml.safe_load(text)
+            else:
+                found = json.loads(text)
+        except Exception as error:
+            said = " ".join(str(error).split())
+            raise SparsekitError(f"the pruning config {path} must be {'YAML' if as_yaml else 'JSON'}, got {said}") from None
+        return cls.from_dict(found)
+
+
+def _is_yaml(path: Path) -> bool:
+    if path.suffix not in (".json", ".yaml", ".yml"):
+        raise SparsekitError(f"a pruning config must be a .json, .yaml or .yml file, got {path}")
+    return path.suffix != ".json"

@@ -1,0 +1,231 @@
+"""Pruning while a model trains: a little more every so many steps, and never a weight back.
+
+``GradualPruner`` serves any training loop; its ``callback`` serves transformers' Trainer. Where a model is pruned already and only
+recovers, ``GradualPruner.fixed`` keeps its zeros where they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .config import PruningConfig
+from .errors import SparsekitError
+from .patterns import Block, Pattern, Unstructured, keep_top
+from .pipeline.blocks import Target, find_blocks, find_targets
+
+STATE_FILE = "sparsekit_pruner.safetensors"
+
+
+class GradualPruner:
+    """Prunes the linears of the model's decoder blocks by the config while the caller trains, and keeps what is pruned at zero.
+
+    After each step of the optimiser call ``step(optimizer)``. Masks only grow. A pruned weight gets no gradient, so neither
+    momentum nor gradient accumulation brings it back, and what an optimiser remembers of it is cleared.
+    blocks: the decoder blocks; by default the largest ModuleList of the model. masks: by name, (out, in) bool, True where kept.
+    Raises SparsekitError where there is nothing to prune or a skipped name is none of the model's."""
+
+    def __init__(self, model: nn.Module, config: PruningConfig, blocks: nn.ModuleList | None = None):
+        self.config, self.steps, self.pruned = config, 0, 0
+        names = {module: name for name, module in model.named_modules()}
+        targets = find_targets(find_blocks(model) if blocks is None else blocks, names, config.skip)
+        self._targets = {target.name: target for group in targets for target in group}
+        self.masks = {name: torch.ones_like(target.weight, dtype=torch.bool) for name, target in self._targets.items()}
+        self._squares: dict[str, Tensor] = {}  # sum of squared gradients, where the criterion asks for it
+        self._parameters: dict[nn.Parameter, list[Target]] = {}  # one may hold the matrices of many experts
+        for target in self._targets.values():
+            self._parameters.setdefault(getattr(target.module, target.parameter), []).append(target)
+        self._hooks = [parameter.register_hook(self._on_gradient(held)) for parameter, held in self._parameters.items()]
+
+    @classmethod
+    def fixed(
+        cls, model: nn.Module, pattern: str | Pattern = "2:4", skip: Iterable[str] = (), blocks: nn.ModuleList | None = None
+    ) -> GradualPruner:
+        """For a model that holds the pattern already: its zeros stay, nothing else is pruned.
+
+        Raises SparsekitError, naming the linear and the place, where it does not hold the pattern."""
+        pruner = cls(model, PruningConfig(pattern, skip=tuple(skip)), blocks)
+        pruner.pruned = pruner.config.prunings
+        for name, target in pruner._targets.items():
+            if broken := pruner.config.pattern.check(target.weight):
+                raise SparsekitError(f"the model must hold {pattern}, got {name}, where {broken}; prune it first")
+            pruner.masks[name] = target.weight != 0
+        return pruner
+
+    @property
+    def done(self) -> bool:
+        """Whether the last pruning is behind."""
+        return self.pruned == self.config.prunings
+
+    @property
+    def sparsity(self) -> float:
+        """Share of the weights that are pruned now."""
+        return 1 - sum(int(m.sum()) for m in self.masks.values()) / max(sum(m.numel() for m in self.masks.values()), 1)
+
+    @torch.no_grad()
+    def step(self, optimizer: torch.optim.Optimizer | None = None) -> bool:
+        """To be called after each step of the optimiser. Returns whether it pruned."""
+        due = not self.done and self.steps == self.config.begin + self.pruned * self.config.every
+        self.steps += 1
+        if due:
+            self.pruned += 1
+            self._prune(self.config.pattern_after(self.pruned))
+            self._squares.clear()
+        self.apply(optimizer if due else None)
+        return due
+
+    @torch.no_grad()
+    def apply(self, optimizer: torch.optim.Optimizer | None = None) -> None:
+        """Sets every pruned weight to zero and, where an optimiser is given, what it remembers of them."""
+        for parameter, targets in self._parameters.items():
+            state = optimizer.state.get(parameter, {}).values() if optimizer else ()
+            alike = [t for t in state if isinstance(t, Tensor) and t.shape == parameter.shape]
+            for held in (parameter.detach(), *alike):
+                self._clear(held, targets)
+
+    def finish(self) -> None:
+        """Lets go of the model. Raises SparsekitError where pruning is not done, or a weight does not hold the pattern."""
+        for hook in self._hooks:
+            hook.remove()
+        if not self.done:
+            raise SparsekitError(f"pruning must be done, {self.config.prunings} times, got {self.pruned}; train on or end earlier")
+        self.apply()
+        whole = self.config.group == "model"  # then no layer has its own count
+        for name, target in self._targets.items():
+            broken = None if whole else self.config.pattern.check(target.weight, rowwise=self.config.group == "row")
+            if broken:
+                raise SparsekitError(f"every pruned linear must hold {self.config.pattern}, got {name}, where {broken}")
+
+    def callback(self):
+        """A transformers TrainerCallback that does all this, and keeps its state beside each of the Trainer's checkpoints."""
+        from transformers import TrainerCallback
+
+        pruner = self
+
+        class Callback(TrainerCallback):
+            def on_train_begin(self, args, state, control, **kwargs):
+                there = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
+                if state.global_step and there.is_file():
+                    pruner.load(there)
+
+            def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+                # accelerate wraps the optimiser, and the wrapped one is keyed alike.
+                pruner.step(optimizer)
+
+            def on_save(self, args, state, control, **kwargs):
+                if args.should_save:
+                    pruner.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
+
+        return Callback()
+
+    # ---- what it knows ----
+
+    def state_dict(self) -> dict:
+        """Steps, prunings, masks and gathered squares; the config with them, as text."""
+        return {
+            "config": self.config.to_dict(),
+            "steps": self.steps,
+            "pruned": self.pruned,
+            "masks": {name: mask.clone() for name, mask in self.masks.items()},
+            "squares": {name: squares.clone() for name, squares in self._squares.items()},
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        """Goes on where ``state_dict`` was taken. Raises SparsekitError where that was of other settings or another model."""
+        mine = self.config.to_dict()
+        for name, value in state["config"].items():
+            if mine.get(name) != value:
+                raise SparsekitError(f"the state must be of the same settings, got {name} = {value!r} for {mine.get(name)!r}")
+        shapes = [{name: tuple(mask.shape) for name, mask in masks.items()} for masks in (self.masks, state["masks"])]
+        if shapes[0] != shapes[1]:
+            other = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+            raise SparsekitError(f"the state must be of the same model, and differs in {other}")
+        self.steps, self.pruned = state["steps"], state["pruned"]
+        for name, target in self._targets.items():
+            self.masks[name] = state["masks"][name].to(target.weight.device)
+        self._squares = {name: squares.to(self.masks[name].device) for name, squares in state["squares"].items()}
+        self.apply()
+
+    def save(self, path: str | Path) -> None:
+        """The state as a safetensors file."""
+        state = self.state_dict()
+        tensors = {f"{kind}.{name}": t.contiguous() for kind in ("masks", "squares") for name, t in state.pop(kind).items()}
+        save_file(tensors, path, {"sparsekit_pruner": json.dumps(state)})
+
+    def load(self, path: str | Path) -> None:
+        """Goes on where ``save`` was called. Raises as ``load_state_dict`` does."""
+        with safe_open(path, framework="pt") as tensors:
+            state = json.loads((tensors.metadata() or {}).get("sparsekit_pruner", "{}"))
+            if not state:
+                raise SparsekitError(f"{path} must hold a pruner's state, and its metadata has none")
+            state |= {"masks": {}, "squares": {}}
+            for key in tensors.keys():
+                kind, _, name = key.partition(".")
+                state[kind][name] = tensors.get_tensor(key)
+        self.load_state_dict(state)
+
+    # ---- the work ----
+
+    def _clear(self, held: Tensor, targets: list[Target]) -> None:
+        """Zeros in a tensor in the shape of the targets' parameter, wherever a weight is pruned."""
+        for target in targets:
+            target.of(held).masked_fill_(~self.masks[target.name], 0)
+
+    def _on_gradient(self, targets: list[Target]):
+        def masked(gradient: Tensor) -> Tensor:
+            gradient = gradient.clone()
+            if self.config.criterion == "gradient" and not self.done:
+                for target in targets:
+                    square = target.of(gradient).float().square()
+                    known = self._squares.get(target.name)
+                    self._squares[target.name] = square if known is None else known.add_(square)
+            self._clear(gradient, targets)
+            return gradient
+
+        return masked
+
+    def _scores(self, name: str) -> Tensor:
+        """Of each weight, -inf where it is pruned already, so that it stays so."""
+        scores = self._targets[name].weight.float().abs()
+        if self.config.criterion == "gradient":
+            if name not in self._squares:
+                raise SparsekitError(f"the criterion gradient needs a backward pass before each pruning, and {name} has had none")
+            scores = scores.square() * self._squares[name]
+        return scores.masked_fill(~self.masks[name], -math.inf)
+
+    def _prune(self, pattern: Pattern) -> None:
+        if self.config.group != "model":
+            for name in self._targets:
+                self.masks[name] = pattern.mask(self._scores(name), rowwise=self.config.group == "row")
+            return
+        # One line of all scores, the first linear's first.
+        lines = [self._scores(name) for name in self._targets]
+        of_unit: Unstructured = pattern.of_blocks if isinstance(pattern, Block) else pattern
+        units = [pattern.block_scores(line) for line in lines] if isinstance(pattern, Block) else lines
+        line = torch.cat([unit.flatten() for unit in units])
+        kept = keep_top(line[None], line.numel() - of_unit.removed(line.numel()))[0].split([unit.numel() for unit in units])
+        for name, unit, scores, mask in zip(self._targets, units, lines, kept):
+            mask = mask.view(unit.shape)
+            self.masks[name] = pattern.spread(mask, scores.shape) if isinstance(pattern, Block) else mask.clone()
+
+
+def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """KL(teacher || student) of next-token distributions, a mean over tokens, times temperature^2.
+
+    student, teacher: logits (..., vocabulary), summed in fp32. Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
+    Raises SparsekitError for logits of two shapes and a temperature that is not above 0."""
+    if student.shape != teacher.shape:
+        shapes = f"{tuple(student.shape)} and {tuple(teacher.shape)}"
+        raise SparsekitError(f"student and teacher must have logits of one shape, got {shapes}")
+    if not temperature > 0:
+        raise SparsekitError(f"the temperature must be above 0, got {temperature}")
+    ours, theirs = (F.log_softmax(logits.flatten(0, -2).float() / temperature, -1) for logits in (student, teacher))
+    return F.kl_div(ours, theirs, reduction="batchmean", log_target=True) * temperature**2

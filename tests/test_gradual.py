@@ -1,0 +1,285 @@
+"""Gradual pruning: masks that only grow, optimisers that forget, state that survives; and the config as text."""
+
+import math
+
+import pytest
+import torch
+from models import build, token_batches
+from torch import nn
+
+from sparsekit import PruningConfig, SparsekitError
+from sparsekit.gradual import GradualPruner, distillation_loss
+
+IDS = token_batches((2, 12), (2, 12))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    # Models this small are slower on two.
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def train(model: nn.Module, optimiser: torch.optim.Optimizer, pruner: GradualPruner, steps: int, accumulate: int = 2) -> None:
+    for _ in range(steps):
+        for ids in IDS[:accumulate]:
+            logits = model(input_ids=ids, use_cache=False).logits
+            nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
+        optimiser.step()
+        pruner.step(optimiser)
+        optimiser.zero_grad()
+
+
+def optimisers(model: nn.Module) -> list[torch.optim.Optimizer]:
+    return [
+        torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.1),
+        torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
+    ]
+
+
+def zeros(pruner: GradualPruner) -> dict[str, torch.Tensor]:
+    return {name: target.weight == 0 for name, target in pruner._targets.items()}
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["AdamW", "SGD with momentum"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(pattern="2:4"),
+        dict(pattern="4:8 pairs", criterion="gradient"),
+        dict(pattern="60%", schedule="linear"),
+        dict(pattern="60%", group="row", criterion="gradient"),
+        dict(pattern="50%", group="model", schedule="exponential"),
+        dict(pattern="block:4x4@50%", group="model"),
+        dict(pattern="block:3x5@50%"),
+    ],
+    ids=lambda settings: " ".join(map(str, settings.values())),
+)
+def test_masks_only_grow_and_end_at_the_pattern(name, settings, which):
+    model = build(name)
+    config = PruningConfig(begin=1, end=7, every=3, **settings)
+    pruner, optimiser = GradualPruner(model, config), optimisers(model)[which]
+    before, reached = zeros(pruner), [0.0]
+    for _ in range(9):
+        train(model, optimiser, pruner, 1)
+        now = zeros(pruner)
+        for linear, mask in pruner.masks.items():
+            assert torch.equal(now[linear], ~mask) and not (before[linear] & ~now[linear]).any(), linear
+        before = now
+        reached.append(pruner.sparsity)
+        for parameter in pruner._parameters:
+            for held in optimiser.state[parameter].values():
+                if isinstance(held, torch.Tensor) and held.shape == parameter.shape:
+                    assert not held[parameter == 0].any()  # neither momentum nor variance of what is gone
+    assert pruner.done and reached[1] == 0 and reached[2] > 0
+    assert reached[2] == reached[3] == reached[4] <= reached[5] == reached[7] < reached[8] == reached[9]
+    pruner.finish()
+    if config.group == "model":  # exact over all weights, ragged blocks aside
+        numel = sum(mask.numel() for mask in pruner.masks.values())
+        assert "block" in settings["pattern"] or sum(int((~m).sum()) for m in pruner.masks.values()) == numel // 2
+    assert not any(parameter._backward_hooks for parameter in pruner._parameters)
+
+
+def test_the_gradient_criterion_is_fisher_over_backward_passes():
+    model = build("llama")
+    pruner = GradualPruner(model, PruningConfig("50%", criterion="gradient", group="row"))
+    linear = model.model.layers[0].mlp.up_proj
+    expected = torch.zeros_like(linear.weight, dtype=torch.float64)
+    for ids in IDS:
+        model.zero_grad()
+        logits = model(input_ids=ids, use_cache=False).logits
+        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        loss.backward()
+        expected += linear.weight.grad.double().square()
+    scores = expected * linear.weight.detach().double().square()
+    pruner.step()
+    gone = ~pruner.masks["model.layers.0.mlp.up_proj"]
+    for row in range(len(gone)):
+        assert scores[row][gone[row]].max() <= scores[row][~gone[row]].min() * (1 + 1e-5)
+        assert gone[row].sum() == gone.shape[1] // 2
+
+
+def test_gradients_that_cancel_do_not_cancel_the_score():
+    model = build("llama")
+    pruner = GradualPruner(model, PruningConfig("50%", criterion="gradient"))
+    linear = model.model.layers[0].mlp.up_proj
+    for sign in (1, -1):
+        (model(input_ids=IDS[0], use_cache=False).logits.sum() * sign).backward()
+    assert linear.weight.grad.abs().max() < 1e-3 * pruner._squares["model.layers.0.mlp.up_proj"].sqrt().max()
+    assert pruner._squares["model.layers.0.mlp.up_proj"].min() > 0
+
+
+def test_without_a_backward_pass_the_gradient_criterion_says_so():
+    pruner = GradualPruner(build("llama"), PruningConfig("50%", criterion="gradient"))
+    with pytest.raises(SparsekitError, match=r"needs a backward pass before each pruning, and model\.layers\.0\.self_attn\.q_proj"):
+        pruner.step()
+
+
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient"])
+def test_a_run_that_goes_on_from_a_saved_state_is_the_same_run(criterion, tmp_path):
+    config = PruningConfig("60%", criterion=criterion, begin=1, end=5, every=2)
+
+    def start() -> tuple:
+        model = build("llama")
+        return model, torch.optim.AdamW(model.parameters(), lr=0.01), GradualPruner(model, config)
+
+    model, optimiser, pruner = start()
+    train(model, optimiser, pruner, 6)
+    first, first_optimiser, first_pruner = start()
+    train(first, first_optimiser, first_pruner, 3)
+    first_pruner.save(tmp_path / "state.safetensors")
+    again, again_optimiser, again_pruner = start()
+    again.load_state_dict(first.state_dict())
+    again_optimiser.load_state_dict(first_optimiser.state_dict())
+    again_pruner.load(tmp_path / "state.safetensors")
+    train(again, again_optimiser, again_pruner, 3)
+    for one, other in zip(model.parameters(), again.parameters()):
+        assert torch.equal(one, other)
+    assert all(torch.equal(pruner.masks[name], again_pruner.masks[name]) for name in pruner.masks)
+
+
+def test_a_state_of_something_else_is_refused():
+    pruner = GradualPruner(build("llama"), PruningConfig("50%"))
+    with pytest.raises(SparsekitError, match="same settings, got pattern = '60%' for '50%'"):
+        pruner.load_state_dict(GradualPruner(build("llama"), PruningConfig("60%")).state_dict())
+    with pytest.raises(SparsekitError, match=r"same model, and differs in model\.layers\.0\.mlp\.gate_proj"):
+        pruner.load_state_dict(GradualPruner(build("llama", intermediate_size=48), PruningConfig("50%")).state_dict())
+
+
+def test_a_fixed_mask_stays_through_training():
+    model = build("llama")
+    for linear in (m for block in model.model.layers for m in block.modules() if isinstance(m, nn.Linear)):
+        with torch.no_grad():
+            linear.weight.mul_(PruningConfig().pattern.mask(linear.weight.abs()))
+    pruner = GradualPruner.fixed(model)
+    held, weights = zeros(pruner), [p.detach().clone() for p in model.parameters()]
+    train(model, torch.optim.AdamW(model.parameters(), lr=0.01), pruner, 3)
+    assert all(torch.equal(held[name], now) for name, now in zeros(pruner).items())
+    assert all(not torch.equal(old, new) for old, new in zip(weights, model.parameters()))
+    pruner.finish()
+    with pytest.raises(SparsekitError, match=r"hold 2:4, got model\.layers\.0\.self_attn\.q_proj, where row 0, .*prune it first"):
+        GradualPruner.fixed(build("llama"))
+
+
+def test_finishing_before_the_end_is_refused():
+    pruner = GradualPruner(build("llama"), PruningConfig(begin=0, end=4, every=2))
+    pruner.step()
+    with pytest.raises(SparsekitError, match="pruning must be done, 3 times, got 1"):
+        pruner.finish()
+
+
+def test_the_callback_prunes_as_the_trainer_steps_and_resumes(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": ids, "labels": ids} for batch in IDS for ids in batch]
+
+    def trainer(steps: int) -> tuple[Trainer, GradualPruner]:
+        model = build("llama")
+        pruner = GradualPruner(model, PruningConfig("2:4", begin=1, end=5, every=2))
+        args = TrainingArguments(
+            output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=3,
+            learning_rate=0.01, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant",
+        )  # fmt: skip
+        return Trainer(model, args, train_dataset=data, callbacks=[pruner.callback()]), pruner
+
+    whole, pruner = trainer(6)
+    whole.train()
+    assert pruner.done and pruner.steps == 6
+    again, resumed = trainer(6)
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.steps == 6 and all(torch.equal(pruner.masks[name], resumed.masks[name]) for name in pruner.masks)
+    for one, other in zip(whole.model.parameters(), again.model.parameters()):
+        assert torch.equal(one, other)
+    resumed.finish()
+
+
+# ---- distillation ----
+
+
+def test_distillation_against_its_formula():
+    student, teacher = torch.randn(2, 3, 5, 7, generator=torch.Generator().manual_seed(0)).double()
+    p, q = (teacher / 2).softmax(-1), (student / 2).softmax(-1)
+    expected = 4 * (p * (p / q).log()).sum(-1).mean()
+    assert distillation_loss(student, teacher, 2.0).item() == pytest.approx(expected.item(), rel=1e-5)
+    assert distillation_loss(teacher, teacher).item() == pytest.approx(0, abs=1e-7)
+
+
+@pytest.mark.parametrize("temperature", [0.0, -1.0, math.nan])
+def test_distillation_refuses(temperature):
+    with pytest.raises(SparsekitError, match="temperature must be above 0"):
+        distillation_loss(torch.zeros(2, 3), torch.zeros(2, 3), temperature)
+    with pytest.raises(SparsekitError, match=r"one shape, got \(2, 3\) and \(2, 4\)"):
+        distillation_loss(torch.zeros(2, 3), torch.zeros(2, 4))
+
+
+# ---- the config ----
+
+CONFIGS = [
+    PruningConfig(),
+    PruningConfig("33.3%", "gradient", "row", "exponential:5.0", 10, 100, 30, 0.1, skip=("*.down_proj", "lm_head")),
+    PruningConfig("block:4x8@50%", group="model", schedule="20%,35%,50%", begin=3, end=5),
+]
+
+
+@pytest.mark.parametrize("suffix", ["json", "yaml", "yml"])
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: str(config.pattern))
+def test_a_config_comes_back_from_its_file(config, suffix, tmp_path):
+    config.save(tmp_path / f"config.{suffix}")
+    assert PruningConfig.load(tmp_path / f"config.{suffix}") == config
+
+
+def test_the_patterns_on_the_way():
+    config = PruningConfig("2:8", schedule="linear", end=5)
+    assert [str(config.pattern_after(i)) for i in range(1, 7)] == ["7:8", "6:8", "5:8", "4:8", "3:8", "2:8"]
+    assert PruningConfig("0%", end=3).pattern_after(2).sparsity == 0
+
+
+@pytest.mark.parametrize(
+    "settings, says",
+    [
+        (dict(pattern="half"), "a pattern must be"),
+        (dict(schedule="square"), "a schedule must be"),
+        (dict(criterion="wanda"), "the criterion must be magnitude or gradient, got 'wanda'"),
+        (dict(pattern="50%", group="column"), "the group must be row, layer or model, got 'column'"),
+        (dict(pattern="2:4", sparsity=0.7), "the sparsity of 2:4 is 0.5, got 0.7"),
+        (dict(pattern="2:4", group="row"), "2:4 compares weights within its own groups, got group = 'row'"),
+        (dict(begin=-1), "begin must be a whole number of at least 0, got -1"),
+        (dict(every=0), "every must be a whole number of at least 1, got 0"),
+        (dict(end=2.5), "end must be a whole number of at least 0, got 2.5"),
+        (dict(begin=5, end=3), "a whole number of times every = 1 steps after begin = 5, got 3"),
+        (dict(end=10, every=3), "a whole number of times every = 3 steps after begin = 0, got 10"),
+        (dict(pattern="50%", start=0.6), "must go up, from at least 0 to at most 1, got 0.6 to 0.5"),
+        (dict(pattern="50%", schedule="20%,40%", end=1), "the last of the listed sparsities must be the pattern's 0.5, got 0.4"),
+        (dict(pattern="50%", schedule="20%,50%", end=2), "a list of 2 sparsities takes as many steps, got 3"),
+    ],
+)
+def test_a_config_that_contradicts_itself(settings, says):
+    with pytest.raises(SparsekitError) as caught:
+        PruningConfig(**settings)
+    assert says in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, text, says",
+    [
+        ("a.json", "{", "must be JSON, got"),
+        ("a.yaml", "{", "must be YAML, got"),
+        ("a.json", "[]", "must be an object of settings, got a list"),
+        (
+            "a.json",
+            '{"speed": 1}',
+            "has the settings pattern, criterion, group, schedule, begin,",
+        ),
+        ("a.txt", "{}", "a .json, .yaml or .yml file, got"),
+        ("none.json", None, "must be a text file that can be read"),
+    ],
+)
+def test_a_file_that_is_no_config(name, text, says, tmp_path):
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(SparsekitError) as caught:
+        PruningConfig.load(tmp_path / name)
+    assert says in str(caught.value)
