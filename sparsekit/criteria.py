@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -25,11 +26,19 @@ class SquaredNorm:
 
 @dataclass(frozen=True)
 class Factor:
-    """H^-1 = U' U with U upper triangular (k, k) fp32; the inputs that never fired; the damping that made H positive definite."""
+    """H^-1 = U' U with U upper triangular; the inputs that never fired; the damping that made H positive definite.
 
-    upper: Tensor
+    unit (k, k) fp32 is U of H / scale, so that neither it nor what is reckoned with it over- or underflows with the inputs."""
+
+    unit: Tensor
+    scale: float
     dead: Tensor
     damping: float
+
+    @property
+    def upper(self) -> Tensor:
+        """U of H itself."""
+        return self.unit / math.sqrt(self.scale)
 
 
 class Gram:
@@ -37,6 +46,7 @@ class Gram:
 
     # Shares of the mean diagonal added to it, tried in order; the last one is factorised in fp64.
     DAMPING_LADDER = (0.01, 0.1, 1.0)
+    _STRIP = 512
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         self.sum, self.tokens = torch.zeros(columns, columns, dtype=torch.float32, device=device), 0
@@ -55,34 +65,64 @@ class Gram:
         H = R R' with R upper is the Cholesky factorisation of H read from its last row and column backwards; then
         H^-1 = (R^-1)' R^-1, and R^-1 is the upper factor asked for, without ever forming H^-1.
         Raises ValueError for NaN or Inf, or when the last rung of the ladder is not positive definite either."""
-        h = self.sum * (2 / max(self.tokens, 1))
-        if not torch.isfinite(h).all():
+        if not torch.isfinite(self.sum).all():
             raise ValueError("its inputs hold NaN or Inf")
-        diagonal = h.diagonal()
-        dead = diagonal == 0
-        # The mean is over inputs that fired: the ones set to 1 below say nothing about the scale of the others.
-        mean = diagonal[~dead].mean() if not dead.all() else diagonal.new_ones(())
-        diagonal[dead] = mean
-        h /= mean  # so that neither a huge nor a tiny scale over- or underflows; undone on U
+        dead, mean = self.sum.diagonal() == 0, self._mean()
+        h = self.sum / mean
+        h.diagonal()[dead] = 1
+        scale = 1.0 if dead.all() else 2 * mean.item() / max(self.tokens, 1)
         for damping in self.DAMPING_LADDER:
-            damped = h.double() if damping == self.DAMPING_LADDER[-1] else h.clone()
+            damped = (h.double() if damping == self.DAMPING_LADDER[-1] else h).flip(0, 1)
             damped.diagonal().add_(damping)
-            backwards, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+            damped, failed = torch.linalg.cholesky_ex(damped)
             if not failed:
-                r = backwards.flip(0, 1)
-                upper = torch.linalg.solve_triangular(r, torch.eye(r.shape[0], dtype=r.dtype, device=r.device), upper=True)
-                if torch.isfinite(upper).all():
-                    return Factor((upper / mean.to(upper.dtype).sqrt()).float(), dead, damping)
+                unit = damped.flip(0, 1).contiguous()
+                _invert_upper_(unit)
+                if torch.isfinite(unit).all():
+                    return Factor(unit.float(), scale, dead, damping)
         raise ValueError(
             f"its Gram matrix is not positive definite with damping up to {self.DAMPING_LADDER[-1]:g} of the mean diagonal"
         )
 
     def output_error(self, weight: Tensor, pruned: Tensor) -> float:
         """|X (W - W_pruned)'|^2 / |X W'|^2 over the tokens seen; weights (n, k)."""
-        difference, weight = weight.float() - pruned.float(), weight.float()
-        whole = (weight @ self.sum * weight).sum().item()
-        lost = max((difference @ self.sum * difference).sum().item(), 0.0)  # rounding can take a small one below zero
-        return lost / whole if whole > 0 else 0.0
+        return self.output_errors(weight, [pruned])[0]
+
+    def output_errors(self, weight: Tensor, pruned: Iterable[Tensor]) -> list[float]:
+        """The output error of each of several pruned weights; one at a time is asked for and held."""
+        weight = weight.float()
+        outputs = [self._output(weight), *(self._output(weight - one.float()) for one in pruned)]
+        whole, *lost = torch.stack(outputs).tolist()
+        return [max(one, 0.0) / whole if whole > 0 else 0.0 for one in lost]  # rounding can take a small one below zero
+
+    def _output(self, weight: Tensor) -> Tensor:
+        """|X W'|^2 in units of the mean diagonal: the sum of (W G) * W, of which a symmetric G asks for half."""
+        weight, total = weight / self._mean().sqrt(), weight.new_zeros(())
+        for begin in range(0, weight.shape[1], self._STRIP):
+            own, left, columns = weight[:, begin : begin + self._STRIP], weight[:, :begin], slice(begin, begin + self._STRIP)
+            total += ((own @ self.sum[columns, columns]).addmm_(left, self.sum[:begin, columns], alpha=2) * own).sum()
+        return total
+
+    def _mean(self) -> Tensor:
+        """Of the diagonal, over inputs that fired: what the others are set to says nothing about the scale. 1 where none did."""
+        diagonal = self.sum.diagonal().double()
+        fired = (diagonal != 0).sum()
+        return torch.where(fired > 0, diagonal.sum() / fired, 1.0).float()
+
+
+def _invert_upper_(r: Tensor) -> None:
+    """The inverse of an upper triangular matrix in its place: [[a, b], [0, d]] becomes [[a^-1, -a^-1 b d^-1], [0, d^-1]].
+
+    A third of the operations of solving for all of the identity."""
+    if (k := r.shape[0]) <= 256:
+        r.copy_(torch.linalg.solve_triangular(r, torch.eye(k, dtype=r.dtype, device=r.device), upper=True))
+        return
+    half = k // 512 * 256 or 256
+    a, b, d = r[:half, :half], r[:half, half:], r[half:, half:]
+    left = torch.linalg.solve_triangular(a, b, upper=True)
+    b.copy_(torch.linalg.solve_triangular(d, left, upper=True, left=False).neg_())
+    _invert_upper_(a)
+    _invert_upper_(d)
 
 
 def total(parts: Sequence[Gram] | Sequence[SquaredNorm]) -> Gram | SquaredNorm:

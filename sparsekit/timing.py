@@ -1,12 +1,45 @@
-"""How long a call takes: on the host's clock, and on a GPU without what the host adds."""
+"""How long a call takes, on the host's clock and on a GPU without what the host adds; and the phases of longer work."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
+
+
+class Phases:
+    """The time of work that goes through the same few phases again and again: ``with phases("loop"): ...``.
+
+    A GPU runs behind the host: there the times are its own, and ``seconds`` waits for it."""
+
+    def __init__(self, device: torch.device):
+        self._device, self._spans = device, []
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        begin = self._now()
+        yield
+        self._spans.append((name, begin, self._now()))
+
+    def seconds(self) -> dict[str, float]:
+        """Of each phase so far, in the order in which they first came."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        found = {}
+        for name, begin, end in self._spans:
+            span = begin.elapsed_time(end) / 1e3 if self._device.type == "cuda" else end - begin
+            found[name] = found.get(name, 0.0) + span
+        return found
+
+    def _now(self):
+        if self._device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self._device))
+        return event
 
 
 def time_us(

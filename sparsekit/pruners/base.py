@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -17,12 +17,18 @@ class PruneResult:
     """weight (n, k) in the dtype it came in, zero where pruned; mask (n, k) bool, True where kept.
 
     output_error: squared error of the outputs over their square, on the observed tokens; None where no Gram matrix was kept.
-    damping: share of the mean diagonal added to the Hessian; None for methods without one."""
+    output_error_masked: that error if the mask alone were applied to the weight as it came in.
+    loss: what the pruner itself reckons to have lost, in squared error of the outputs a token, the damping's share included.
+    damping: share of the mean diagonal added to the Hessian; None for methods without one, as are the two before it.
+    seconds: by phase. What several results share is in the first alone, so that all of them add up."""
 
     weight: Tensor
     mask: Tensor
     output_error: float | None = None
+    output_error_masked: float | None = None
+    loss: float | None = None
     damping: float | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
 
 
 class Pruner(Protocol):

@@ -7,24 +7,29 @@ U[j:, j:]' U[j:, j:], so removing w_j costs w_j^2 / U_jj^2 and is best made up f
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor
 
+from .. import ops
 from ..criteria import Gram
-from ..patterns import NM, PairNM, Pattern, Unstructured, keep_top
+from ..patterns import NM, Block, PairNM, Pattern, Unstructured, keep_top
+from ..timing import Phases
 from .base import PruneResult
 
 
 class SparseGPT:
     """Prunes a weight column by column, left to right, updating the columns that are left.
 
-    An N:M group chooses its mask when its first column is reached, on the weights as updated by then. An unstructured pattern
-    chooses once a block of columns, over all rows, so that after each block exactly the share asked for is gone."""
+    An N:M group chooses its mask when its first column is reached, on the weights as updated by then. A pattern that counts over
+    the whole weight chooses once a block of columns, over all rows: after each block exactly the share asked for is gone."""
 
     needs_inputs, rowwise = True, False
 
-    BLOCK = 128  # columns between two trailing updates; rounded up to whole groups
+    BLOCK = 128  # columns that one call of ops.obs_block_ prunes; rounded up to whole groups
+    PANEL = 512  # columns that are brought up to date after each block; those after the panel once, by one large product
 
     def __init__(self, columns: int, pattern: Pattern, device: torch.device | str = "cpu"):
         self.pattern, self.statistics = pattern, Gram(columns, device)
@@ -33,44 +38,76 @@ class SparseGPT:
         self.statistics.update(x)
 
     def prune(self, weight: Tensor) -> PruneResult:
+        return self.prune_levels(weight, [self.pattern])[0]
+
+    def prune_levels(self, weight: Tensor, levels: Sequence[Pattern]) -> list[PruneResult]:
+        """What a pruner of each of these patterns makes of the weight, bit for bit, from one factorisation."""
         if self.statistics.tokens == 0:
             raise ValueError("sparsegpt needs the linear's inputs, and observed none")
-        factor = self.statistics.factor
-        # Columns of the weight are rows of w: a step then reads and writes whole lines.
-        w = weight.T.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # [k, n], not the memory of weight
-        w[factor.dead] = 0
-        kept = torch.ones_like(w, dtype=torch.bool)
-        group = self.pattern.m if isinstance(self.pattern, (NM, PairNM)) else 1
-        size = math.ceil(self.BLOCK / group) * group
-        removed = 0
-        for begin in range(0, w.shape[0], size):
-            end = min(begin + size, w.shape[0])
-            if isinstance(self.pattern, Unstructured):
-                quota = self.pattern.removed(w[:end].numel()) - removed
-                removed += quota
-                scores = _saliency(w[begin:end], factor.upper, begin)
-                kept[begin:end] = keep_top(scores.T.reshape(-1), scores.numel() - quota).view(scores.T.shape).T
-            errors = self._prune_block(w[begin:end], kept[begin:end], factor.upper[begin:end, begin:end])
-            w[end:].addmm_(factor.upper[begin:end, end:].T, errors, alpha=-1)
-        pruned = w.T.to(weight.dtype).contiguous()
-        return PruneResult(pruned, kept.T.contiguous(), self.statistics.output_error(weight, pruned), factor.damping)
+        if not torch.isfinite(weight).all():
+            row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+            raise ValueError(f"its weight holds NaN or Inf, the first in row {row}, column {column}")
+        found = [self._prune(weight, level) for level in levels]
+        if not found:
+            return []
+        shared = found[0][-1]
+        with shared("error"):
+            after_and_masked = chain.from_iterable((pruned, torch.where(kept, weight, 0)) for pruned, kept, *_ in found)
+            errors = self.statistics.output_errors(weight, after_and_masked)
+        damping = self.statistics.factor.damping
+        return [
+            PruneResult(pruned, kept, after, masked, loss, damping, phases.seconds())
+            for (pruned, kept, loss, phases), after, masked in zip(found, errors[::2], errors[1::2])
+        ]
 
-    def _prune_block(self, w: Tensor, kept: Tensor, upper: Tensor) -> Tensor:
-        """Prunes the block w (b, n) in place and returns what each column leaves to the later ones, (b, n)."""
-        errors = torch.empty_like(w)
-        diagonal = upper.diagonal().tolist()
-        for j in range(w.shape[0]):
-            if isinstance(self.pattern, (NM, PairNM)) and j % self.pattern.m == 0:
-                scores = _saliency(w[j : j + self.pattern.m], upper, j)
-                kept[j : j + self.pattern.m] = self.pattern.mask(scores.T).T
-            gone = ~kept[j]
-            torch.mul(w[j], gone, out=errors[j]).div_(diagonal[j])
-            w[j:].addr_(upper[j, j:], errors[j], alpha=-1)
-            w[j].masked_fill_(gone, 0)  # an exact zero, neither the rounding of w - w nor -0.0
-        return errors
+    def _prune(self, weight: Tensor, level: Pattern) -> tuple[Tensor, Tensor, float, Phases]:
+        """The pruned weight, its mask, the loss, and the clock of the phases."""
+        phases = Phases(weight.device)
+        with phases("factor"):
+            factor = self.statistics.factor
+        w = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # not the memory of weight
+        w[:, factor.dead] = 0
+        (n, k), width = w.shape, _whole_groups(level, self.BLOCK)
+        panel = max(self.PANEL // width, 1) * width
+        kept, loss = torch.empty_like(w, dtype=torch.bool), w.new_zeros(n, dtype=torch.float64)
+        for begin in range(0, k, panel):
+            end, errors = min(begin + panel, k), []
+            for left in range(begin, end, width):
+                right = min(left + width, end)
+                rows, block = factor.unit[left:right], w[:, left:right]
+                with phases("loop"):
+                    choice = _choice(level, block, rows.diagonal(left), left)
+                    kept[:, left:right], error, lost = ops.obs_block_(block, rows[:, left:right], **choice)
+                    errors.append(error)
+                    loss += lost
+                with phases("trailing"):
+                    w[:, right:end].addmm_(error, rows[:, right:end], alpha=-1)
+            with phases("trailing"):
+                w[:, end:].addmm_(torch.cat(errors, 1), factor.unit[begin:end, end:], alpha=-1)
+        return w.to(weight.dtype), kept, loss.sum().item() * factor.scale / 2, phases
 
 
-def _saliency(w: Tensor, upper: Tensor, begin: int) -> Tensor:
-    """w_j^2 / U_jj^2 of the columns w (b, n) that start at ``begin``."""
-    diagonal = upper.diagonal()[begin : begin + w.shape[0]]
-    return (w / diagonal[:, None]).square()
+def _whole_groups(level: Pattern, columns: int) -> int:
+    """The columns of a block: at least ``columns``, and no group or block of the pattern cut in two."""
+    group = level.m if isinstance(level, (NM, PairNM)) else level.cols if isinstance(level, Block) else 1
+    return math.ceil(columns / group) * group
+
+
+def _choice(level: Pattern, block: Tensor, diagonal: Tensor, left: int) -> dict:
+    """What ops.obs_block_ is to be told of a block (n, b) that begins at column ``left``: N:M, or the mask."""
+    if isinstance(level, NM):
+        return {"n": level.n, "m": level.m}
+    if isinstance(level, PairNM):
+        return {"n": level.n // 2, "m": level.m // 2, "pairs": True}
+    scores, right = (block / diagonal).square(), left + block.shape[1]
+    if isinstance(level, Block):
+        blocks = level.block_scores(scores)  # (lines of blocks, blocks across)
+        gone = _gone(level.of_blocks, blocks.shape[0], left // level.cols, math.ceil(right / level.cols))
+        return {"mask": level.spread(keep_top(blocks.flatten(), blocks.numel() - gone).view(blocks.shape), scores.shape)}
+    gone = _gone(level, scores.shape[0], left, right)
+    return {"mask": keep_top(scores.flatten(), scores.numel() - gone).view(scores.shape)}
+
+
+def _gone(level: Unstructured, n: int, left: int, right: int) -> int:
+    """How many go of columns left to right of n rows, if after every block the share of all columns so far is to be gone."""
+    return level.removed(n * right) - level.removed(n * left)
