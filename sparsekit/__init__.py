@@ -20,11 +20,14 @@ _LAZY = {
     "Unstructured": "patterns",
     "compress": "linear",
     "load": "checkpoint",
+    "magnitude_prune": "pruners",
     "ops": None,
     "perplexity": "evaluate",
     "prune": "pipeline",
     "prune_folder": "pipeline",
     "save": "checkpoint",
+    "sparsegpt_prune": "pruners",
+    "wanda_prune": "pruners",
 }
 
 __all__ = ["SparsekitError", *sorted(_LAZY)]

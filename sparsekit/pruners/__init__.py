@@ -2,6 +2,7 @@
 
 from ..errors import SparsekitError, listed
 from .base import Pruner, PruneResult
+from .functional import magnitude_prune, sparsegpt_prune, wanda_prune
 from .magnitude import Magnitude
 from .sparsegpt import SparseGPT
 from .wanda import Wanda
@@ -16,4 +17,15 @@ def method_named(name: str) -> type[Pruner]:
     return METHODS[name]
 
 
-__all__ = ["METHODS", "Magnitude", "PruneResult", "Pruner", "SparseGPT", "Wanda", "method_named"]
+__all__ = [
+    "METHODS",
+    "Magnitude",
+    "PruneResult",
+    "Pruner",
+    "SparseGPT",
+    "Wanda",
+    "magnitude_prune",
+    "method_named",
+    "sparsegpt_prune",
+    "wanda_prune",
+]
