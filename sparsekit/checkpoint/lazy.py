@@ -7,7 +7,6 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import SparsekitError
@@ -21,6 +20,7 @@ from .reading import (
     compressed_linears,
     first_sentence,
     linears_in,
+    open_weights,
     quiet_transformers,
     read_config,
     read_generation_config,
@@ -124,7 +124,7 @@ class LazyModel:
             weight_mapping=[*renamings, *converters],
         )
         with ExitStack() as stack, quiet_transformers():
-            files = {path: stack.enter_context(safe_open(path, framework="pt")) for path in {self._file[key] for key in keys}}
+            files = {path: stack.enter_context(open_weights(path)) for path in {self._file[key] for key in keys}}
             slices = {key: files[self._file[key]].get_slice(key) for key in keys}
             try:
                 info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
@@ -139,7 +139,7 @@ class LazyModel:
 
     def fill_block(self, i: int, path: Path) -> None:
         """Fills block i from a weight file that ``save`` or the pruning of a folder wrote, in the model's dtype, dense."""
-        with safe_open(path, framework="pt") as tensors:
+        with open_weights(path) as tensors:
             compressed = linears_in(path, tensors) or {}
             for name in tensors.keys():
                 parent, _, leaf = name.rpartition(".")

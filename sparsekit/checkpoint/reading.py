@@ -101,11 +101,18 @@ def weight_files(folder: Path) -> Iterator[tuple[Path, safe_open]]:
     for path in paths:
         if not path.is_file():
             raise SparsekitError(f"the weights must be safetensors files, and {path} is missing; save them as safetensors first")
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                yield path, tensors
-        except SafetensorError as error:
-            raise SparsekitError(f"{path} is not a whole safetensors file: {first_sentence(error)}") from error
+        with open_weights(path) as tensors:
+            yield path, tensors
+
+
+@contextmanager
+def open_weights(path: Path) -> Iterator[safe_open]:
+    """One safetensors file, opened. Raises SparsekitError where it is broken."""
+    try:
+        with safe_open(path, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise SparsekitError(f"{path} is not a whole safetensors file: {first_sentence(error)}") from error
 
 
 def compressed_linears(folder: Path) -> dict[str, tuple[int, int]] | None:
