@@ -119,7 +119,14 @@ def sequence_length(asked: int | None, folder: Path) -> int:
 def prune(
     model_dir: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
-    calib: Annotated[Path | None, typer.Option(help="A UTF-8 text file to calibrate on; magnitude needs none.")] = None,
+    calib: Annotated[
+        str | None,
+        typer.Option(
+            help="What to calibrate on: a UTF-8 text, a folder of .txt and .md files, a .jsonl file, token ids (.npy, .safetensors "
+            'or .ids), or "self": text that the model writes. Magnitude needs none.'
+        ),
+    ] = None,
+    calib_field: Annotated[str | None, typer.Option(help='Where the texts of a .jsonl file are; "text" by default.')] = None,
     method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
     pattern: Annotated[
         str, typer.Option(help='N kept of M, such as "2:4", the share removed, such as "50%", or "block:32x32@50%".')
@@ -143,23 +150,35 @@ def prune(
     json_out: Json = False,
 ) -> None:
     """Prune a model, check that every linear holds the pattern, and write it."""
-    from . import checkpoint, data, pipeline
+    from . import checkpoint, data, evaluate, pipeline
     from .patterns import Pattern
     from .pruners import method_named
 
     # What is cheap to refuse is refused before the model is read.
     if method_named(method).needs_inputs and calib is None:
         raise SparsekitError(f"--calib must name a text for {method} to calibrate on; magnitude alone needs none")
+    if calib_field is not None and calib in (None, data.SELF):
+        raise SparsekitError(f"--calib-field belongs to a .jsonl file, got {calib_field!r} with --calib {calib}; leave it out")
     Pattern.parse(pattern)
     checkpoint.check_format(format)
-    for path in (model_dir, calib):
+    source = None if calib in (None, data.SELF) else Path(calib)
+    for path in (model_dir, source):
         if path and out.resolve() in (path.resolve(), *path.resolve().parents):
             raise SparsekitError(f"the output folder {out} would be replaced, and must not be or hold the input {path}")
     checkpoint.check_new_folder(out, overwrite or resume)
     checkpoint.check_model_folder(model_dir)
     dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
     tokenizer = checkpoint.load_tokenizer(model_dir)
-    batches = data.calibration_batches(data.read_tokens(calib, tokenizer), samples, length, seed) if calib else ()
+    batches, config = (), checkpoint.read_config(model_dir)
+    if source:
+        tokens = data.read_calibration(source, tokenizer, calib_field, getattr(config.get_text_config(), "vocab_size", None))
+        batches = data.calibration_batches(tokens, samples, length, seed)
+    elif calib:
+        data.check_sampling(samples, length, seed)
+        first, model = data.first_token(tokenizer, config), checkpoint.load(model_dir, device=device, dtype=dtype)
+        with progress_bar("writing") as progress:
+            batches = evaluate.own_text(model, first, samples, length, seed, progress=lambda *now: progress("tokens", *now))
+        del model  # from here on one block is in memory
     how = dict(format=format, skip=skip or (), device=device, dtype=dtype, tokenizer=tokenizer, overwrite=overwrite, resume=resume)
     with progress_bar(f"{method} {pattern}") as progress:
         report = pipeline.prune_folder(model_dir, out, batches, method, pattern, **how, progress=progress)
@@ -175,6 +194,10 @@ def prune(
         show(f"{out}: {method} {pattern}, {report.seconds:.1f} s", ("linear", "shape", "sparsity", "output error"), rows)
         for name, reason in report.skipped.items():
             print(f"not pruned: {name} ({reason})")
+        for row in report.linears:
+            if row.statistics != "own" and report.tokens:
+                by = "the statistics of its layer" if row.statistics == "layer" else "magnitude"
+                print(f"pruned by {by}: {row.name} (saw {row.tokens} tokens)")
 
 
 @command()

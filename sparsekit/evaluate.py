@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -11,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .data import check_vocabulary, context_length, evaluation_windows
+from .data import check_sampling, check_vocabulary, context_length, evaluation_windows
 from .errors import SparsekitError
 
 
@@ -61,6 +62,20 @@ def perplexity(
     return {"perplexity": math.exp(mean), "tokens": count, "seconds": time.perf_counter() - begin}
 
 
+def _stepper(model: nn.Module) -> Callable[[Tensor], Tensor]:
+    """A function of the next tokens (rows, count) that gives the logits (rows, vocabulary) after them, and remembers them."""
+    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # transformers renamed it
+    cache = None
+
+    def step(ids: Tensor) -> Tensor:
+        nonlocal cache
+        out = model(input_ids=ids, use_cache=True, **{name: cache})
+        cache = out[name]
+        return out.logits[:, -1]
+
+    return step
+
+
 @torch.no_grad()
 def generate(model: nn.Module, tokenizer, prompt: str, max_new_tokens: int = 64) -> dict[str, float | str]:
     """Greedy text after the prompt (through the tokenizer's chat template where it has one), and the speed of decoding.
@@ -80,14 +95,13 @@ def generate(model: nn.Module, tokenizer, prompt: str, max_new_tokens: int = 64)
             f"the prompt and the new tokens must fit the model's context of {context}, got {ids.shape[1]} and {max_new_tokens}"
         )
     check_vocabulary(ids, model)
-    out = model(input_ids=ids, use_cache=True)
-    new = [out.logits[:, -1].argmax(-1, keepdim=True)]
+    step = _stepper(model)
+    new = [step(ids).argmax(-1, keepdim=True)]
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     begin = time.perf_counter()
     for _ in range(max_new_tokens - 1):
-        out = model(input_ids=new[-1], past_key_values=out.past_key_values, use_cache=True)
-        new.append(out.logits[:, -1].argmax(-1, keepdim=True))
+        new.append(step(new[-1]).argmax(-1, keepdim=True))
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     seconds = time.perf_counter() - begin
@@ -98,3 +112,43 @@ def generate(model: nn.Module, tokenizer, prompt: str, max_new_tokens: int = 64)
     speed = (max_new_tokens - 1) / seconds if seconds > 0 else 0.0
     text = tokenizer.decode(text[:stop], skip_special_tokens=True).strip()
     return {"text": text, "tokens": max_new_tokens, "seconds": seconds, "tokens_per_second": speed}
+
+
+@torch.no_grad()
+def own_text(
+    model: nn.Module,
+    first: int,
+    samples: int,
+    seq_len: int,
+    seed: int = 0,
+    batch: int = 4,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Tensor]:
+    """Text that the model writes itself, to calibrate on: ``samples`` sequences of seq_len tokens, as batches (<= batch, seq_len).
+
+    Each begins with the token ``first``; the others are drawn from the model's own probabilities (temperature 1, nothing cut off).
+    After a token that ends a text comes ``first`` again. The same seed gives the same sequences on one machine. progress is told
+    (tokens written, tokens in all). Source: Williams et al. 2024, arXiv:2410.17170, without its schedule of temperatures.
+    Raises SparsekitError where the logits are broken."""
+    check_sampling(samples, seq_len, seed)
+    device, generator = next(model.parameters()).device, torch.Generator().manual_seed(seed)
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = torch.tensor([end for end in (ends if isinstance(ends, list) else [ends]) if end not in (None, first)], dtype=torch.long)
+    batches = []
+    with eval_mode(model):
+        for begin in range(0, samples, batch):
+            rows = min(batch, samples - begin)
+            ids, step = torch.full((rows, seq_len), first), _stepper(model)
+            check_vocabulary(ids, model)
+            for i in range(1, seq_len):
+                probabilities = step(ids[:, i - 1 : i].to(device)).float().softmax(-1).cpu()
+                if not torch.isfinite(probabilities).all():
+                    raise SparsekitError(
+                        "the model's logits must be finite to write a text, got NaN or Inf; its weights are broken"
+                    )
+                drawn = torch.multinomial(probabilities, 1, generator=generator)[:, 0]
+                ids[:, i] = torch.where(torch.isin(ids[:, i - 1], ends), first, drawn)
+                if progress:
+                    progress(begin * seq_len + rows * (i + 1), samples * seq_len)
+            batches.append(ids)
+    return batches

@@ -163,14 +163,51 @@ def test_skip_leaves_linears_alone(tmp_path):
     assert patterns["model.layers.0.mlp.down_proj"] == patterns["model.layers.3.mlp.up_proj"] == "dense"
 
 
+def weight_bytes(folder: Path) -> bytes:
+    return b"".join(path.read_bytes() for path in sorted(folder.glob("*.safetensors")))
+
+
 def test_the_seed_decides_the_result(tmp_path):
     weights = []
     for seed in (5, 5, 6):
         options = ("--method", "wanda", "--seed", seed, "--overwrite", "--format", "dense", "--samples", 2, "--seq-len", 16)
         assert invoke("prune", MODEL, "--calib", CALIB, "--out", tmp_path / "out", *options).exit_code == 0
-        weights.append([path.read_bytes() for path in sorted((tmp_path / "out").glob("*.safetensors"))])
+        weights.append(weight_bytes(tmp_path / "out"))
     assert weights[0] == weights[1] != weights[2]
     assert os.listdir(tmp_path) == ["out"]
+
+
+def test_calibration_sources_of_the_same_tokens_give_the_same_weights(tmp_path):
+    text = CALIB.read_text(encoding="utf-8")[:40_000]
+    ids = checkpoint.load_tokenizer(MODEL)(text, add_special_tokens=False, verbose=False)["input_ids"]
+    (tmp_path / "folder").mkdir()
+    for name, content in (
+        ("a.txt", text),
+        ("folder/a.md", text),
+        ("a.jsonl", json.dumps({"verse": text})),
+        ("a.ids", " ".join(map(str, ids))),
+    ):
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    save_file({"ids": torch.tensor(ids)}, tmp_path / "a.safetensors")
+    weights = {}
+    for source in ("a.txt", "folder", "a.jsonl", "a.ids", "a.safetensors"):
+        options = ("--method", "wanda", "--samples", 2, "--seq-len", 64, "--format", "dense", "--overwrite")
+        field = ("--calib-field", "verse") if source == "a.jsonl" else ()
+        done = invoke("prune", MODEL, "--calib", tmp_path / source, "--out", tmp_path / "out", *options, *field)
+        assert done.exit_code == 0, done.stderr
+        weights[source] = weight_bytes(tmp_path / "out")
+    assert len(set(weights.values())) == 1
+
+
+def test_calibration_on_what_the_model_writes(tmp_path):
+    options = ("--calib", "self", "--method", "wanda", "--format", "dense", "--samples", 5, "--seq-len", 16, "--overwrite")
+    weights = []
+    for run, seed in ((process, 5), (invoke, 5), (invoke, 6)):
+        done = run("prune", MODEL, "--out", tmp_path / "out", *options, "--json", "--seed", seed)
+        assert done.stderr == ""
+        assert json.loads(done.stdout)["tokens"] == 5 * 16
+        weights.append(weight_bytes(tmp_path / "out"))
+    assert weights[0] == weights[1] != weights[2]
 
 
 def test_the_module_runs_as_a_process(tmp_path):
@@ -226,6 +263,11 @@ def with_text(value: bytes):
         return {"text": tmp_path / "text"}
 
     return make
+
+
+def empty_folder(tmp_path):
+    (tmp_path / "text").mkdir()
+    return {"text": tmp_path / "text"}
 
 
 def newer(tmp_path):
@@ -290,7 +332,7 @@ BOTH = {
     "tokenizer missing": (with_file("tokenizer.json", None), (), "must hold a tokenizer"),
     "tokenizer of another model": (small_vocabulary, ("--seq-len", 32), "vocabulary of 96, got"),
     "text missing": (lambda _: {"text": "/no/such/text"}, (), "/no/such/text cannot be read: No such file"),
-    "text a folder": (lambda _: {"text": TEXTS}, (), "cannot be read: Is a directory"),
+    "text an empty folder": (empty_folder, (), "cannot be read: Is a directory|must hold .txt or .md files, and has none"),
     "text empty": (with_text(b""), (), "is empty"),
     "text blank": (with_text(b" \n"), (), "is empty"),
     "text too short": (with_text(b"And the LORD said"), (), "at least one sequence of 1024 tokens, got"),
@@ -362,6 +404,11 @@ def test_inspect_and_generate_refuse(case, tmp_path):
         (("generate", MODEL, "--prompt", ""), "at least one token"),
         (("generate", MODEL, "--prompt", "And", "--max-new-tokens", 1024), "must fit the model's context of 1024"),
         (("prune", MODEL, "--out", "/tmp/never", "--method", "wanda"), "--calib must name a text for wanda"),
+        (("prune", MODEL, "--out", "/tmp/never", "--calib", "self", "--calib-field", "a"), r"belongs to a \.jsonl file, got 'a'"),
+        (("prune", MODEL, "--out", "/tmp/never", "--calib", CALIB, "--calib-field", "a"), r"belongs to a \.jsonl file, got 'a'"),
+        (("prune", MODEL, "--out", "/tmp/never", "--calib", "self", "--samples", 0), "samples must be at least 1, got 0"),
+        (("prune", MODEL, "--out", "/tmp/never", "--calib", MODEL), r"must hold \.txt or \.md files"),
+        (("prune", MODEL, "--out", "/tmp/never", "--calib", MODEL / "model.safetensors"), "one tensor or one called input_ids"),
     ],
     ids=lambda value: " ".join(map(str, value[2:])) if isinstance(value, tuple) else "",
 )

@@ -1,17 +1,20 @@
 """Texts into windows, and what is measured on them."""
 
 import math
+import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from models import VOCABULARY, build, token_batches
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BloomConfig, PreTrainedTokenizerFast
 
 from sparsekit import SparsekitError, data
-from sparsekit.evaluate import generate, perplexity
+from sparsekit.evaluate import generate, own_text, perplexity
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +59,173 @@ def test_a_text_that_cannot_be_read(content, says, tokenizer, tmp_path):
     with pytest.raises(SparsekitError, match=says) as error:
         data.read_tokens(path, tokenizer)
     assert str(path) in str(error.value)
+
+
+def write(folder: Path, name: str, content) -> Path:
+    """A file of the folder: text, bytes, an array of numpy, or tensors by name."""
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, dict):
+        save_file(content, path)
+    elif isinstance(content, np.ndarray):
+        with path.open("wb") as file:
+            np.save(file, content)
+    elif isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(content, encoding="utf-8", newline="")
+    return path
+
+
+IDS = np.array([[5, 6], [7, 95]])
+SOURCES = {
+    "text": ("text", "5 6\n7 95"),
+    "text of any suffix": ("text.csv", "5 6 7 95"),
+    "jsonl": ("a.jsonl", '{"text": "5 6", "id": 9}\n\n{"id": 8, "text": "7"}\r\n{"text": " "}\n{"text": "95"}'),
+    "a line that only splitlines ends": ("a.jsonl", '{"text": "5\u2028 6 7 95"}\n'),
+    "npy": ("a.npy", IDS),
+    "npy, 16 bits": ("a.npy", IDS.astype(np.uint16)),
+    "npy, big endian, by columns": ("a.npy", np.asfortranarray(IDS.astype(">i4"))),
+    "safetensors, one tensor": ("a.safetensors", {"tokens": torch.from_numpy(IDS)}),
+    "safetensors, several": ("a.safetensors", {"input_ids": torch.from_numpy(IDS), "mask": torch.ones(2)}),
+    "ids": ("a.ids", "5\t6\n\n7  95\n"),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_read_calibration(source, tokenizer, tmp_path):
+    tokens = data.read_calibration(write(tmp_path, *SOURCES[source]), tokenizer, vocabulary=VOCABULARY)
+    assert tokens.tolist() == [5, 6, 7, 95]
+    assert tokens.dtype == torch.long
+
+
+def test_a_folder_is_its_texts_in_the_order_of_their_paths(tokenizer, tmp_path):
+    for name, text in (("b/2.txt", "5"), ("a.txt", "1"), ("b/10.md", "4"), ("b.txt", "6"), ("a/z/x.txt", "2"), ("c.txt", "")):
+        write(tmp_path, name, text)
+    for name in ("d.jsonl", "e.py", ".hidden.txt", ".git/f.txt", "b/.g/h.txt"):
+        write(tmp_path, name, "90")
+    (tmp_path / "folder.txt").mkdir()
+    # "a" stands before "a.txt", "b" before "b.txt": by the parts of the path, and not by its letters.
+    assert data.read_calibration(tmp_path, tokenizer).tolist() == [2, 1, 4, 5, 6]
+
+
+def test_the_field_of_a_jsonl(tokenizer, tmp_path):
+    path = write(tmp_path, "a.jsonl", '{"text": "1", "body": "5"}\n{"text": "2", "body": "6"}')
+    assert data.read_calibration(path, tokenizer, field="body").tolist() == [5, 6]
+
+
+REFUSED = {
+    "a line is not JSON": ("a.jsonl", '{"text": "5"}\n\n{"text": ', {}, "line 3 is not JSON"),
+    "a line is no object": ("a.jsonl", '["5"]', {}, "line 1 does not; it holds no text"),
+    "another field": ("a.jsonl", '{"body": "5", "title": "6", "id": 3}', {}, "line 1 .* are 'body', 'title'"),
+    "a field of numbers": ("a.jsonl", '{"text": "5"}\n{"text": 5}', {}, "line 2 does not"),
+    "all lines are empty": ("a.jsonl", '{"text": ""}\n{"text": " "}', {}, "must hold text, and all of 2 are empty"),
+    "jsonl, empty": ("a.jsonl", "", {}, "must hold text"),
+    "jsonl, not UTF-8": ("a.jsonl", b'{"text": "\xff"}', {}, "byte 10 is not"),
+    "a field of a text": ("a.txt", "5", {"field": "body"}, r"a field belongs to a \.jsonl file, got 'body'"),
+    "a folder without texts": ("b/a.jsonl", '{"text": "5"}', {"of": ""}, r"must hold \.txt or \.md files, and has none"),
+    "a folder of empty texts": ("b/a.txt", " ", {"of": ""}, "all of 1 are empty"),
+    "a broken text in a folder": ("b/a.txt", b"5 \xff", {"of": ""}, r"b/a\.txt must be UTF-8, and byte 2"),
+    "pickle": ("a.pt", b"\x80", {}, "a pickle could run code; save it anew"),
+    "pickle in npy": ("a.npy", np.array([{}], dtype=object), {}, r"is not a whole \.npy file of numbers"),
+    "npy cut": ("a.npy", b"\x93NUMPY\x01\x00v\x00{'desc", {}, r"is not a whole \.npy file"),
+    "npy empty": ("a.npy", np.zeros(0, dtype=int), {}, "must hold token ids, and is empty"),
+    "npy of floats": ("a.npy", np.ones(3), {}, "must be integers, got float64"),
+    "npy missing": (None, "a.npy", {}, "cannot be read: No such file"),
+    "an id below zero": ("a.npy", np.array([3, -1]), {}, "must be 0 to 95, got -1 to 3"),
+    "an id of another vocabulary": ("a.npy", np.array([3, 96], dtype=np.uint64), {}, "0 to 95, got 3 to 96 .*own tokenizer"),
+    "safetensors cut": ("a.safetensors", b"\x08", {}, "is not a whole safetensors file"),
+    "safetensors missing": (None, "a.safetensors", {}, "cannot be read: No such file"),
+    "safetensors of several": ("a.safetensors", {"a": torch.ones(1), "b": torch.ones(1)}, {}, "called input_ids, got a, b"),
+    "ids that are words": ("a.ids", "5 6 seven", {}, "word 3 is 'seven'"),
+    "ids with a sign": ("a.ids", "5 -6", {}, "word 2 is '-6'"),
+    "ids, empty": ("a.ids", " ", {}, "must hold token ids, and is empty"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_calibration_source_that_cannot_be_read(case, tokenizer, tmp_path):
+    name, content, options, says = REFUSED[case]
+    path = write(tmp_path, name, content) if name else tmp_path / content
+    path = tmp_path if "of" in options else path
+    with pytest.raises(SparsekitError, match=says) as error:
+        data.read_calibration(path, tokenizer, options.get("field"), vocabulary=VOCABULARY)
+    assert "\n" not in str(error.value) and str(tmp_path) in str(error.value)
+
+
+# ---- what a model writes itself ----
+
+
+@torch.no_grad()
+def test_own_text_is_drawn_from_the_models_probabilities():
+    model = build("llama")
+    model.generation_config.eos_token_id = None
+    told = []
+    batches = own_text(model, 7, samples=5, seq_len=9, seed=3, batch=2, progress=lambda *now: told.append(now))
+    assert [batch.shape for batch in batches] == [(2, 9), (2, 9), (1, 9)]
+    assert told[-1] == (45, 45) and told == sorted(told)
+    generator = torch.Generator().manual_seed(3)
+    for batch in batches:  # again, without a cache
+        assert (batch[:, 0] == 7).all()
+        for i in range(1, 9):
+            probabilities = F.softmax(model(input_ids=batch[:, :i], use_cache=False).logits[:, -1], dim=-1)
+            assert torch.equal(batch[:, i], torch.multinomial(probabilities, 1, generator=generator)[:, 0])
+    again, other = (torch.cat(own_text(model, 7, 5, 9, seed, batch=2)) for seed in (3, 4))
+    assert torch.equal(again, torch.cat(batches)) and not torch.equal(other, again)
+
+
+@pytest.mark.parametrize("ends", [11, [11, 12]])
+def test_after_the_end_of_a_text_comes_the_beginning_of_one(ends):
+    model = build("llama")
+    model.lm_head.weight.data.zero_()  # every token is as likely
+    model.generation_config.eos_token_id = ends
+    ids = torch.cat(own_text(model, 7, samples=24, seq_len=60, batch=24))
+    ended = torch.isin(ids[:, :-1], torch.tensor(ends))
+    assert ended.sum() > 5
+    assert (ids[:, 1:][ended] == 7).all() and not (ids[:, 1:][~ended] == 7).all()
+    model.generation_config.eos_token_id = 7  # one token for both, as GPT-2 has it
+    assert (torch.cat(own_text(model, 7, samples=2, seq_len=30)) != 7).any()
+
+
+def test_own_text_without_dropout_and_with_the_mode_kept():
+    model = build("gpt2")
+    wanted = torch.cat(own_text(model, 7, 2, 9))
+    model.train()
+    assert torch.equal(torch.cat(own_text(model, 7, 2, 9)), wanted)
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize(
+    ("change", "arguments", "says"),
+    [
+        (lambda model: model.lm_head.weight.data.fill_(float("nan")), (7, 1, 4), "logits must be finite .*weights are broken"),
+        (lambda model: None, (VOCABULARY, 1, 4), f"vocabulary of {VOCABULARY}"),
+        (lambda model: None, (7, 0, 4), "samples must be at least 1, got 0"),
+        (lambda model: None, (7, 1, 4, -1), "seed must be at least 0"),
+    ],
+    ids=["broken", "vocabulary", "no samples", "seed"],
+)
+def test_own_text_that_cannot_be_written(change, arguments, says):
+    model = build("llama")
+    change(model)
+    with pytest.raises(SparsekitError, match=says):
+        own_text(model, *arguments)
+
+
+def test_the_first_token():
+    def tokenizer(bos, eos):
+        return types.SimpleNamespace(bos_token_id=bos, eos_token_id=eos)
+
+    config = build("llama").config
+    config.bos_token_id, config.eos_token_id = 0, [8, 9]
+    assert data.first_token(tokenizer(5, 6), config) == 5
+    assert data.first_token(tokenizer(None, 6), config) == 0
+    config.bos_token_id = None
+    assert data.first_token(tokenizer(None, 6), config) == 6
+    assert data.first_token(tokenizer(None, None), config) == 8
+    config.eos_token_id = None
+    with pytest.raises(SparsekitError, match="neither BOS nor EOS; give a text"):
+        data.first_token(tokenizer(None, None), config)
 
 
 # ---- windows ----
