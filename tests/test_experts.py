@@ -87,7 +87,7 @@ def test_an_expert_is_shown_the_tokens_that_are_routed_to_it(name, implementatio
     block.register_forward_hook(lambda _, __, out: outputs.append(out))
     (batch,) = token_batches((2, 24))
     model(input_ids=batch)
-    observer = Observer(pruners)
+    observer = Observer(block, pruners)
     with observer.batch(None):
         model(input_ids=batch)
     assert torch.equal(*outputs), "watching changes no bit"
@@ -300,6 +300,24 @@ def test_a_shared_gram_is_gathered_and_factored_once(monkeypatch):
     prune(Toy(toy()), hidden_batches(90, 70))
     assert len(updates) == 3 * 2 * 2
     assert sorted(factored) == [(INNER, INNER)] * 3 + [(WIDTH, WIDTH)] * 3
+
+
+@pytest.mark.parametrize("kind", ["modules", "one parameter"])
+@torch.no_grad()
+def test_tokens_that_do_not_count_are_not_shown(kind):
+    block, (hidden,) = toy() if kind == "modules" else Fused(toy(), PRODUCTS["linear"][0]), hidden_batches(60)
+    mask = torch.arange(60) % 3 != 1
+    targets = find_targets(nn.ModuleList([block]), {module: path for path, module in block.named_modules()}, ())[0]
+    shown = []
+    for states, counts in ((hidden, mask), (hidden[:, mask], None)):
+        observer = Observer(block, {target: Recorder() for target in targets})
+        with observer.batch(counts):
+            block(states)
+        shown.append([pruner.rows for pruner in observer.pruners.values()])
+    for ours, theirs in zip(*shown):
+        assert len(ours) == len(theirs)
+        for rows, wanted in zip(ours, theirs):
+            torch.testing.assert_close(rows, wanted)
 
 
 # ---- too few tokens ----

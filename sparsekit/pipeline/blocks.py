@@ -123,7 +123,7 @@ def find_targets(blocks: nn.ModuleList, names: dict[nn.Module, str], skip: tuple
 def _all_of(block: nn.Module, names: dict[nn.Module, str]) -> Iterator[Target]:
     """Every matrix of the block that can be pruned, its router's included."""
     experts = {}  # of each module inside an expert: who it belongs to, and its name there
-    for held, _ in _layers_of_experts(block):
+    for _, held, _ in _layers_of_experts(block):
         if isinstance(held, nn.ModuleList):
             for i, expert in enumerate(held):
                 experts |= {module: ((names[held], i), role) for role, module in expert.named_modules()}
@@ -142,8 +142,8 @@ def _of_all(target: Target) -> str:
     return target.name.partition("[")[0] if target.index is not None else target.name
 
 
-def _layers_of_experts(block: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """The experts, and the modules that hold their router's matrix, for each layer of experts in the block.
+def _layers_of_experts(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, list[nn.Module]]]:
+    """What holds experts, they themselves, and the modules of their router's matrices, for each layer of experts in the block.
 
     A router is a neighbour of the experts that holds one matrix alone, of a row for each expert; the gate of an expert that all
     tokens share has one row. A plain list of modules without a router is no layer of experts."""
@@ -158,11 +158,16 @@ def _layers_of_experts(block: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Mo
                 if sibling is not experts and len(held) == 1 and held[0][1].dim() == 2 and len(held[0][1]) in (1, count):
                     routers.append(held[0][0])
             if not isinstance(experts, nn.ModuleList) or (count > 1 and routers):
-                yield experts, routers
+                yield parent, experts, routers
+
+
+def holders_of_experts(block: nn.Module) -> list[nn.Module]:
+    """The modules of the block that tokens come to in order to be given to experts."""
+    return [parent if isinstance(held, nn.ModuleList) else held for parent, held, _ in _layers_of_experts(block)]
 
 
 def _routers(block: nn.Module) -> Iterator[nn.Module]:
-    for _, routers in _layers_of_experts(block):
+    for _, _, routers in _layers_of_experts(block):
         yield from routers
 
 

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ..criteria import total
 from ..errors import SparsekitError
 from ..pruners import Magnitude, Pruner
-from .blocks import Target, is_transposed
+from .blocks import Target, holders_of_experts, is_transposed
 
 Role = tuple[str, str]  # a layer of experts, and the name that a matrix of each of them has there
 
@@ -29,8 +29,9 @@ class Observer:
 
     Matrices that receive the same tensor (q, k and v; gate and up, an expert's too) share one statistic, gathered once."""
 
-    def __init__(self, pruners: dict[Target, Pruner]):
+    def __init__(self, block: nn.Module, pruners: dict[Target, Pruner]):
         self.pruners = pruners
+        self._holders = holders_of_experts(block)
         self.leaders: dict[Target, Target] = {}  # who gathers for whom
         self.entering: set[Role] = set()  # the roles of the matrices that the tokens come to first
         self._calls: Counter[Target] = Counter()
@@ -38,6 +39,7 @@ class Observer:
         self._seen: dict[tuple, tuple[Tensor, Target, set[Target]]] = {}
         self._entries: dict[tuple[str, int], tuple] = {}  # the first input of an expert
         self._mask: Tensor | None = None
+        self._counted: dict[tuple[str, int], Tensor] = {}  # of an expert: which of its rows count
 
     @contextmanager
     def batch(self, mask: Tensor | None) -> Iterator[None]:
@@ -49,11 +51,19 @@ class Observer:
             for linear, target in linears.items():
                 hook = linear.register_forward_pre_hook(lambda _, args, target=target: self._look(target, args[0], args[0]))
                 stack.callback(hook.remove)
+            for holder in self._holders if mask is not None else ():
+                stack.callback(holder.register_forward_pre_hook(self._blank).remove)
             if fused:
                 stack.enter_context(Products(fused, self._look))
             yield
-        self._seen.clear()
-        self._entries.clear()
+        for of_the_batch in (self._seen, self._entries, self._counted):
+            of_the_batch.clear()
+
+    def _blank(self, _: nn.Module, args: tuple) -> tuple:
+        """Zeros in place of the tokens that do not count, where they come to a layer of experts: there they can be told by it."""
+        if not args or args[0].shape[:-1].numel() != self._mask.numel():
+            return args
+        return args[0].masked_fill(~self._mask.view(*args[0].shape[:-1], 1), 0), *args[1:]
 
     def _look(self, target: Target, source: Tensor, rows: Tensor) -> None:
         """Takes the rows (..., k) of the tensor ``source`` that meet the matrix."""
@@ -70,9 +80,14 @@ class Observer:
         if self.leaders.setdefault(target, leader) is not leader:
             raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
         if leader is target:
-            # An expert sees some of the tokens, in an order of its own: there the mask says nothing.
-            whole = self._mask is None or self._mask.numel() != rows.shape[:-1].numel()
-            self.pruners[target].observe(rows if whole else rows.reshape(-1, rows.shape[-1])[self._mask])
+            self.pruners[target].observe(rows if self._mask is None else self._count(target, rows.reshape(-1, rows.shape[-1])))
+
+    def _count(self, target: Target, rows: Tensor) -> Tensor:
+        """The rows (tokens, k) that count. An expert sees some of the tokens, in an order of its own that it keeps on their way."""
+        if target.expert is None:
+            return rows[self._mask] if len(rows) == len(self._mask) else rows
+        counted = self._counted.setdefault(target.expert, rows.any(-1))
+        return rows[counted] if len(rows) == len(counted) else rows
 
     def finish(self) -> set[Role]:
         """Hands the shared statistics out. Returns the roles whose inputs are the tokens that come to the layer of experts.

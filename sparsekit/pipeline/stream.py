@@ -58,7 +58,7 @@ class Stream:
 
     def observe(self, block: nn.Module, pruners: dict[Target, Pruner]) -> set[Role]:
         """Runs every batch through the block and shows each pruner what its matrix receives. Returns what ``settle`` asks for."""
-        observer = Observer(pruners)
+        observer = Observer(block, pruners)
         for b in range(len(self.hidden)):
             with observer.batch(self.masks[b]):
                 self._run(block, b)
