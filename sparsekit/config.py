@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .errors import SparsekitError, listed
-from .patterns import Block, Pattern, Unstructured
+from .patterns import Pattern, check_group
 from .schedules import Schedule
 
 CRITERIA = ("magnitude", "gradient")
@@ -51,8 +51,8 @@ class PruningConfig:
             raise SparsekitError(
                 f"end must come a whole number of times every = {self.every} steps after begin = {self.begin}, got {self.end}"
             )
-        if self.group != "layer" and not isinstance(self.pattern, (Unstructured, Block)):
-            raise SparsekitError(f"{self.pattern} compares weights within its own groups, got group = {self.group!r}; leave it out")
+        if self.group != "layer":
+            check_group(self.pattern, self.group, GROUPS)
         if self.sparsity is None:
             put(self, "sparsity", self.pattern.sparsity)
         elif self.sparsity != self.pattern.sparsity:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -21,6 +22,16 @@ class SquaredNorm:
         """Adds the tokens of x (..., k), any float dtype; summed in fp32."""
         rows = x.reshape(-1, x.shape[-1]).float()
         self.sum += (rows * rows).sum(0)
+        self.tokens += rows.shape[0]
+
+
+class MeanAbs(SquaredNorm):
+    """Sum of |x_j| over all tokens, and their number. Memory k * 4 bytes."""
+
+    def update(self, x: Tensor) -> None:
+        """Adds the tokens of x (..., k), any float dtype; summed in fp32."""
+        rows = x.reshape(-1, x.shape[-1]).float()
+        self.sum += rows.abs().sum(0)
         self.tokens += rows.shape[0]
 
 
@@ -134,11 +145,65 @@ def total(parts: Sequence[Gram] | Sequence[SquaredNorm]) -> Gram | SquaredNorm:
     return whole
 
 
-def magnitude(weight: Tensor) -> Tensor:
-    """|w|, fp32."""
-    return weight.float().abs()
+class Criterion(Protocol):
+    """How much each weight of a linear matters. A user's own is a class with these four, handed to ``sparsekit.prune``.
+
+    statistics: the class of what has to be known of the linear's inputs (SquaredNorm, MeanAbs, Gram, or one with their ``update``,
+    ``sum`` and ``tokens``), None for nothing. rowwise: whether weights are compared within their row unless asked otherwise."""
+
+    name: str
+    statistics: type | None
+    rowwise: bool
+
+    def scores(self, weight: Tensor, statistics) -> Tensor:
+        """Of a weight (n, k), fp32, higher is kept; statistics are those of the tokens that the linear received."""
 
 
-def wanda(weight: Tensor, norm: SquaredNorm) -> Tensor:
-    """|w_ij| * |x_j|_2, fp32, to be compared within each row. Source: Sun et al. 2023, arXiv:2306.11695."""
-    return weight.float().abs() * norm.sum.sqrt()
+class Magnitude:
+    """|w|."""
+
+    name, statistics, rowwise = "magnitude", None, False
+
+    def scores(self, weight: Tensor, statistics: None = None) -> Tensor:
+        return weight.float().abs()
+
+
+class Activation:
+    """|w_ij| * mean |x_j|."""
+
+    name, statistics, rowwise = "activation", MeanAbs, False
+
+    def scores(self, weight: Tensor, statistics: MeanAbs) -> Tensor:
+        return weight.float().abs() * (statistics.sum / statistics.tokens)
+
+
+class Wanda:
+    """|w_ij| * |x_j|_2. Source: Sun et al. 2023, arXiv:2306.11695."""
+
+    name, statistics, rowwise = "wanda", SquaredNorm, True
+
+    def scores(self, weight: Tensor, statistics: SquaredNorm) -> Tensor:
+        return weight.float().abs() * statistics.sum.sqrt()
+
+
+class OBD:
+    """H_jj w^2 / 2, what removing a weight costs where all others stay. Source: LeCun et al. 1989, Optimal Brain Damage."""
+
+    name, statistics, rowwise = "obd", SquaredNorm, False
+
+    def scores(self, weight: Tensor, statistics: SquaredNorm) -> Tensor:
+        return weight.float().square() * (statistics.sum / statistics.tokens)  # H_jj = 2 sum / tokens
+
+
+class OBS:
+    """w^2 / (2 [H^-1]_jj), what it costs where the others of its row make up for it. Source: Hassibi and Stork 1993."""
+
+    name, statistics, rowwise = "obs", Gram, False
+
+    def scores(self, weight: Tensor, statistics: Gram) -> Tensor:
+        factor = statistics.factor
+        inverse = factor.unit.square().sum(0)  # H^-1 = U' U, of H / scale
+        return (weight.float().square() / inverse * (factor.scale / 2)).masked_fill(factor.dead, 0)
+
+
+CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (Activation(), Magnitude(), OBD(), OBS(), Wanda())}

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops, reference
-from .errors import SparsekitError
+from .errors import SparsekitError, listed
 
 _ROWS_FOR_A_KERNEL = 128  # about the multiprocessors of a GPU
 _KNOWN = (
@@ -225,6 +225,14 @@ class Block(Pattern):
         full = t.new_zeros(lines * self.rows, across * self.cols)
         full[: t.shape[0], : t.shape[1]] = t
         return full.view(lines, self.rows, across, self.cols)
+
+
+def check_group(pattern: Pattern | None, group: str, known: tuple[str, ...]) -> None:
+    """Raises SparsekitError for a comparison group that is not known, and for any where the pattern has groups of its own."""
+    if group not in known:
+        raise SparsekitError(f"the group must be {listed(known, 'or')}, got {group!r}")
+    if not isinstance(pattern, (Unstructured, Block)):
+        raise SparsekitError(f"{pattern} compares weights within its own groups, got group = {group!r}; leave it out")
 
 
 def _share(percent: str) -> float:

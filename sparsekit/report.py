@@ -35,6 +35,7 @@ class PruneReport:
 
     method: str
     pattern: str
+    group: str | None = None
     tokens: int = 0
     seconds: float = 0.0
     linears: list[LinearReport] = field(default_factory=list)

@@ -349,7 +349,7 @@ BOTH = {
     "device without arithmetic": (as_it_is, ("--device", "meta"), "the device must be one that computes"),
 }
 PRUNE = {
-    "method unknown": (as_it_is, ("--method", "gptq"), "must be magnitude, sparsegpt or wanda, got 'gptq'"),
+    "method unknown": (as_it_is, ("--method", "gptq"), "must be activation, magnitude, obd, obs, sparsegpt or wanda, got 'gptq'"),
     "pattern unknown": (as_it_is, ("--pattern", "half"), '"2:4", "4:8" or "1:4", .* "4:8 pairs", .* "50%", .*got \'half\''),
     "pattern above all": (as_it_is, ("--pattern", "120%"), "sparsity must lie in 0% to 100%, got 120%"),
     "pattern below nothing": (as_it_is, ("--pattern", "-5%"), "sparsity must lie in 0% to 100%, got -5%"),

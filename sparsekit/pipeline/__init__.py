@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from ..criteria import Criterion
 from ..patterns import Pattern
 from ..report import PruneReport
 from .blocks import find_blocks
@@ -18,9 +19,10 @@ from .world import World
 def prune(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
-    method: str = "sparsegpt",
+    method: str | Criterion = "sparsegpt",
     pattern: str | Pattern = "2:4",
     *,
+    group: str | None = None,
     skip: Iterable[str] = (),
     blocks: nn.ModuleList | None = None,
     stored: torch.dtype | None = None,
@@ -31,7 +33,9 @@ def prune(
 
     batches: token ids (batch, tokens), or dicts of the model's keyword arguments; not needed by "magnitude". Tokens that an
     attention_mask of such a dict leaves out are not calibrated on.
-    method: "magnitude", "wanda" or "sparsegpt". pattern: a Pattern or its text.
+    method: "sparsegpt", the name of a criterion ("magnitude", "wanda", "activation", "obd", "obs"), or one of your own.
+    pattern: a Pattern or its text. group: what an unstructured or block pattern is counted in, a "row" of outputs (of blocks) or a
+    "layer"; by default a row for wanda, else a layer.
     skip: names, or shell patterns of names, of modules whose linears to leave alone; embeddings and the output layer always are.
     blocks: the decoder blocks in order; by default the largest ModuleList of the model.
     stored: the dtype that the weights will be stored in, where it is narrower than the model's: pruned weights are rounded to it
@@ -40,7 +44,7 @@ def prune(
     weights and the same report. progress is told on rank 0.
     Returns a PruneReport. Raises SparsekitError for what cannot be pruned, among it NaN in weights or activations (named), and
     where a linear does not hold the pattern at the end. The model is then left part pruned: load it again."""
-    return run(Resident(model, blocks, stored), batches, method, pattern, skip, progress, world)
+    return run(Resident(model, blocks, stored), batches, method, pattern, skip, progress, world, group)
 
 
 __all__ = ["Progress", "World", "find_blocks", "prune", "prune_folder"]

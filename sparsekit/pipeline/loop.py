@@ -10,11 +10,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ..criteria import Criterion
 from ..errors import SparsekitError
 from ..evaluate import eval_mode
 from ..linear import SparseLinear
 from ..patterns import Pattern
-from ..pruners import Pruner, method_named
+from ..pruners import Pruner, method_named, method_text
 from ..report import LinearReport, PruneReport
 from .blocks import Target, check_finite, find_blocks, find_targets, list_skipped, verify
 from .observe import MAGNITUDE, by_magnitude, settle
@@ -75,19 +76,21 @@ class Resident:
 def run(
     source: Source,
     batches: Iterable[Tensor | Mapping[str, Tensor]],
-    method: str,
+    method: str | Criterion,
     pattern: str | Pattern,
     skip: Iterable[str] = (),
     progress: Progress | None = None,
     world: World | None = None,
+    group: str | None = None,
 ) -> PruneReport:
     """Prunes the blocks of the source in their order; arguments, result and errors are those of ``sparsekit.prune``."""
-    pattern, kind, skip = Pattern.parse(pattern), method_named(method), tuple(skip)
+    pattern, skip = Pattern.parse(pattern), tuple(skip)
+    kind = method_named(method, pattern, group)
     begin = time.perf_counter()
     model, blocks = source.model, source.blocks
     names = {module: name for name, module in model.named_modules()}
     targets = find_targets(blocks, names, skip)
-    report = PruneReport(method, str(pattern), skipped=list_skipped(model, blocks, targets, names, skip))
+    report = PruneReport(method_text(method), str(pattern), group=group, skipped=list_skipped(model, blocks, targets, names, skip))
     world = World() if world is None else world
     progress = progress if world.leads else None
     with world.watched(), eval_mode(model):
@@ -96,7 +99,15 @@ def run(
         if world.size > 1:
             batches = list(batches)
             listed = [target.name for group in targets for target in group]
-            world.agree({"method": method, "pattern": str(pattern), "linears": listed, **fingerprint(model, batches)})
+            world.agree(
+                {
+                    "method": method_text(method),
+                    "group": group,
+                    "pattern": str(pattern),
+                    "linears": listed,
+                    **fingerprint(model, batches),
+                }
+            )
         stream = None
         if kind.needs_inputs:
             with source.capturing():
@@ -138,7 +149,7 @@ def run(
 def _prune(target: Target, pruner: Pruner, origin: str, tokens: int, source: Source) -> LinearReport:
     begin = time.perf_counter()
     weight = target.weight
-    if origin == MAGNITUDE:
+    if origin == MAGNITUDE and pruner.needs_inputs:
         pruner = by_magnitude(pruner)
     try:
         result = pruner.prune(weight)

@@ -1,20 +1,37 @@
 """Pruners, by name. Each observes the inputs of one linear, a batch at a time, and then prunes its weight."""
 
+from ..criteria import CRITERIA, Criterion
 from ..errors import SparsekitError, listed
+from ..patterns import Pattern, check_group
 from .base import Pruner, PruneResult
 from .functional import magnitude_prune, sparsegpt_prune, wanda_prune
-from .magnitude import Magnitude
+from .scored import Magnitude, Wanda, scored
 from .sparsegpt import SparseGPT
-from .wanda import Wanda
 
-METHODS: dict[str, type[Pruner]] = {"magnitude": Magnitude, "sparsegpt": SparseGPT, "wanda": Wanda}
+METHODS: dict[str, type[Pruner]] = {
+    name: SparseGPT if name == "sparsegpt" else scored(CRITERIA[name]) for name in sorted([*CRITERIA, "sparsegpt"])
+}
 
 
-def method_named(name: str) -> type[Pruner]:
-    """The pruner of that name. Raises SparsekitError, listing the known ones, for any other."""
-    if name not in METHODS:
+def method_named(name: str | Criterion, pattern: Pattern | None = None, group: str | None = None) -> type[Pruner]:
+    """The pruner of that name, or of a criterion. group: what an unstructured pattern is counted in, a "row" or a "layer"; by
+    default what the method prefers.
+
+    Raises SparsekitError, listing the known ones, for any other name, and for a group that means nothing to method or pattern."""
+    if isinstance(name, str) and name not in METHODS:
         raise SparsekitError(f"the method must be {listed(METHODS, 'or')}, got {name!r}")
-    return METHODS[name]
+    if group is not None:
+        check_group(pattern, group, ("row", "layer"))
+        if name == "sparsegpt":
+            raise SparsekitError(f"sparsegpt counts a pattern in blocks of columns, got group = {group!r}; leave it out")
+    if name == "sparsegpt":
+        return SparseGPT
+    return scored(CRITERIA[name] if isinstance(name, str) else name, None if group is None else group == "row")
+
+
+def method_text(method: str | Criterion) -> str:
+    """What a report calls the method."""
+    return method if isinstance(method, str) else method.name
 
 
 __all__ = [
@@ -26,6 +43,8 @@ __all__ = [
     "Wanda",
     "magnitude_prune",
     "method_named",
+    "method_text",
+    "scored",
     "sparsegpt_prune",
     "wanda_prune",
 ]

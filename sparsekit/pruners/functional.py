@@ -9,9 +9,8 @@ from torch import Tensor
 
 from ..patterns import Pattern
 from .base import Pruner
-from .magnitude import Magnitude
+from .scored import Magnitude, Wanda
 from .sparsegpt import SparseGPT
-from .wanda import Wanda
 
 
 def magnitude_prune(weight: Tensor, pattern: str | Pattern = "2:4") -> Tensor:

@@ -1,0 +1,56 @@
+"""Pruning by scores: of the weights compared with one another the lowest go, and no other changes its value."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..criteria import CRITERIA, Criterion, Gram
+from ..patterns import Pattern
+from .base import Pruner, PruneResult
+
+
+class Scored:
+    """Keeps the weights with the highest scores of its class's criterion; ``scored`` makes such a class."""
+
+    criterion: Criterion
+    rowwise: bool
+    needs_inputs: bool
+
+    def __init__(self, columns: int, pattern: Pattern, device: torch.device | str = "cpu"):
+        self.pattern = pattern
+        self.statistics = self.criterion.statistics(columns, device) if self.needs_inputs else None
+
+    def observe(self, x: Tensor) -> None:
+        """Takes the tokens x (..., columns); a criterion that looks at weights alone ignores them."""
+        if self.needs_inputs:
+            self.statistics.update(x)
+
+    def prune(self, weight: Tensor) -> PruneResult:
+        if self.needs_inputs and self.statistics.tokens == 0:
+            raise ValueError(f"{self.criterion.name} needs the linear's inputs, and observed none")
+        if self.needs_inputs and not torch.isfinite(self.statistics.sum).all():
+            raise ValueError("its inputs hold NaN or Inf")
+        mask = self.pattern.mask(self.criterion.scores(weight, self.statistics), rowwise=self.rowwise)
+        pruned = torch.where(mask, weight, 0)
+        if not isinstance(self.statistics, Gram):
+            return PruneResult(pruned, mask)
+        error = self.statistics.output_error(weight, pruned)
+        return PruneResult(pruned, mask, error, damping=self.statistics.factor.damping)
+
+
+def scored(criterion: Criterion, rowwise: bool | None = None) -> type[Pruner]:
+    """The pruner of a criterion; rowwise: whether an unstructured pattern is counted in each row, by default as it prefers."""
+    return _scored(criterion, criterion.rowwise if rowwise is None else rowwise)
+
+
+@cache
+def _scored(criterion: Criterion, rowwise: bool) -> type[Pruner]:
+    members = {"criterion": criterion, "rowwise": rowwise, "needs_inputs": criterion.statistics is not None}
+    return type(type(criterion).__name__, (Scored,), {**members, "__doc__": type(criterion).__doc__})
+
+
+Magnitude = scored(CRITERIA["magnitude"])
+Wanda = scored(CRITERIA["wanda"])

@@ -1,0 +1,151 @@
+"""Criteria against their formulas in fp64, and every criterion with every pattern, group and dtype."""
+
+import math
+from fractions import Fraction
+
+import pytest
+import torch
+from models import build, token_batches
+
+from sparsekit import NM, PairNM, Pattern, SparsekitError, prune
+from sparsekit.criteria import CRITERIA, OBS, Gram
+from sparsekit.patterns import Block, Unstructured
+from sparsekit.pruners import METHODS, method_named, scored
+from sparsekit.pruners.sparsegpt import SparseGPT
+
+N, K, TOKENS = 24, 20, 90
+
+
+def weight(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(N, K, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def inputs(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return (torch.randn(TOKENS, K, generator=generator) @ torch.randn(K, K, generator=generator)).to(dtype)
+
+
+def hessian(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x.double().T @ x.double() / len(x)
+
+
+def damped(x: torch.Tensor) -> torch.Tensor:
+    h = hessian(x)
+    return h + Gram.DAMPING_LADDER[0] * h.diagonal().mean() * torch.eye(K)
+
+
+FORMULAS = {
+    "magnitude": lambda w, x: w.abs(),
+    "activation": lambda w, x: w.abs() * x.abs().mean(0),
+    "wanda": lambda w, x: w.abs() * x.norm(dim=0),
+    "obd": lambda w, x: hessian(x).diagonal() * w**2 / 2,
+    "obs": lambda w, x: w**2 / (2 * torch.linalg.inv(damped(x)).diagonal()),
+}
+
+
+def gathered(name: str, *batches: torch.Tensor):
+    kind = CRITERIA[name].statistics
+    statistics = kind and kind(K)
+    for batch in batches if kind else ():
+        statistics.update(batch)
+    return statistics
+
+
+def test_every_criterion_has_its_formula():
+    assert set(CRITERIA) == set(FORMULAS) and set(METHODS) == {*CRITERIA, "sparsegpt"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_scores_against_fp64(name, dtype):
+    w, x = weight(dtype), inputs(dtype)
+    scores = CRITERIA[name].scores(w, gathered(name, *x.view(3, 30, K).split(2)))
+    assert scores.dtype == torch.float32
+    torch.testing.assert_close(scores.double(), FORMULAS[name](w.double(), x.double()), rtol=2e-5, atol=0)
+
+
+def test_obs_is_what_removing_one_weight_costs():
+    # Solved for: the least (w - q) H (w - q)' / 2 over all q with q_j = 0.
+    w, x = weight().double(), inputs()
+    h, scores = damped(x), OBS().scores(weight(), gathered("obs", x))
+    for row, j in ((0, 0), (3, 7), (N - 1, K - 1)):
+        rest = [i for i in range(K) if i != j]
+        step = torch.zeros(K, dtype=torch.float64)
+        step[j] = -w[row, j]
+        step[rest] = torch.linalg.solve(h[rest][:, rest], h[rest, j] * w[row, j])
+        assert scores[row, j].item() == pytest.approx((step @ h @ step / 2).item(), rel=1e-4)
+
+
+def test_a_dead_input_is_worth_nothing_to_those_who_look_at_inputs():
+    x = inputs()
+    x[:, 3] = 0
+    for name in set(CRITERIA) - {"magnitude"}:
+        assert (CRITERIA[name].scores(weight(), gathered(name, x))[:, 3] == 0).all(), name
+
+
+PATTERNS = [NM(2, 4), NM(1, 8), PairNM(4, 8), Unstructured(0.5), Unstructured(0.3), Block(4, 8, 0.5), Block(5, 3, 0.4)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("group", [None, "row", "layer"])
+@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
+@pytest.mark.parametrize("name", CRITERIA)
+def test_every_pattern_by_every_criterion_in_every_group(name, pattern, group, dtype):
+    if group and isinstance(pattern, (NM, PairNM)):
+        with pytest.raises(SparsekitError, match=f"{pattern} compares weights within its own groups, got group = '{group}'"):
+            method_named(name, pattern, group)
+        return
+    kind = method_named(name, pattern, group)
+    rowwise = (name == "wanda") if group is None else group == "row"
+    assert kind.rowwise == rowwise
+    pruner, w = kind(K, pattern), weight(dtype)
+    pruner.observe(inputs(dtype))
+    result = pruner.prune(w)
+    assert torch.equal(result.weight, torch.where(result.mask, w, 0)) and result.weight.dtype == dtype
+    assert torch.equal(result.mask, pattern.mask(CRITERIA[name].scores(w, pruner.statistics), rowwise))
+    assert pattern.check(result.weight, rowwise) is None
+    if isinstance(pattern, Unstructured):
+        line = result.mask if rowwise else result.mask.view(1, -1)
+        wanted = math.floor(Fraction(str(pattern.share)) * line.shape[1])
+        assert ((~line).sum(1) == wanted).all()
+    assert (result.output_error is None) == (name != "obs") == (result.damping is None)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("text", ["2:4", "4:8 pairs", "50%", "block:4x4@50%"])
+def test_every_method_prunes_a_model_to_every_pattern(method, text):
+    report = prune(build("llama"), token_batches((2, 16)), method, text)  # which verifies each linear
+    assert report.method == method and report.group is None
+    assert Pattern.parse(text).sparsity * 0.9 <= report.sparsity <= Pattern.parse(text).sparsity * 1.1
+
+
+def test_a_group_can_be_asked_for():
+    for group, rowwise in (("row", True), ("layer", False)):
+        model = build("llama")
+        assert prune(model, token_batches((2, 16)), "wanda", "50%", group=group).group == group
+        zeros = (model.model.layers[0].mlp.up_proj.weight == 0).sum(1)
+        assert ((zeros == zeros[0]).all().item()) == rowwise
+
+
+def test_a_criterion_of_ones_own():
+    class Lowest:
+        name, statistics, rowwise = "lowest", None, False
+
+        def scores(self, weight, statistics):
+            return -weight.float().abs()
+
+    model = build("llama")
+    before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
+    assert prune(model, method=Lowest(), pattern="1:4").method == "lowest"
+    assert torch.equal(model.model.layers[0].mlp.up_proj.weight != 0, NM(1, 4).mask(-before.abs()))
+
+
+def test_refused():
+    for name in ("gptq", ""):
+        with pytest.raises(SparsekitError, match=f"activation, magnitude, obd, obs, sparsegpt or wanda, got {name!r}"):
+            method_named(name)
+    with pytest.raises(SparsekitError, match="the group must be row or layer, got 'model'"):
+        method_named("wanda", Unstructured(0.5), "model")
+    with pytest.raises(SparsekitError, match="sparsegpt counts a pattern in blocks of columns, got group = 'row'"):
+        method_named("sparsegpt", Unstructured(0.5), "row")
+    assert method_named("sparsegpt") is SparseGPT and method_named("wanda") is scored(CRITERIA["wanda"])
