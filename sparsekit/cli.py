@@ -127,7 +127,9 @@ def prune(
         ),
     ] = None,
     calib_field: Annotated[str | None, typer.Option(help='Where the texts of a .jsonl file are; "text" by default.')] = None,
-    method: Annotated[str, typer.Option(help="magnitude, wanda or sparsegpt.")] = "sparsegpt",
+    method: Annotated[
+        str, typer.Option("--method", "--criterion", help="sparsegpt, or by scores: wanda, magnitude, activation, obd or obs.")
+    ] = "sparsegpt",
     pattern: Annotated[
         str, typer.Option(help='N kept of M, such as "2:4", the share removed, such as "50%", or "block:32x32@50%".')
     ] = "2:4",
@@ -137,6 +139,9 @@ def prune(
     samples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 128,
     seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
+    group: Annotated[
+        str | None, typer.Option(help="What a share is counted in: row (of outputs) or layer; by default row for wanda alone.")
+    ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="A linear to leave alone, by name or shell pattern; may be repeated.")
     ] = None,
@@ -155,11 +160,10 @@ def prune(
     from .pruners import method_named
 
     # What is cheap to refuse is refused before the model is read.
-    if method_named(method).needs_inputs and calib is None:
+    if method_named(method, Pattern.parse(pattern), group).needs_inputs and calib is None:
         raise SparsekitError(f"--calib must name a text for {method} to calibrate on; magnitude alone needs none")
     if calib_field is not None and calib in (None, data.SELF):
         raise SparsekitError(f"--calib-field belongs to a .jsonl file, got {calib_field!r} with --calib {calib}; leave it out")
-    Pattern.parse(pattern)
     checkpoint.check_format(format)
     source = None if calib in (None, data.SELF) else Path(calib)
     for path in (model_dir, source):
@@ -179,9 +183,20 @@ def prune(
         with progress_bar("writing") as progress:
             batches = evaluate.own_text(model, first, samples, length, seed, progress=lambda *now: progress("tokens", *now))
         del model  # from here on one block is in memory
-    how = dict(format=format, skip=skip or (), device=device, dtype=dtype, tokenizer=tokenizer, overwrite=overwrite, resume=resume)
+    how = dict(
+        format=format,
+        group=group,
+        skip=skip or (),
+        device=device,
+        dtype=dtype,
+        tokenizer=tokenizer,
+        overwrite=overwrite,
+        resume=resume,
+    )
     with progress_bar(f"{method} {pattern}") as progress:
-        report = pipeline.prune_folder(model_dir, out, batches, method, pattern, **how, progress=progress)
+        report = pipeline.prune_folder(
+            model_dir, out, batches, method, pattern, **how, overwrite=overwrite, resume=resume, progress=progress
+        )
     if report.format != format:
         say(f"no linear holds 2:4 after pruning to {pattern}; the weights are stored dense")
     if json_out:

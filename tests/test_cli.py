@@ -177,6 +177,17 @@ def test_the_seed_decides_the_result(tmp_path):
     assert os.listdir(tmp_path) == ["out"]
 
 
+def test_a_criterion_counted_in_rows(tmp_path):
+    options = ("--criterion", "obs", "--group", "row", "--pattern", "50%", "--samples", 2, "--seq-len", 16, "--json")
+    result = invoke("prune", MODEL, "--calib", CALIB, "--out", tmp_path / "out", *options)
+    report = json.loads(result.stdout)
+    assert (report["method"], report["group"], report["pattern"]) == ("obs", "row", "50%")
+    model = checkpoint.load(tmp_path / "out", device="cpu")
+    for row in report["linears"]:
+        zeros = (model.get_submodule(row["name"]).weight == 0).sum(1)
+        assert (zeros == row["shape"][1] // 2).all() and row["damping"] == 0.01 and row["output_error"] > 0
+
+
 def test_calibration_sources_of_the_same_tokens_give_the_same_weights(tmp_path):
     text = CALIB.read_text(encoding="utf-8")[:40_000]
     ids = checkpoint.load_tokenizer(MODEL)(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -349,6 +360,12 @@ BOTH = {
     "device without arithmetic": (as_it_is, ("--device", "meta"), "the device must be one that computes"),
 }
 PRUNE = {
+    "group of 2:4": (
+        as_it_is,
+        ("--method", "wanda", "--group", "row"),
+        "2:4 compares weights within its own groups, got group = 'row'",
+    ),
+    "group unknown": (as_it_is, ("--method", "wanda", "--pattern", "50%", "--group", "model"), "must be row or layer, got 'model'"),
     "method unknown": (as_it_is, ("--method", "gptq"), "must be activation, magnitude, obd, obs, sparsegpt or wanda, got 'gptq'"),
     "pattern unknown": (as_it_is, ("--pattern", "half"), '"2:4", "4:8" or "1:4", .* "4:8 pairs", .* "50%", .*got \'half\''),
     "pattern above all": (as_it_is, ("--pattern", "120%"), "sparsity must lie in 0% to 100%, got 120%"),

@@ -19,10 +19,11 @@ from ..checkpoint import check_format, check_model_folder, resolve_device, weigh
 from ..checkpoint.lazy import LazyModel
 from ..checkpoint.unfinished import Unfinished, partial_folder, unfinished
 from ..checkpoint.writing import compressed_shapes, metadata_of, tensors_of, write_beside, write_index
+from ..criteria import Criterion
 from ..data import hash_batches
 from ..linear import compress, is_linear
 from ..patterns import Pattern
-from ..pruners import method_named
+from ..pruners import method_named, method_text
 from ..report import LinearReport, PruneReport
 from .blocks import Target, find_blocks
 from .loop import Progress, run
@@ -33,13 +34,14 @@ def prune_folder(
     folder: str | Path,
     out: str | Path,
     batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
-    method: str = "sparsegpt",
+    method: str | Criterion = "sparsegpt",
     pattern: str | Pattern = "2:4",
     *,
     format: str = "compressed",
     skip: Iterable[str] = (),
     device: str | torch.device = "auto",
     dtype: torch.dtype | str = "auto",
+    group: str | None = None,
     tokenizer=None,
     overwrite: bool = False,
     resume: bool = False,
@@ -47,21 +49,22 @@ def prune_folder(
 ) -> PruneReport:
     """Prunes the model of a Hugging Face folder into the folder ``out``, block by block: for models that do not fit in memory.
 
-    batches, method, pattern, skip: as for ``prune``, which this equals bit for bit. format: as for ``save``. device, dtype: where
-    and in what to compute, as for ``load``; every weight is stored in the dtype it had.
+    batches, method, pattern, group, skip: as for ``prune``, which this equals bit for bit. format: as for ``save``. device, dtype:
+    where and in what to compute, as for ``load``; every weight is stored in the dtype it had.
     Each block is a weight file of ``out``, finished in OUT.partial beside it until all are. After an interruption they stay there,
     and the same call with ``resume`` goes on from them, to the same bytes.
     Raises SparsekitError for what cannot be pruned, where ``out`` or OUT.partial stand in the way unless ``overwrite``, and for
     resuming what is another run, naming what differs. A SparsekitError leaves nothing that was not there."""
     pattern, skip, batches = Pattern.parse(pattern), tuple(skip), list(batches)
-    method_named(method), check_format(format)
+    method_named(method, pattern, group), check_format(format)
     folder, out, place = check_model_folder(folder), Path(out), resolve_device(device)
     lazy = LazyModel(folder, find_blocks, dtype, place)
     this = {
         "hash of the weights": _hash_files(folder),
         "hash of the calibration batches": hash_batches(batches),
-        "method": method,
+        "method": method_text(method),
         "pattern": str(pattern),
+        "group": group,
         "format": format,
         "skipped names": list(skip),
         "device": place.type,
@@ -73,7 +76,7 @@ def prune_folder(
     outside = _share_out(lazy)
     with unfinished(out, len(lazy.blocks) + len(outside), this, overwrite=overwrite, resume=resume) as work:
         source = _Lazy(lazy, work, format, None)
-        report = run(source, batches, method, pattern, skip, progress)
+        report = run(source, batches, method, pattern, skip, progress, group=group)
         report.fingerprint = this
         for i, parts in enumerate(outside, len(lazy.blocks)):
             if work.remembered(i) is None:
