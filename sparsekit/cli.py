@@ -194,9 +194,7 @@ def prune(
         resume=resume,
     )
     with progress_bar(f"{method} {pattern}") as progress:
-        report = pipeline.prune_folder(
-            model_dir, out, batches, method, pattern, **how, overwrite=overwrite, resume=resume, progress=progress
-        )
+        report = pipeline.prune_folder(model_dir, out, batches, method, pattern, **how, progress=progress)
     if report.format != format:
         say(f"no linear holds 2:4 after pruning to {pattern}; the weights are stored dense")
     if json_out:
