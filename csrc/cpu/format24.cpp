@@ -1,4 +1,4 @@
-// The portable path of the format ops, the choice of a path, and the check of metadata, which has no vector code.
+// The portable path of the format ops, and the choice of a path.
 #include "format24.h"
 #include "format24_masks.h"
 #include "memory.h"
@@ -77,6 +77,7 @@ struct Portable {
             *out++ = live >> column & 1 ? p[column] : W{0};
         }
     }
+    template <class W> static void gather(const W *p, uint64_t kept, W *out) { gather_each(p, kept, out); }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
         for (int column = 0; column < kWord; ++column)
             out[column] = kept >> column & 1 ? *values++ : W{0};
@@ -116,44 +117,6 @@ void prune(const Prune24 &p, int threads) {
     prefer_huge_pages(p.meta, p.rows * blocks);
     prefer_huge_pages(p.dense, p.rows * p.cols * size);
     format24().prune(p, threads);
-}
-
-struct Check24 {
-    const void *values;
-    const uint8_t *meta;
-    int64_t rows, cols;
-    First nibble, value;
-};
-
-// Every nibble; then the kept values of columns past the end, which only the last byte of a row can name.
-template <class W> void check_meta(Check24 &c, DType dtype, int threads) {
-    const int64_t bytes = ceil_div(c.cols, 8), all = c.rows * bytes;
-    const int64_t batch = 65536, tasks = ceil_div(all, batch);
-    const int used = static_cast<int>(min(min(threads, kMaxThreads), 1 + (all >> 17)));
-    parallel_for(tasks, used, [&](int64_t task, int) {
-        for (int64_t at = task * batch, end = min(all, at + batch); at < end; at += 8) {
-            const int64_t count = min(8, end - at);
-            const uint64_t bad = bad_nibbles(count == 8 ? load_meta64(c.meta + at) : load_meta64(c.meta + at, count)) &
-                                 low_bits(8 * count);
-            if (bad)
-                return c.nibble.report(2 * at + __builtin_ctzll(bad) / 4);
-        }
-    });
-    if (c.cols % 8 == 0)
-        return;
-    const W magnitude = static_cast<W>(numbers(dtype).magnitude);
-    const int64_t rows = max(1, batch / (8 * bytes)); // of a task
-    parallel_for(ceil_div(c.rows, rows), static_cast<int>(min(used, 1 + c.rows / 4096)), [&](int64_t task, int) {
-        for (int64_t row = task * rows; row < min(c.rows, (task + 1) * rows); ++row) {
-            const W *values = static_cast<const W *>(c.values) + row * 4 * bytes;
-            const int last = c.meta[(row + 1) * bytes - 1];
-            for (int64_t i = 0; i < 4; ++i) {
-                const int64_t place = 4 * (bytes - 1) + i, column = place / 2 * 4 + (last >> 2 * i & 3);
-                if (column >= c.cols && (values[place] & magnitude))
-                    return c.value.report(row * 4 * bytes + place);
-            }
-        }
-    });
 }
 
 } // namespace
@@ -215,12 +178,9 @@ void mask_rows_cpu(const void *scores, int64_t rows, int64_t cols, int64_t row_s
 
 void validate24_cpu(const void *values, const uint8_t *meta, int dtype, int64_t rows, int64_t cols, int64_t *status,
                     int threads) {
-    cpu::Check24 check{values, meta, rows, cols, {}, {}};
+    status[0] = status[1] = INT64_MAX;
     if (rows > 0 && cols > 0)
-        cpu::with_integer(cpu::width_of(DType(dtype)),
-                          [&](auto w) { cpu::check_meta<decltype(w)>(check, DType(dtype), threads); });
-    status[0] = check.nibble.place();
-    status[1] = check.value.place();
+        cpu::format24().check({values, meta, rows, cols, DType(dtype), status}, threads);
 }
 
 } // namespace sparsekit

@@ -49,14 +49,23 @@ struct MaskRows {
     int64_t *status;
 };
 
+struct Check24 {
+    const void *values;
+    const uint8_t *meta;
+    int64_t rows, cols;
+    DType dtype;
+    int64_t *status;
+};
+
 struct Format24Path {
     void (*prune)(const Prune24 &problem, int threads);
     void (*expand)(const Expand24 &problem, int threads);
     void (*mask_nm)(const MaskNM &problem, int threads);
     void (*mask_rows)(const MaskRows &problem, int threads);
+    void (*check)(const Check24 &problem, int threads);
 };
 
-// One an instruction set, all from format24_body.h and format24_masks.h.
+// One an instruction set, all from the headers that format24_masks.h includes.
 extern const Format24Path kFormat24Portable, kFormat24Avx2, kFormat24Vbmi2;
 
 } // namespace sparsekit::cpu

@@ -182,6 +182,7 @@ struct Avx2 {
         for (int i = 0; i < kWord / 8; ++i)
             pack8(p + 8 * i, kColumnsOf.kept[kept >> 8 * i & 255], out + 4 * i);
     }
+    template <class W> static void gather(const W *p, uint64_t kept, W *out) { gather_each(p, kept, out); }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
         for (int i = 0; i < kWord / 8; ++i)
             unpack8(values + 4 * i, kColumnsOf.place[kept >> 8 * i & 255], out + 8 * i);

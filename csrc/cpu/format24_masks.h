@@ -1,13 +1,12 @@
-// Masks of one instruction set `Isa` (see format24_body.h): the n best of every m columns, the best k of every row.
+// The mask that keeps the n best of every m columns, of one instruction set `Isa` (see format24_body.h), and the path.
 //
 // The columns of a small group are ranked against one another, m - 1 comparisons a column; of larger ones, 64 at once,
-// and of a row the n-th or k-th highest score is found first: of groups by a sorting network whose lanes are groups, of
-// a row bit by bit, counting, or, where that would read a long row too often, digit by digit in histograms. Bound by
-// memory for m up to 4: scores read once, a byte a column written; beyond by the comparisons. A row is read a few times
-// more from the caches.
+// the n-th highest is found first, by a sorting network whose lanes are groups. Bound by memory for m up to 4: scores
+// read once, a byte a column written; beyond by the comparisons.
 #pragma once
 #include "epilogue.h"
-#include "format24_body.h"
+#include "format24_check.h"
+#include "format24_rows.h"
 
 #include <algorithm>
 #include <limits>
@@ -16,18 +15,6 @@
 
 namespace sparsekit::cpu {
 namespace {
-
-// A byte a column, of `count` columns.
-template <class Isa> inline void store_mask(uint64_t bits, uint8_t *out, int64_t count) {
-    using L = Lanes<Isa, int8_t>;
-    int8_t copy[kWord], *to = count == kWord ? reinterpret_cast<int8_t *>(out) : copy;
-    for (int i = 0; i < kWord; i += L::kLanes)
-        L::store(to + i, L::land(L::from_bits(bits >> i), L::set(1)));
-    if (to == copy)
-        std::memcpy(out, copy, count);
-}
-
-// ---- n of m ----
 
 struct E4M3 {
     uint8_t bits;
@@ -46,11 +33,6 @@ inline float to_float(E4M3 v) {
     const uint32_t sign = uint32_t{v.bits & 0x80u} << 24, rest = v.bits & 0x7fu;
     return bit_cast<float>(sign |
                            (rest == 0x7f ? 0x7fc00000 : bit_cast<uint32_t>(bit_cast<float>(rest << 20) * 0x1p120f)));
-}
-
-template <class Int> Int order_of(Int bits) {
-    const Int size = static_cast<Int>(bits & std::numeric_limits<Int>::max());
-    return bits < 0 ? static_cast<Int>(-size) : size;
 }
 
 inline int32_t sum_key(float a, float b) { return order_of(bit_cast<int32_t>(a + b)); }
@@ -343,170 +325,9 @@ template <class Isa> void mask_nm(const MaskNM &problem, int threads) {
     p.status[0] = nan.place();
 }
 
-// ---- k of a row ----
-
-// The columns whose key is above `key`, from the bits of the scores: for a negative key those whose magnitude is not,
-// as a negative number's, at least as large.
-template <class Isa, class Int> class Above {
-    using L = Lanes<Isa, Int>;
-    typename L::V flip_, bound_;
-    uint64_t invert_;
-
-  public:
-    Above(int64_t key, bool integer) {
-        const bool negative = key < 0 && !integer;
-        flip_ = L::set(static_cast<Int>(negative ? uint64_t{1} << (8 * sizeof(Int) - 1) : 0));
-        bound_ = L::set(static_cast<Int>(negative ? ~key : key));
-        invert_ = negative ? ~uint64_t{0} : 0;
-    }
-    uint64_t operator()(const Int *p) const {
-        return invert_ ^ each<Isa>(p, [&](auto v) { return L::gt(L::lxor(v, flip_), bound_); });
-    }
-};
-
-// A row of scores and the k-th highest of its keys.
-template <class Isa, class Int> class RowCut {
-    using Unsigned = std::make_unsigned_t<Int>;
-    static constexpr int kBits = 8 * sizeof(Int);
-    static constexpr int64_t kLowest = std::numeric_limits<Int>::min();
-
-    const Int *row_;
-    int64_t cols_;
-    bool integer_;
-
-  public:
-    int64_t cut = kLowest, room; // keys above the cut are kept, and the first `room` of those that equal it
-
-    // 0 < kept < cols.
-    RowCut(const Int *row, int64_t cols, int64_t kept, bool integer)
-        : row_(row), cols_(cols), integer_(integer), room(kept) {
-        const int64_t bytes = cols * int64_t(sizeof(Int));
-        if (bytes <= 4096 || (sizeof(Int) <= 2 && bytes <= (1 << 18)))
-            count_bits();
-        else
-            count_digits();
-    }
-
-    template <class Body> void for_words(const Body &body) const {
-        cpu::for_words(Tile<Int>{row_, 0}, Span{0, 1, 0, cols_}, Int{0},
-                       [&](int64_t, int64_t col, const Int *at, int64_t count, int64_t) { body(col, at, count); });
-    }
-
-  private:
-    int64_t above(int64_t key) const {
-        const Above<Isa, Int> test(key, integer_);
-        int64_t found = 0;
-        for_words(
-            [&](int64_t, const Int *at, int64_t count) { found += __builtin_popcountll(test(at) & low_bits(count)); });
-        return found;
-    }
-
-    void count_bits() {
-        for (int bit = kBits - 1; bit >= 0; --bit) {
-            const int64_t higher = int64_t(uint64_t(cut) + (uint64_t{1} << bit));
-            if (above(higher - 1) >= room)
-                cut = higher;
-        }
-        room -= above(cut);
-    }
-
-    void count_digits() {
-        for (int left = kBits; left > 0;) { // the cut is at most 2^left - 1 above what is known of it
-            const int64_t end = int64_t(uint64_t(cut) + low_bits(left));
-            const int digit_bits = left < 11 ? left : 11;
-            left -= digit_bits;
-            int64_t counts[2][1 << 11] = {}; // two, as neighbours are often equal and would wait for one another
-            const auto digit_of = [&](Int bits) {
-                const Unsigned key = static_cast<Unsigned>(integer_ ? bits : order_of(bits));
-                return static_cast<uint16_t>(static_cast<Unsigned>(key - Unsigned(cut)) >> left & low_bits(digit_bits));
-            };
-            const bool first = left + digit_bits == kBits, lowest = cut == kLowest;
-            const Above<Isa, Int> below(lowest ? cut : cut - 1, integer_), beyond(end, integer_);
-            for_words([&](int64_t, const Int *at, int64_t count) {
-                if (first) {
-                    uint16_t digits[kWord];
-                    for (int i = 0; i < kWord; ++i)
-                        digits[i] = digit_of(at[i]);
-                    for (int64_t i = 0; i < count; ++i)
-                        ++counts[i & 1][digits[i]];
-                } else {
-                    uint64_t in = (lowest ? ~uint64_t{0} : below(at)) & ~beyond(at) & low_bits(count);
-                    for (int i = 0; in; in &= in - 1, ++i)
-                        ++counts[i & 1][digit_of(at[__builtin_ctzll(in)])];
-                }
-            });
-            int64_t digit = (1 << digit_bits) - 1;
-            for (int64_t here; (here = counts[0][digit] + counts[1][digit]) < room && digit > 0; --digit)
-                room -= here;
-            cut = int64_t(uint64_t(cut) + (uint64_t(digit) << left));
-        }
-    }
-};
-
-template <class Isa, class Int>
-[[gnu::flatten]] void mask_row(const MaskRows &p, const Int *row, uint8_t *mask, int64_t place, First &nan) {
-    const Reader<Isa, Int> reader(p.scores.dtype);
-    const auto write = [&](const auto &choose) {
-        uint64_t bad = 0;
-        for_words(Tile<Int>{row, 0}, Span{0, 1, 0, p.cols}, Int{0},
-                  [&](int64_t, int64_t col, const Int *at, int64_t count, int64_t) {
-                      store_mask<Isa>(choose(at, count), mask + col, count);
-                      bad |= reader.nan(at);
-                  });
-        if (bad)
-            nan.report(place);
-    };
-    if (p.kept == 0 || p.kept == p.cols)
-        return write([&](const Int *, int64_t) { return p.kept ? ~uint64_t{0} : 0; });
-    const RowCut<Isa, Int> found(row, p.cols, p.kept, reader.integer);
-    const Above<Isa, Int> above(found.cut, reader.integer);
-    const bool lowest = found.cut == std::numeric_limits<Int>::min();
-    const Above<Isa, Int> below(lowest ? found.cut : found.cut - 1, reader.integer);
-    int64_t room = found.room;
-    write([&](const Int *at, int64_t count) {
-        const uint64_t over = above(at) & low_bits(count);
-        uint64_t ties = (lowest ? ~uint64_t{0} : below(at)) & ~over & low_bits(count), kept = over;
-        if (const int64_t equal = __builtin_popcountll(ties); equal <= room) {
-            room -= equal;
-            return kept | ties;
-        }
-        for (; room > 0; --room, ties &= ties - 1)
-            kept |= ties & -ties;
-        return kept;
-    });
+template <class Isa> constexpr Format24Path path() {
+    return {prune<Isa>, expand<Isa>, mask_nm<Isa>, mask_rows<Isa>, check};
 }
-
-template <class Isa, class Int> void mask_rows(const MaskRows &p, int threads) {
-    const bool turned = p.scores.col_stride != 1;
-    const int64_t stride = ceil_div(p.cols, kWord) * kWord + kWord; // not a multiple of a page: see linear24_body.h
-    const int64_t most =
-        turned ? max(1, min(512 / sizeof(Int), (4 << 20) / (stride * sizeof(Int)))) : max(1, 16384 / p.cols);
-    const int64_t band = min(p.rows, most), bands = ceil_div(p.rows, band);
-    const int64_t bytes = p.rows * p.cols * int64_t(sizeof(Int) + 1);
-    const int used = static_cast<int>(min(min(threads, min(kMaxThreads, bands)), 1 + (bytes >> 17)));
-    const int64_t room = turned ? ceil_div(band * stride * sizeof(Int), sizeof(float)) : 0; // floats
-    const Scratch scratch(used * room);
-    First nan;
-    parallel_for(bands, used, [&](int64_t task, int worker) {
-        const int64_t row = task * band, rows = min(band, p.rows - row);
-        Tile<Int> tile{static_cast<const Int *>(p.scores.data) + row * p.scores.row_stride, p.scores.row_stride};
-        if (turned) {
-            Int *copy = reinterpret_cast<Int *>(scratch.data() + worker * room);
-            for (int64_t col = 0; col < p.cols; col += kWord)
-                turn(p.scores, Span{row, rows, col, min(kWord, p.cols - col)}, copy + col, stride);
-            tile = {copy, stride};
-        }
-        for (int64_t r = 0; r < rows; ++r)
-            mask_row<Isa>(p, tile.data + r * tile.stride, p.mask + (row + r) * p.cols, row + r, nan);
-    });
-    p.status[0] = nan.place();
-}
-
-template <class Isa> void mask_rows(const MaskRows &p, int threads) {
-    with_integer(width_of(p.scores.dtype), [&](auto s) { mask_rows<Isa, decltype(s)>(p, threads); });
-}
-
-template <class Isa> constexpr Format24Path path() { return {prune<Isa>, expand<Isa>, mask_nm<Isa>, mask_rows<Isa>}; }
 
 } // namespace
 } // namespace sparsekit::cpu

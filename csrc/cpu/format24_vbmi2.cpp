@@ -81,6 +81,7 @@ struct Quadwords : Vector<int64_t> {
         const V size = _mm512_and_si512(a, magnitude);
         return _mm512_mask_sub_epi64(size, _mm512_movepi64_mask(a), _mm512_setzero_si512(), size);
     }
+    static __m512i compress(uint64_t kept, V a) { return _mm512_maskz_compress_epi64(static_cast<__mmask8>(kept), a); }
 };
 
 template <class Int>
@@ -100,6 +101,14 @@ struct Vbmi2 {
             const __m512i all = L::land(L::load(p + i), L::from_bits(live >> i));
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + i / L::kLanes * kHalf),
                                 _mm512_castsi512_si256(L::compress(kept >> i, all)));
+        }
+    }
+    template <class W> static void gather(const W *p, uint64_t kept, W *out) {
+        using L = Lanes<W>;
+#pragma GCC unroll 8
+        for (int i = 0; i < kWord; i += L::kLanes) {
+            L::store(out, L::compress(kept >> i, L::load(p + i)));
+            out += __builtin_popcountll(kept >> i & low_bits(L::kLanes));
         }
     }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
