@@ -47,7 +47,7 @@ $(OTHER_TRITON): | $(VENV)/test
 	mv $@.part $@
 
 test-triton: $(VENV)/installed $(VENV)/test $(OTHER_TRITON)
-	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(BIN)/pytest tests/test_kernels_triton.py tests/test_kernels_aot.py $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(BIN)/pytest tests/test_kernels_triton.py tests/test_prune_triton.py tests/test_kernels_aot.py $(PYTEST_ARGS)
 
 # All that only a GPU can show, into benchmarks/results/. By the caller's Python, which has torch, Triton and what the tests import.
 gpu-evidence:

@@ -1,7 +1,8 @@
 """Unstructured masks: exactly k columns of every row are kept, those with the highest scores.
 
 A program owns whole rows. A row that fits in registers is read once; the k-th highest score is found bit by bit, counting.
-A longer row, or rows that lie across memory, is read once for each bit, which the caches serve.
+A longer row, or rows that lie across memory, is read once for each bit, which the caches serve. Long rows too few to fill a GPU go
+to mask_long_rows.py, several programs a row.
 Memory floor for scores of b bytes: b read, rows * cols written.
 """
 
@@ -9,17 +10,13 @@ import torch
 import triton
 import triton.language as tl
 
-from .bits import as_bits, is_nan, largest, lowest, order, widen
-from .select import count, keep_by_cut
+from .bits import as_bits, largest, lowest
+from .mask_long_rows import mask_long_rows
+from .select import count, keep_by_cut, load_keys
 from .tiles import new_status, report
 
 _RESIDENT_COLS = 16384  # 16 keys a thread for 1024 threads: twice as many would not fit the registers
-
-
-@triton.jit
-def load_keys(ptrs, inside, LARGEST: tl.constexpr, LOWEST: tl.constexpr):
-    wide = widen(tl.load(ptrs, mask=inside, other=LOWEST))  # places past the end are the last: they lose every tie
-    return order(wide, LARGEST), is_nan(wide, LARGEST)
+_ENOUGH_ROWS = 128  # about the multiprocessors of a GPU
 
 
 @triton.jit
@@ -88,6 +85,8 @@ def mask_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]
     column. status[0] is the first row with a NaN, tiles.NOTHING where there is none.
     """
     rows, cols = scores.shape
+    if cols > _RESIDENT_COLS and rows < _ENOUGH_ROWS:
+        return mask_long_rows(scores, k)
     mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device)
     status = new_status(1, scores.device)
     if rows == 0 or cols == 0:

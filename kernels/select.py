@@ -6,6 +6,15 @@ Keys are integers from bits.order: BITS significant ones at the top of an int32 
 import triton
 import triton.language as tl
 
+from .bits import is_nan, order, widen
+
+
+@triton.jit
+def load_keys(ptrs, inside, LARGEST: tl.constexpr, LOWEST: tl.constexpr):
+    """Keys of scores, and which scores are NaN. Places past the end are the last of a set: they lose every tie."""
+    wide = widen(tl.load(ptrs, mask=inside, other=LOWEST))
+    return order(wide, LARGEST), is_nan(wide, LARGEST)
+
 
 @triton.jit
 def keep_by_rank(key, n, PLACES: tl.constexpr):

@@ -11,6 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from . import ops
+
 
 class SquaredNorm:
     """Sum of squares of each input feature over all tokens: what Wanda needs. Memory k * 4 bytes."""
@@ -64,8 +66,8 @@ class Gram:
 
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x (..., k), any float dtype; summed in fp32."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.sum.addmm_(rows.T, rows)
+        rows = x.reshape(-1, x.shape[-1])
+        ops.gram_(self.sum, rows)
         self.tokens += rows.shape[0]
         self.__dict__.pop("factor", None)
 

@@ -19,7 +19,6 @@ from torch import Tensor
 from . import ops, reference
 from .errors import SparsekitError, listed
 
-_ROWS_FOR_A_KERNEL = 128  # about the multiprocessors of a GPU
 _KNOWN = (
     'N:M with N kept of M, such as "2:4", "4:8" or "1:4", the same in whole pairs, such as "4:8 pairs", '
     'the share removed, such as "50%", or the same in whole blocks of rows x columns, such as "block:32x32@50%"'
@@ -262,19 +261,4 @@ def keep_top(scores: Tensor, kept: int) -> Tensor:
 
     scores (..., k) of a dtype that ops.mask_rows takes, 0 <= kept <= k. Raises what mask_rows raises, rows counted over all the
     leading dimensions."""
-    lines = scores.reshape(scores.shape[:-1].numel(), scores.shape[-1])
-    if not scores.is_cuda or lines.shape[0] >= _ROWS_FOR_A_KERNEL:
-        return ops.mask_rows(lines, kept).view(scores.shape)
-    return _few_long_rows(lines, kept).view(scores.shape)
-
-
-def _few_long_rows(scores: Tensor, kept: int) -> Tensor:
-    """What ops.mask_rows gives, by the library. A row is one program's work to the kernel, so few would leave a GPU idle."""
-    ops.check_mask_rows(scores, kept)
-    reference.check_no_nan("mask_rows", "scores", scores)
-    if kept in (0, scores.shape[1]) or scores.numel() == 0:
-        return torch.full_like(scores, kept > 0, dtype=torch.bool)
-    wide = scores.float() if scores.element_size() == 1 else scores
-    threshold = wide.kthvalue(scores.shape[1] - kept + 1, dim=-1, keepdim=True).values
-    above, tied = wide > threshold, wide == threshold
-    return above | (tied & (tied.cumsum(-1) <= kept - above.sum(-1, keepdim=True)))
+    return ops.mask_rows(scores.reshape(scores.shape[:-1].numel(), scores.shape[-1]), kept).view(scores.shape)

@@ -49,6 +49,28 @@ STREAMING = {
     "mask_rows 16384 columns fp32": "mask_rows(dense(fp32, 16384), 8192)",
     "mask_rows 53248 columns fp32": "mask_rows(dense(fp32, 53248), 16384)",
     "mask_rows transposed": "mask_rows(dense(bf16).t(), 2048)",
+    "gram bf16": "gram(dense(fp32), dense(bf16))",
+    "gram fp16, small": "gram(dense(fp32, 1024)[:1024], dense(fp16, 1024))",
+}
+# Launches of several kernels, which also read what one kernel left to the next.
+LONG = {
+    "mask_rows fp32, a long row": "mask_rows(torch.empty(1, 524288), 200000)",
+    "mask_rows bf16, a long row": "mask_rows(torch.empty(1, 524288, dtype=bf16), 200000)",
+}
+# The OBS step: panels of w are read and written 16 bytes at a time, rows of U by halves of a thread's four columns.
+BLOCK, UPPER = "dense(fp32)[:, :128]", "dense(fp32)[:128, :128]"
+OBS = {
+    "obs 2:4": f"obs({BLOCK}, {UPPER}, None, 2, 4)",
+    "obs 4:8": f"obs({BLOCK}, {UPPER}, None, 4, 8)",
+    "obs 16:32": f"obs({BLOCK}, {UPPER}, None, 16, 32)",
+    "obs 4:8 pairs": f"obs({BLOCK}, {UPPER}, None, 2, 4, pairs=True)",
+    "obs 32:64 pairs": f"obs({BLOCK}, {UPPER}, None, 16, 32, pairs=True)",
+    "obs by a mask": f"obs({BLOCK}, {UPPER}, dense(torch.bool, 128))",
+    "obs 2:4 of a batch": "obs(dense(fp32).view(4, 1024, 4096)[..., :128], dense(fp32)[:512, :128].view(4, 128, 128), None, 2, 4)",
+}
+OBS_UNEVEN = {
+    "obs 3:5": f"obs({BLOCK}, {UPPER}, None, 3, 5)",
+    "obs a ragged block": "obs(dense(fp32, 100), dense(fp32, 100)[:100], None, 2, 4)",
 }
 # Launches by name that also look at the end of each row.
 ENDING = {
@@ -90,6 +112,8 @@ TINY = {
     "mask_nm one of 5": "mask_nm(torch.empty(1, 1), 1, 5)",
     "mask_nm one pair of fp8": "mask_nm(torch.empty(1, 1).to(fp8), 1, 2, pairs=True)",
     "mask_rows one column": "mask_rows(torch.empty(1, 1), 1)",
+    "gram one": "gram(torch.empty(1, 1), torch.empty(1, 1, dtype=bf16))",
+    "obs one weight": "obs(torch.empty(1, 1), torch.empty(1, 1), None, 1, 2)",
     "mask_rows one of a long row": "mask_rows(torch.empty(1, 20000).double(), 1)",
 }
 
@@ -101,8 +125,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from sparsekit.kernels.compress24 import compress24, compress24_kernel
 from sparsekit.kernels.expand24 import expand24, expand24_kernel
+from sparsekit.kernels.gram import gram, gram_kernel
+from sparsekit.kernels.mask_long_rows import count_digits_kernel, keep_above_kernel
 from sparsekit.kernels.mask_nm import mask_nm, mask_nm_kernel
 from sparsekit.kernels.mask_rows import mask_rows, mask_rows_kernel
+from sparsekit.kernels.obs import obs, obs_block_kernel
 from sparsekit.kernels.prune24 import prune24, prune24_kernel
 from sparsekit.kernels.prune_compress24 import prune_compress24, prune_compress24_kernel
 from sparsekit.kernels.validate24 import validate24, validate24_kernel
@@ -117,7 +144,8 @@ def compile_only(kernel):
     kernel.run = lambda *args, **kwargs: compiled.append(run(*args, **kwargs | {"warmup": True}))
 
 for kernel in (
-    prune_compress24_kernel, prune24_kernel, compress24_kernel, expand24_kernel, validate24_kernel, mask_nm_kernel, mask_rows_kernel
+    prune_compress24_kernel, prune24_kernel, compress24_kernel, expand24_kernel, validate24_kernel, mask_nm_kernel,
+    mask_rows_kernel, gram_kernel, obs_block_kernel, count_digits_kernel, keep_above_kernel,
 ):
     compile_only(kernel)
 
@@ -129,10 +157,17 @@ def compile(call, arch):
     ))
     compiled.clear()
     eval(call)
-    (built,) = compiled
+    found = [read(built) for built in compiled]
+    whole = {key: sum((one[key] for one in found), []) for key in ("loads", "stores", "copies", "local", "tensor")}
+    whole |= {key: max(one[key] for one in found) for key in ("stack", "registers", "instructions", "shared")}
+    return whole | dict(kernels=len(found))
+
+def read(built):
     widths = {"ld": [], "st": []}
-    for op, vector, bits in re.findall(r"\b(ld|st)\.global\S*?\.(?:v(\d)\.)?[bsuf](\d+)\b", built.asm["ptx"]):
+    ptx = built.asm["ptx"]
+    for op, vector, bits in re.findall(r"\b(ld|st)\.global\S*?\.(?:v(\d)\.)?[bsuf](\d+)\b", ptx):
         widths[op].append(int(vector or 1) * int(bits) // 8)
+    copies = [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (0x\w+|\d+)", ptx)]
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()
@@ -140,7 +175,8 @@ def compile(call, arch):
     code = [line for line in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", dump.stdout) if "NOP" not in line]
     registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump.stdout + dump.stderr).groups()
     return dict(
-        loads=widths["ld"], stores=widths["st"], local=[line for line in code if re.search(r"\b(LDL|STL)\b", line)],
+        loads=widths["ld"], stores=widths["st"], copies=copies, local=[line for line in code if re.search(r"\b(LDL|STL)\b", line)],
+        tensor=re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", " ".join(code)),
         stack=int(stack), registers=int(registers), instructions=len(code), shared=built.metadata.shared,
     )
 
@@ -153,13 +189,13 @@ def on(*groups):
     return [(name, arch) for group in groups for name in group for arch in ARCHS]
 
 
-CASES = on(STREAMING, WRITING, ENDING, UNEVEN) + [(name, 90) for name in TINY]
+CASES = on(STREAMING, WRITING, ENDING, UNEVEN, LONG, OBS, OBS_UNEVEN) + [(name, 90) for name in TINY]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """{(name, arch): what the machine code holds}, compiled by two processes that share nothing with this one."""
-    calls = STREAMING | WRITING | ENDING | {name: call for name, (call, _) in UNEVEN.items()} | TINY
+    calls = STREAMING | WRITING | ENDING | LONG | OBS | OBS_UNEVEN | {name: call for name, (call, _) in UNEVEN.items()} | TINY
     folder = tmp_path_factory.mktemp("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
     halves, children = (CASES[::2], CASES[1::2]), []
@@ -201,6 +237,27 @@ def test_every_load_is_16_bytes(compiled, name, arch):
 @pytest.mark.parametrize("name, arch", on(UNEVEN))
 def test_a_load_is_a_run_of_neighbours(compiled, name, arch):
     assert set(compiled[name, arch]["loads"]) == {UNEVEN[name][1]}
+
+
+@pytest.mark.parametrize("name, arch", on(LONG))
+def test_long_rows_are_read_16_bytes_at_a_time(compiled, name, arch):
+    result = compiled[name, arch]
+    assert result["kernels"] == (5 if "fp32" in name else 3)
+    assert set(result["loads"]) == {16, 4}  # 4: how many ties each program of the row saw
+    assert result["loads"].count(4) <= 4 and set(result["stores"]) == {8, 16}
+
+
+@pytest.mark.parametrize("name, arch", on(OBS))
+def test_the_obs_step_moves_w_16_bytes_at_a_time(compiled, name, arch):
+    result = compiled[name, arch]
+    assert 16 in result["loads"] and 16 in result["stores"] and 16 in result["copies"] and result["tensor"] == []
+
+
+@pytest.mark.parametrize("name, arch", on(name for name in STREAMING if name.startswith("gram")))
+def test_the_gram_matrix_is_summed_on_tensor_cores(compiled, name, arch):
+    result = compiled[name, arch]
+    assert set(result["tensor"]) == {{80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}[arch]}
+    assert set(result["copies"]) == set(result["stores"]) == {16}
 
 
 @pytest.mark.parametrize("name, arch", on(ENDING))

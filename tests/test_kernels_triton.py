@@ -4,13 +4,9 @@ Without a CUDA device they run in Triton's interpreter. That has to be chosen be
 itself in a process of its own; TRITON_INTERPRET=1 in the environment runs the tests here, one by one.
 """
 
-import contextlib
 import functools
 import importlib
-import os
 import random
-import subprocess
-import sys
 
 import definition24
 import pytest
@@ -40,6 +36,7 @@ from definition24 import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreted import DEVICE, IN_A_PROCESS_OF_ITS_OWN, launches, poisoned_memory, run_in_the_interpreter  # noqa: F401
 
 pytest.importorskip("triton")
 
@@ -57,24 +54,7 @@ from sparsekit.kernels.prune_compress24 import prune_compress24
 from sparsekit.kernels.tiles import tiling
 from sparsekit.kernels.validate24 import validate24
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 viewed = functools.partial(definition24.viewed, device=DEVICE)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def poisoned_memory():
-    """New memory is full of an odd byte, so what a kernel leaves unwritten shows."""
-    patch, empty = pytest.MonkeyPatch(), torch.empty
-
-    def poisoned(*args, **kwargs):
-        fresh = empty(*args, **kwargs)
-        if fresh.numel():
-            fresh.view(torch.uint8).fill_(0x5B)
-        return fresh
-
-    patch.setattr(torch, "empty", poisoned)
-    yield
-    patch.undo()
 
 
 # ---- prune_compress24, prune24, compress24, expand24 ----
@@ -426,10 +406,8 @@ def test_masks_of_nothing(shape):
 
 
 @pytest.fixture
-def ops(monkeypatch):
-    """The module of the ops, whose launches need no CUDA device where there is none."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+def ops(launches):  # noqa: F811
+    """The module of the ops."""
     return importlib.import_module("sparsekit.ops.format")
 
 
@@ -557,19 +535,9 @@ def test_tiles_cover_the_matrix_within_the_grid(rows, cols, dtype, transposed):
 
 # ---- without the interpreter chosen, the tests above run in a process that chooses it ----
 
-if DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+if IN_A_PROCESS_OF_ITS_OWN:
     for name in [name for name in globals() if name.startswith("test_")]:
         del globals()[name]
 
     def test_this_file_in_the_interpreter(tmp_path):
-        command = [
-            sys.executable,
-            "-c",
-            "import pytest, sys; sys.exit(pytest.main(sys.argv[1:]))",
-            "-p",
-            "no:cacheprovider",
-            __file__,
-        ]
-        done = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, cwd=tmp_path, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-        assert " passed" in done.stdout and "skipped" not in done.stdout
+        run_in_the_interpreter(__file__, tmp_path)

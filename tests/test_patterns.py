@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sparsekit import NM, Block, PairNM, Pattern, SparsekitError, Unstructured, ops
-from sparsekit.patterns import _few_long_rows, keep_top
+from sparsekit.patterns import keep_top
 
 inf, nan = torch.inf, torch.nan
 
@@ -199,21 +199,10 @@ def test_pairs_that_are_refused(n, m):
 
 
 @pytest.mark.parametrize("kept, text", [(-1, "from 0 to the 12 columns of scores, got -1"), (13, "got 13")])
-@pytest.mark.parametrize("choose", [keep_top, _few_long_rows, ops.mask_rows], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("choose", [keep_top, ops.mask_rows], ids=lambda f: f.__name__)
 def test_counts_that_are_refused(choose, kept, text):
     with pytest.raises(ValueError, match=text):
         choose(torch.zeros(2, 12), kept)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.float8_e5m2], ids=str)
-@pytest.mark.parametrize("kept", [0, 1, 77, 200])
-def test_few_long_rows_are_chosen_from_alike(dtype, kept):
-    scores = ties(3, 200, dtype=torch.float32).to(dtype)
-    assert torch.equal(_few_long_rows(scores, kept), ops.mask_rows(scores, kept))
-    scores[1, 7] = nan
-    for choose in (_few_long_rows, ops.mask_rows):
-        with pytest.raises(ValueError, match="mask_rows: scores must hold no NaN, got one in row 1, column 7"):
-            choose(scores, kept)
 
 
 @given(st.data())

@@ -6,7 +6,6 @@ argument of another kind altogether (a list for a tensor, 1.5 for a count) is re
 
 from .format import (
     LARGEST_M,
-    check_mask_rows,
     compress24,
     expand24,
     mask_nm,
@@ -15,15 +14,16 @@ from .format import (
     prune_compress24,
     validate24,
 )
+from .gram import gram_
 from .linear import LINEAR_DTYPES, linear24
 from .obs import obs_block_
 
 __all__ = [
     "LARGEST_M",
     "LINEAR_DTYPES",
-    "check_mask_rows",
     "compress24",
     "expand24",
+    "gram_",
     "linear24",
     "mask_nm",
     "mask_rows",

@@ -374,8 +374,7 @@ def _mask_nm_fake(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 
-def check_mask_rows(scores: Tensor, kept: int) -> None:
-    """Raises what mask_rows raises, but for NaN: reads no data."""
+def _check_mask_rows(scores: Tensor, kept: int) -> None:
     _check_scores("mask_rows", scores)
     if scores.dim() != 2:
         raise ValueError(f"mask_rows: scores must be (rows, columns), got shape {tuple(scores.shape)}")
@@ -391,14 +390,14 @@ def _mask_rows(scores: Tensor, kept: int) -> Tensor:
 
 
 def _mask_rows_cuda(scores: Tensor, kept: int) -> Tensor:
-    check_mask_rows(scores, kept)
+    _check_mask_rows(scores, kept)
     mask, status = launch("mask_rows", scores, kept)
     _check_status(reference.mask_rows, status, 1, scores, kept)
     return mask
 
 
 def _mask_rows_fake(scores: Tensor, kept: int) -> Tensor:
-    check_mask_rows(scores, kept)
+    _check_mask_rows(scores, kept)
     return scores.new_empty(scores.shape, dtype=torch.bool)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .registry import _C, define, threads
+from .. import reference
+from .format import LARGEST_M
+from .registry import _C, define, launch, threads
 
 
 def obs_block_(
@@ -61,6 +63,20 @@ def _obs_block(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pa
     return kept, errors, loss
 
 
+def _obs_block_cuda(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
+    _check(w, upper, mask, n, m, pairs)
+    if mask is None and m > LARGEST_M:  # of no format: column by column, by the library
+        blocks = w if w.dim() == 3 else w[None]
+        found = [reference.obs_block(*one, None, n, m, pairs) for one in zip(blocks, upper if w.dim() == 3 else upper[None])]
+        new, *rest = (torch.stack(parts).view(*w.shape[:-2], *parts[0].shape) for parts in zip(*found))
+        w.copy_(new)
+        return tuple(rest)
+    *found, status = launch("obs", w, upper, mask, n, m, pairs)
+    if (bad := int(status)) < w.shape[:-1].numel():
+        _refuse_nan(w, bad)
+    return tuple(found)
+
+
 def _refuse_nan(w: Tensor, row: int) -> None:
     of_weight = f" of weight {row // w.shape[-2]}" if w.dim() == 3 else ""
     raise ValueError(f"obs_block_: w and upper must give no NaN, got one in row {row % w.shape[-2]}{of_weight}")
@@ -74,6 +90,6 @@ def _obs_block_fake(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: in
 define(
     "obs_block_(Tensor(a!) w, Tensor upper, Tensor? mask, int n, int m, bool pairs) -> (Tensor, Tensor, Tensor)",
     _obs_block,
-    _obs_block,
+    _obs_block_cuda,
     _obs_block_fake,
 )
