@@ -95,6 +95,51 @@ def test_rows_of_the_product(monkeypatch):
         assert 0 < row["rel_err"] < 1e-5
 
 
+@pytest.mark.parametrize("text", ["2:4", "4:8 pairs", "30%"])
+def test_rows_of_sparsegpt(text):
+    from benchmarks import sparsegpt
+
+    row = sparsegpt.row("tiny", 40, 200, text, tokens=300, device="cpu", repeats=1)
+    wanted = "rows,cols,pattern,gram_ms,factor_ms,loop_ms,trailing_ms,error_ms,prune_ms,eager_loop_ms,speedup,prune_speedup,rel_err"
+    assert {*wanted.split(",")} <= row.keys() and (row["rows"], row["cols"], row["pattern"]) == (40, 200, text)
+    assert row["rows_apart"] == 0 and 0 < row["rel_err"] < 1e-5 and row["output_error"] < row["output_error_masked"]
+    assert (
+        row["eager_loop_ms"] > 0 and row["factor_ms"] + row["loop_ms"] + row["trailing_ms"] + row["error_ms"] < row["prune_ms"] * 2
+    )
+
+
+def test_a_whole_model_by_phase():
+    pytest.importorskip("transformers")
+    from benchmarks import sparsegpt
+    from sparsekit.pruners import METHODS, SparseGPT
+
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
+    row = sparsegpt.model_row("llama-2-7b", "2:4", "cpu", blocks=2, samples=3, seq_len=20, **tiny)
+    assert (row["blocks"], row["tokens"], row["pattern"]) == (2, 60, "2:4") and METHODS["sparsegpt"] is SparseGPT
+    phases = [row[f"{phase}_s"] for phase in ("forward", "gram", "factor", "loop", "trailing", "error")]
+    assert min(phases) >= 0 and sum(phases) == pytest.approx(row["total_s"], abs=0.01) and 0 < row["output_error"] < 1
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        (["--model", "llama-2-7b"], "argument --model: a whole model must run on a GPU, got --device cpu; say --blocks N"),
+        (
+            ["--pattern", "block:4x4@50%"],
+            "argument --pattern: must be N:M, N:M pairs or a share, which the paper's loop knows, got",
+        ),
+        (["--pattern", "5:4"], "argument --pattern: N:M must keep 0 <= N <= M weights of M >= 1, got 5:4"),
+    ],
+)
+def test_sparsegpt_refuses(arguments, error, monkeypatch, capsys):
+    from benchmarks import sparsegpt
+
+    monkeypatch.setattr(sys, "argv", ["sparsegpt.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        sparsegpt.main()
+    assert f"sparsegpt.py: error: {error}" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
 def test_the_command(suffix, tmp_path):
     out = tmp_path / f"rows{suffix}"

@@ -1,0 +1,158 @@
+"""SparseGPT over the OBS step: against the loop of its paper, at several levels at once, on any Gram matrix, and what it reports.
+
+That it is exact OBS is shown in test_prune.py."""
+
+import math
+
+import pytest
+import torch
+from test_prune import correlated, hessian, normal, output_error, same_bits
+
+from benchmarks.sparsegpt import paper_loop
+from sparsekit import Pattern
+from sparsekit.criteria import Gram, _invert_upper_
+from sparsekit.pruners import SparseGPT
+
+LEVELS = ["2:4", "4:8", "1:4", "3:7", "4:8 pairs", "50%", "33.3%", "0%", "100%", "block:4x8@50%", "block:16x3@30%"]
+
+
+def pruner(x: torch.Tensor, text: str = "2:4") -> SparseGPT:
+    made = SparseGPT(x.shape[1], Pattern.parse(text))
+    made.observe(x)
+    return made
+
+
+@pytest.mark.parametrize("text", ["2:4", "4:8", "4:8 pairs", "50%", "33.3%", "3:7"])
+@pytest.mark.parametrize("k", [96, 700], ids=["one block", "two panels, ragged"])
+def test_the_loop_of_the_paper(k, text):
+    # Eager torch in fp64, column by column: where a mask differs, two scores were equal within fp32's rounding, and none are here.
+    w, sparsegpt = normal(40, k, seed=1), pruner(correlated(3 * k, k), text)
+    factor = sparsegpt.statistics.factor
+    w[:, factor.dead] = 0
+    block = {"3:7": 133}.get(text, 128)  # whole groups
+    wanted, mask = paper_loop(w.double(), factor.upper.double(), Pattern.parse(text), block)
+    result = sparsegpt.prune(w)
+    assert torch.equal(result.mask, mask)
+    assert ((result.weight - wanted).abs() <= 1e-4 * wanted.abs().max()).all()
+
+
+def test_levels_from_one_factorisation(monkeypatch):
+    w, x = normal(20, 300, seed=1).bfloat16(), correlated(700, 300)
+    x[:, 5] = 0
+    factored, cholesky = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda h: (factored.append(h.shape), cholesky(h))[1])
+    before, found = w.clone(), pruner(x).prune_levels(w, [Pattern.parse(text) for text in LEVELS])
+    assert len(factored) == 1 and torch.equal(w, before)
+    for text, level in zip(LEVELS, found, strict=True):
+        fresh = pruner(x, text).prune(w)
+        assert same_bits(level.weight, fresh.weight) and torch.equal(level.mask, fresh.mask)
+        for name in ("output_error", "output_error_masked", "loss", "damping"):
+            assert getattr(level, name) == getattr(fresh, name), name
+        assert Pattern.parse(text).check(level.weight) is None
+    assert pruner(x).prune_levels(w, []) == []
+
+
+@pytest.mark.parametrize("n, k", [(12, 32), (13, 45), (3, 300)], ids=["whole blocks", "tails both ways", "several calls"])
+def test_blocks_are_removed_whole_and_exactly(n, k):
+    w, x = normal(n, k, seed=1), correlated(2 * k, k)
+    level = Pattern.parse("block:4x8@40%")
+    result = pruner(x, str(level)).prune(w)
+    lines, across = -(-n // 4), -(-k // 8)
+    of_blocks = [result.mask[4 * i : 4 * i + 4, 8 * j : 8 * j + 8] for i in range(lines) for j in range(across)]
+    assert all(block.all() or not block.any() for block in of_blocks)
+    assert sum(not block.any() for block in of_blocks) == lines * across * 2 // 5
+    assert output_error(w, result.weight, x) < output_error(w, torch.where(result.mask, w, 0), x)
+
+
+# ---- the report ----
+
+
+@pytest.mark.parametrize("text", ["2:4", "50%", "4:4"])
+def test_what_is_reported(text):
+    w, x = normal(24, 200, seed=1), correlated(600, 200)
+    x[:, 9] = 0
+    result = pruner(x, text).prune(w)
+    assert result.output_error == pytest.approx(output_error(w, result.weight, x), rel=1e-3, abs=1e-9)
+    masked = output_error(w, torch.where(result.mask, w, 0), x)
+    assert result.output_error_masked == pytest.approx(masked, rel=1e-3, abs=1e-9)
+    # The loss by the definition: of what the loop changed, under the damped Hessian; H / 2 is the mean of x x'.
+    d = torch.where((x == 0).all(0), 0, w).double() - result.weight.double()
+    assert result.loss == pytest.approx(float((d @ hessian(x, result.damping) * d).sum() / 2), rel=1e-4, abs=1e-9)
+    assert list(result.seconds) == ["factor", "loop", "trailing", "error"] and min(result.seconds.values()) > 0
+    if text != "4:4":
+        assert 0 < result.output_error < 0.8 * result.output_error_masked
+
+
+@pytest.mark.parametrize("k", [1, 511, 512, 513, 1100], ids=str)
+def test_output_error_over_strips(k):
+    # Half of the product is reckoned, strip by strip of 512 columns.
+    w, pruned, x, gram = normal(7, k), normal(7, k, seed=1), correlated(50, k), Gram(k)
+    gram.update(x)
+    assert gram.output_error(w, pruned) == pytest.approx(output_error(w, pruned, x), rel=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 255, 256, 257, 600, 1025], ids=str)
+def test_the_inverse_in_place(k):
+    r = normal(k, k).triu(1) / math.sqrt(k) + torch.diag(torch.logspace(-1, 1, k))
+    inverse = r.clone()
+    _invert_upper_(inverse)
+    truth = torch.linalg.inv(r.double())
+    assert torch.equal(inverse, inverse.triu()) and ((inverse - truth).norm() <= 1e-5 * truth.norm())
+
+
+# ---- any Gram matrix ----
+
+
+def grams(count: int):
+    """Sums of x x' as layers make them and as none should: name, matrix, tokens."""
+    generator = torch.Generator().manual_seed(0)
+    kinds = ["rank 1", "zero", "huge", "tiny", "duplicates", "ill-conditioned", "dead inputs", "sizes apart", "one input", "rank 2"]
+    for i in range(count):
+        k, tokens = int(torch.randint(1, 40, (), generator=generator)), int(torch.randint(1, 100, (), generator=generator))
+        x = torch.randn(tokens, k, generator=generator, dtype=torch.float64)
+        if (kind := kinds[i % len(kinds)]) in ("rank 1", "rank 2"):
+            x = x[:, : int(kind[-1])] @ torch.randn(x[:, : int(kind[-1])].shape[1], k, generator=generator, dtype=torch.float64)
+        elif kind == "zero":
+            x *= 0
+        elif kind in ("huge", "tiny"):
+            x *= 10.0 ** ((1 if kind == "huge" else -1) * (12 + 5 * float(torch.rand((), generator=generator))))
+        elif kind == "duplicates":
+            x = x[:, torch.randint(0, max(k // 4, 1), (k,), generator=generator)]
+        elif kind == "ill-conditioned":
+            x = x @ torch.linalg.qr(torch.randn(k, k, generator=generator).double())[0] * torch.logspace(-9, 3, k).double()
+            x = x @ torch.linalg.qr(torch.randn(k, k, generator=generator).double())[0]
+        elif kind == "dead inputs":
+            x[:, torch.rand(k, generator=generator) < 0.5] = 0
+        elif kind == "sizes apart":
+            x *= torch.logspace(-17, 17, k)[torch.randperm(k, generator=generator)]
+        elif kind == "one input":
+            x *= torch.arange(k) == k // 2
+        yield kind, (x.mT @ x).float(), tokens
+
+
+def test_a_thousand_grams():
+    levels = [Pattern.parse(text) for text in ("2:4", "3:7", "50%")]
+    for i, (kind, gram, tokens) in enumerate(grams(1000)):
+        k, level = gram.shape[0], levels[i // 10 % 3]
+        sparsegpt, w = SparseGPT(k, level), normal(6, k, seed=i)
+        sparsegpt.statistics.sum, sparsegpt.statistics.tokens = gram, tokens
+        result, where = sparsegpt.prune(w), f"{kind}, {k} inputs, number {i}"
+        assert torch.isfinite(result.weight).all() and level.check(result.weight) is None, where
+        assert torch.equal(result.mask, sparsegpt.prune(w).mask) and not result.weight[~result.mask].any(), where
+        kept = level.n if str(level) != "50%" else None
+        if kept is None:
+            assert (~result.mask).sum() == 3 * k, where
+        else:
+            for begin in range(0, k, level.m):
+                group = result.mask[:, begin : begin + level.m]
+                assert (group.sum(1) == min(kept, group.shape[1])).all(), where
+        assert result.damping in Gram.DAMPING_LADDER and math.isfinite(result.loss) and result.loss >= 0, where
+        assert math.isfinite(result.output_error) and math.isfinite(result.output_error_masked), where
+        assert result.output_error <= result.output_error_masked + 1e-6, where  # a singular H lends the update no licence
+
+
+def test_nan_in_a_weight_names_its_place():
+    w = normal(6, 300)
+    w[4, 290] = w[5, 3] = torch.inf
+    with pytest.raises(ValueError, match="its weight holds NaN or Inf, the first in row 4, column 290"):
+        pruner(correlated(20, 300)).prune(w)
