@@ -320,6 +320,29 @@ def test_tokens_that_do_not_count_are_not_shown(kind):
             torch.testing.assert_close(rows, wanted)
 
 
+def test_an_expert_without_tokens_shares_as_the_others_do(monkeypatch):
+    factored, cholesky = [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda h: (factored.append(h.shape[0]), cholesky(h))[1])
+    prune(Toy(toy(never=1)), hidden_batches(60))
+    assert sorted(factored) == [INNER] * 2 + [WIDTH] * 3, "gate and up of the layer's statistics have one factor too"
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_way_out_tells_how_a_way_in_lies(transposed):
+    """Two parameters of a module that does not say, as Llama 4 has them: gate and up in one, and down."""
+    shapes = {"gate_up": (2 * INNER, WIDTH), "down": (WIDTH, INNER)}
+    module = nn.Module()
+    module.num_experts = 3
+    for name, (rows, columns) in shapes.items():
+        module.register_parameter(name, nn.Parameter(torch.zeros(3, *((columns, rows) if transposed else (rows, columns)))))
+    block = nn.ModuleDict({"experts": module})
+    names = {child: path for path, child in block.named_modules()}
+    (targets,) = find_targets(nn.ModuleList([block]), names, ())
+    assert {target.name: tuple(target.weight.shape) for target in targets} == {
+        f"experts.{name}[{e}]": shape for name, shape in shapes.items() for e in range(3)
+    }
+
+
 # ---- too few tokens ----
 
 
