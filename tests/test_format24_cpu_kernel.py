@@ -283,6 +283,15 @@ def test_which_nibbles_are_valid(nibble):
         assert validate24(torch.zeros(2, 40), meta, 80) == [bad, NOTHING]
 
 
+@pytest.mark.parametrize("places", [[0], [1023], [1024], [70_001, 1025], [262_000, 131_071], [262_399]], ids=str)
+def test_the_first_bad_nibble_of_much_metadata(places):
+    """Within a step of 512 bytes, at its ends, in several tasks of 65536, in what is left after the last whole step."""
+    meta = torch.full((2, 65_600), 0x4E, dtype=torch.uint8)
+    for place in places:
+        meta.view(-1)[place // 2] = 0x47 if place % 2 == 0 else 0x7E
+    assert validate24(torch.zeros(2, 262_400, dtype=torch.int8), meta, 524_800) == [min(places), NOTHING]
+
+
 def test_validate24_takes_a_nan_for_a_value_and_minus_zero_for_none():
     meta = torch.full((1, 2), 0xEE, dtype=torch.uint8)  # columns 2, 3, 6, 7 of each eight
     for dtype in FLOATS:
