@@ -59,7 +59,7 @@ class Gram:
 
     # Shares of the mean diagonal added to it, tried in order; the last one is factorised in fp64.
     DAMPING_LADDER = (0.01, 0.1, 1.0)
-    _STRIP = 512
+    _STRIP = 256  # columns of one product of output_error: fewer cost the library more than the triangle saves
 
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         self.sum, self.tokens = torch.zeros(columns, columns, dtype=torch.float32, device=device), 0
