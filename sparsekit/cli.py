@@ -152,6 +152,10 @@ def prune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from what an interrupted run of the same command finished, if there is one.")
     ] = False,
+    max_memory: Annotated[
+        str | None, typer.Option(help='What the process may hold, such as "8GiB"; hidden states wait on disk where they exceed it.')
+    ] = None,
+    offload: Annotated[Path | None, typer.Option(help="The folder for hidden states on disk; by default beside out.")] = None,
     json_out: Json = False,
 ) -> None:
     """Prune a model, check that every linear holds the pattern, and write it."""
@@ -192,6 +196,8 @@ def prune(
         tokenizer=tokenizer,
         overwrite=overwrite,
         resume=resume,
+        max_memory=max_memory,
+        offload=offload,
     )
     with progress_bar(f"{method} {pattern}") as progress:
         report = pipeline.prune_folder(model_dir, out, batches, method, pattern, **how, progress=progress)

@@ -8,17 +8,21 @@ from typing import Any
 
 @dataclass
 class LinearReport:
-    """One pruned matrix. shape is (out_features, in_features); output_error and damping as in PruneResult.
+    """One pruned matrix. shape is (out_features, in_features); output_error, output_error_masked (before the update), loss, damping
+    and seconds (by phase) as in PruneResult.
 
     statistics: what is known of its inputs, "own", or of an expert that saw too few tokens "layer", those of all experts, or
     "magnitude", none. tokens: how many it saw itself."""
 
     name: str
     shape: tuple[int, int]
+    pattern: str
     sparsity: float
     output_error: float | None
+    output_error_masked: float | None
+    loss: float | None
     damping: float | None
-    seconds: float
+    seconds: dict[str, float]
     statistics: str
     tokens: int
 
@@ -28,10 +32,20 @@ class LinearReport:
 
 
 @dataclass
+class BlockReport:
+    """One block. seconds: by phase, but for those of its matrices: read, forward (twice: to observe, and to go on), gram, write.
+    peak_memory: the most bytes that the process had held when it was done, of the device's memory on a GPU."""
+
+    name: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory: int = 0
+
+
+@dataclass
 class PruneReport:
-    """skipped maps each module with a weight matrix that was not pruned to the reason. format: how a folder's weights
-    were stored, "compressed" or "dense". fingerprint: of a folder's run, what
-    has to be the same for it to be resumed."""
+    """skipped maps each module with a weight matrix that was not pruned to the reason. seconds: of the last run alone, where blocks
+    were finished by earlier ones. Of a folder also format, how its weights are stored ("compressed" or "dense"), and fingerprint:
+    what has to be the same for the run to be resumed."""
 
     method: str
     pattern: str
@@ -39,6 +53,7 @@ class PruneReport:
     tokens: int = 0
     seconds: float = 0.0
     linears: list[LinearReport] = field(default_factory=list)
+    blocks: list[BlockReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     format: str | None = None
     fingerprint: dict[str, Any] = field(default_factory=dict)
@@ -50,10 +65,25 @@ class PruneReport:
         zeros = sum(linear.sparsity * n for linear, n in zip(self.linears, weights))
         return zeros / sum(weights) if weights else 0.0
 
+    @property
+    def phases(self) -> dict[str, float]:
+        """Seconds by phase, over all blocks and their matrices."""
+        found: dict[str, float] = {}
+        for part in (*self.blocks, *self.linears):
+            for name, seconds in part.seconds.items():
+                found[name] = found.get(name, 0.0) + seconds
+        return found
+
+    @property
+    def peak_memory(self) -> int:
+        """The most bytes that a block took."""
+        return max((block.peak_memory for block in self.blocks), default=0)
+
     def to_dict(self) -> dict:
-        return {**asdict(self), "sparsity": self.sparsity}
+        return {**asdict(self), "sparsity": self.sparsity, "phases": self.phases, "peak_memory": self.peak_memory}
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> PruneReport:
         kept = {field.name: found[field.name] for field in fields(cls)}
-        return cls(**{**kept, "linears": [LinearReport.from_dict(row) for row in found["linears"]]})
+        linears = [LinearReport.from_dict(row) for row in found["linears"]]
+        return cls(**{**kept, "linears": linears, "blocks": [BlockReport(**row) for row in found["blocks"]]})

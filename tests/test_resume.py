@@ -25,7 +25,7 @@ from sparsekit.pipeline import loop
 KJV = Path(__file__).parent / "data" / "kjv1m"
 BATCHES = token_batches((3, 16), (1, 11))
 BLOCKS = 5
-TIMES = {"seconds", "peak_memory"}
+TIMES = {"seconds", "phases", "peak_memory"}
 
 
 @pytest.fixture(scope="module")

@@ -103,6 +103,10 @@ class LazyModel:
         """The dtype that the tensor has in the folder."""
         return self._dtypes.get(name, self.stored)
 
+    def _dtype(self, name: str) -> torch.dtype | None:
+        """The dtype that the tensor is computed with; None is the stored one."""
+        return self._meta[name].dtype if name in self._meta else None
+
     def nbytes(self, part: int | str, stored: bool = False) -> int:
         """Bytes of a part's parameters as the model computes with them, or as they are stored."""
         held = {id(self._meta[name]): name for name in self.names(part) if name in self._meta}  # twins once
@@ -115,7 +119,7 @@ class LazyModel:
         from transformers.modeling_utils import LoadStateDictConfig
 
         names = [name for part in parts for name in self.names(part)]
-        keys = [key for name in names for key in self._keys[name]]
+        paths = {self._file[key] for name in names for key in self._keys[name]}
         renamings, converters = _conversions(self.model)  # they carry what they have gathered: new ones for each part
         config = LoadStateDictConfig(
             dtype=self.dtype,
@@ -124,10 +128,15 @@ class LazyModel:
             weight_mapping=[*renamings, *converters],
         )
         with ExitStack() as stack, quiet_transformers():
-            files = {path: stack.enter_context(open_weights(path)) for path in {self._file[key] for key in keys}}
-            slices = {key: files[self._file[key]].get_slice(key) for key in keys}
+            files = {path: stack.enter_context(open_weights(path)) for path in paths}
             try:
-                info, _ = convert_and_load_state_dict_in_model(self.model, slices, config)
+                # Copied here, in the dtype to be: transformers' threads would each keep memory of their own for it.
+                dtypes = {key: self._dtype(name) for name in names for key in self._keys[name]}
+                read = {
+                    key: files[self._file[key]].get_tensor(key).to(self.device, dtype, copy=True) for key, dtype in dtypes.items()
+                }
+                info, _ = convert_and_load_state_dict_in_model(self.model, read, config)
+                del read
             except Exception as error:  # a file of another's making raises whatever the conversion trips over
                 raise SparsekitError(f"the weights in {self.folder} cannot be read: {first_sentence(error)}") from error
             if any(self._part[name] == OUTSIDE for name in names):

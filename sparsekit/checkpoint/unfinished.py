@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,19 @@ class Unfinished:
 
     def remembered(self, i: int) -> Any:
         """What was remembered of weight file i; None where it is not finished."""
-        return json.loads((self._done / f"{i}.json").read_text()) if self.shard(i).is_file() else None
+        said = self._done / f"{i}.json"
+        return json.loads(said.read_text()) if said.is_file() and self.shard(i).is_file() else None
 
-    def put(self, i: int, tensors: dict[str, Tensor], metadata: dict[str, str], remember: Any) -> None:
-        """Writes weight file i, and what JSON can hold to remember of it."""
+    def put(self, i: int, tensors: dict[str, Tensor], metadata: dict[str, str], remember: Callable[[], Any]) -> None:
+        """Writes weight file i, and then what there is to remember of it, which JSON must hold: that makes it finished."""
         for folder in (self.model, self._done):
             folder.mkdir(exist_ok=True)
-        _write_whole(self._done / f"{i}.json", lambda path: write_json(path, remember))
         _write_whole(self.shard(i), lambda path: save_file(tensors, path, metadata))
+        _write_whole(self._done / f"{i}.json", lambda path: write_json(path, remember()))
 
     def any(self) -> bool:
         """Whether a weight file is finished."""
-        return any(self.shard(i).is_file() for i in range(self.count))
+        return any(self.remembered(i) is not None for i in range(self.count))
 
     def finish(self) -> None:
         """Puts the folder in its place."""

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import __version__
 from ..checkpoint import check_format, check_model_folder, resolve_device, weight_files
@@ -24,9 +25,10 @@ from ..data import hash_batches
 from ..linear import compress, is_linear
 from ..patterns import Pattern
 from ..pruners import method_named, method_text
-from ..report import LinearReport, PruneReport
-from .blocks import Target, find_blocks
+from ..report import BlockReport, LinearReport, PruneReport
+from .blocks import Target, find_blocks, find_targets
 from .loop import Progress, run
+from .memory import parse_size, store_within
 from .store import Store
 
 
@@ -45,6 +47,8 @@ def prune_folder(
     tokenizer=None,
     overwrite: bool = False,
     resume: bool = False,
+    max_memory: str | int | None = None,
+    offload: str | Path | None = None,
     progress: Progress | None = None,
 ) -> PruneReport:
     """Prunes the model of a Hugging Face folder into the folder ``out``, block by block: for models that do not fit in memory.
@@ -53,10 +57,14 @@ def prune_folder(
     where and in what to compute, as for ``load``; every weight is stored in the dtype it had.
     Each block is a weight file of ``out``, finished in OUT.partial beside it until all are. After an interruption they stay there,
     and the same call with ``resume`` goes on from them, to the same bytes.
-    Raises SparsekitError for what cannot be pruned, where ``out`` or OUT.partial stand in the way unless ``overwrite``, and for
-    resuming what is another run, naming what differs. A SparsekitError leaves nothing that was not there."""
+    max_memory: what the process may hold, such as "8GiB"; hidden states that would exceed it wait in a file in the folder
+    ``offload``, by default in OUT.partial.
+    Raises SparsekitError for what cannot be pruned, where max_memory is too little for one block, where ``out`` or OUT.partial
+    stand in the way unless ``overwrite``, and for resuming what is another run, naming what differs; then nothing is left that was
+    not there."""
     pattern, skip, batches = Pattern.parse(pattern), tuple(skip), list(batches)
-    method_named(method, pattern, group), check_format(format)
+    kind, limit = method_named(method, pattern, group), None if max_memory is None else parse_size(max_memory)
+    check_format(format)
     folder, out, place = check_model_folder(folder), Path(out), resolve_device(device)
     lazy = LazyModel(folder, find_blocks, dtype, place)
     this = {
@@ -75,14 +83,17 @@ def prune_folder(
         return report
     outside = _share_out(lazy)
     with unfinished(out, len(lazy.blocks) + len(outside), this, overwrite=overwrite, resume=resume) as work:
-        source = _Lazy(lazy, work, format, None)
+        store = None
+        if limit is not None:
+            names = {module: name for name, module in lazy.model.named_modules()}
+            targets = find_targets(lazy.blocks, names, skip)
+            store = store_within(limit, Path(offload or work.path), lazy, targets, batches, kind)
+        source = _Lazy(lazy, work, format, store)
         report = run(source, batches, method, pattern, skip, progress, group=group)
         report.fingerprint = this
         for i, parts in enumerate(outside, len(lazy.blocks)):
             if work.remembered(i) is None:
-                lazy.fill(parts)
-                source.write(i, lazy.model, [name for part in parts for name in lazy.names(part)], {})
-                lazy.drop(parts)
+                source.write_outside(i, parts)
         said = [work.remembered(i) for i in range(work.count)]
         write_index(work.model, {work.shard(i).name: piece["tensors"] for i, piece in enumerate(said)})
         report.format = "compressed" if any(piece["compressed"] for piece in said) else "dense"
@@ -110,39 +121,52 @@ class _Lazy:
         finally:
             self.lazy.drop([0, *tops])
 
-    def enter(self, i: int) -> list[LinearReport] | None:
+    def enter(self, i: int) -> tuple[BlockReport, list[LinearReport]] | None:
         said = self.work.remembered(i)
         if said is None:
             self.lazy.fill([i])
             return None
         self.lazy.fill_block(i, self.work.shard(i))
-        return [LinearReport.from_dict(row) for row in said["linears"]]
+        return BlockReport(**said["block"]), [LinearReport.from_dict(row) for row in said["linears"]]
 
     def rounded(self, target: Target, weight: Tensor) -> Tensor:
         return weight.to(self.lazy.stored_dtype(target.tensor)).to(weight.dtype)
 
-    def leave(self, i: int, rows: list[LinearReport]) -> None:
+    def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
         if self.work.remembered(i) is None:
+            begin = time.perf_counter()
             block, prefix = self.blocks[i], self._prefix[self.blocks[i]]
             for name, tensor in block.state_dict(keep_vars=True).items():
                 if tensor.is_floating_point():
                     tensor.data = tensor.data.to(self.lazy.stored_dtype(prefix + name))
             dense = {name: module for name, module in block.named_modules() if is_linear(module)}
             swapped = compress(block) if self.format == "compressed" else []
-            self.write(i, block, None, {"linears": [asdict(row) for row in rows]}, prefix)
+            tensors = {prefix + name: make().detach() for name, make in tensors_of(block, self.format).items()}
+
+            def remember() -> dict[str, Any]:
+                told.seconds["write"] = time.perf_counter() - begin
+                return {"block": asdict(told), "linears": [asdict(row) for row in rows]}
+
+            self._put(i, tensors, {prefix + name: shape for name, shape in compressed_shapes(block).items()}, remember)
             for name in swapped:
                 block.set_submodule(name, dense[name])
         self.lazy.drop([i])
 
-    def write(self, i: int, module: nn.Module, only: list[str] | None, remember: dict[str, Any], prefix: str = "") -> None:
-        """Makes weight file i of the tensors of a module, or of those among them that ``only`` names."""
-        made = tensors_of(module, self.format)
-        tensors = {prefix + name: make().detach() for name, make in made.items() if only is None or name in only}
-        if only is not None:
-            tensors = {name: t.to(self.lazy.stored_dtype(name)) if t.is_floating_point() else t for name, t in tensors.items()}
-        compressed = {prefix + name: shape for name, shape in compressed_shapes(module).items()} if only is None else {}
-        remember = {**remember, "compressed": len(compressed), "tensors": {name: t.nbytes for name, t in tensors.items()}}
-        self.work.put(i, tensors, metadata_of(compressed), remember)
+    def write_outside(self, i: int, parts: list[str]) -> None:
+        """Makes weight file i of what stands outside the blocks, as it is in the folder."""
+        self.lazy.fill(parts)
+        names = {name for part in parts for name in self.lazy.names(part)}
+        made = {name: make().detach() for name, make in tensors_of(self.model, "dense").items() if name in names}
+        stored = {name: t.to(self.lazy.stored_dtype(name)) if t.is_floating_point() else t for name, t in made.items()}
+        self._put(i, stored, {}, dict)
+        self.lazy.drop(parts)
+
+    def _put(
+        self, i: int, tensors: dict[str, Tensor], compressed: dict[str, tuple[int, int]], remember: Callable[[], dict]
+    ) -> None:
+        sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
+        metadata = metadata_of(compressed)
+        self.work.put(i, tensors, metadata, lambda: {**remember(), "compressed": len(compressed), "tensors": sizes})
 
 
 def _share_out(lazy: LazyModel) -> list[list[str]]:

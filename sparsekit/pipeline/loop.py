@@ -16,7 +16,8 @@ from ..evaluate import eval_mode
 from ..linear import SparseLinear
 from ..patterns import Pattern
 from ..pruners import Pruner, method_named, method_text
-from ..report import LinearReport, PruneReport
+from ..report import BlockReport, LinearReport, PruneReport
+from ..timing import Phases, peak_memory
 from .blocks import Target, check_finite, find_blocks, find_targets, list_skipped, verify
 from .observe import MAGNITUDE, by_magnitude, settle
 from .store import Store
@@ -38,14 +39,14 @@ class Source(Protocol):
     def capturing(self) -> AbstractContextManager:
         """Inside, the model can run up to the end of its first block."""
 
-    def enter(self, i: int) -> list[LinearReport] | None:
+    def enter(self, i: int) -> tuple[BlockReport, list[LinearReport]] | None:
         """Brings the weights of block i. Returns what was reported of it where it is pruned already, by an earlier run."""
 
     def rounded(self, target: Target, weight: Tensor) -> Tensor:
         """The pruned weight of the target as it will be read back, in the dtype it has: later blocks are calibrated on that."""
 
-    def leave(self, i: int, rows: list[LinearReport]) -> None:
-        """Ends the work on block i, of whose linears ``rows`` reports."""
+    def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
+        """Ends the work on block i, of which ``told`` reports, and of its matrices ``rows``."""
 
 
 class Resident:
@@ -68,7 +69,7 @@ class Resident:
     def rounded(self, target: Target, weight: Tensor) -> Tensor:
         return weight if self.stored is None else weight.to(self.stored).to(weight.dtype)
 
-    def leave(self, i: int, rows: list[LinearReport]) -> None:
+    def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
         pass
 
 
@@ -116,38 +117,47 @@ def run(
         for i, (block, group) in enumerate(zip(blocks, targets)):
             if progress:
                 progress(names[block], i, len(blocks))
-            rows = source.enter(i)
-            world.agree({f"whether {names[block]} is pruned already": rows is not None})
-            if rows is None:
+            phases = Phases(source.device)
+            with phases("read"):
+                done = source.enter(i)
+            world.agree({f"whether {names[block]} is pruned already": done is not None})
+            told, rows = (BlockReport(names[block]), []) if done is None else done
+            if done is None:
                 check_finite(group)
                 pruners = {target: kind(target.weight.shape[1], pattern, target.weight.device) for target in group}
                 origins = dict.fromkeys(group, (MAGNITUDE, 0))
                 owners = [world.rank] * len(group)  # what needs no inputs is cheap, and comes out the same everywhere
                 if stream:
-                    entering = stream.observe(block, pruners)
+                    entering = stream.observe(block, pruners, phases)
                     unite(world, pruners)
                     origins = settle(pruners, {(layer, role) for found in world.gather(sorted(entering)) for layer, role in found})
                     owners = collect(world, pruners)
-                rows = []
                 for target, owner in zip(group, owners):
                     world.look()
                     pruner = pruners.pop(target)
-                    rows.append(_prune(target, pruner, *origins[target], source) if owner == world.rank else None)
+                    rows.append(_prune(target, pruner, pattern, *origins[target], source) if owner == world.rank else None)
+                    if progress and rows[-1] and rows[-1].output_error is not None:
+                        progress(f"{target.name}, error {rows[-1].output_error:.4f}", i, len(blocks))
                 if stream:
                     rows = spread(world, owners, [target.weight for target in group], rows)
                 verify(group, pattern, kind)
             if stream and i + 1 < len(blocks):
-                stream.advance(block)
-            source.leave(i, rows)
+                with phases("forward"):
+                    stream.advance(block)
+            if done is None:
+                told.seconds, told.peak_memory = phases.seconds(), peak_memory(source.device)
+                if stream:
+                    told.seconds["forward"] -= told.seconds.get("gram", 0)
+            source.leave(i, told, rows)
             report.linears += rows
+            report.blocks.append(told)
     if progress:
         progress("", len(blocks), len(blocks))
     report.seconds = time.perf_counter() - begin
     return report
 
 
-def _prune(target: Target, pruner: Pruner, origin: str, tokens: int, source: Source) -> LinearReport:
-    begin = time.perf_counter()
+def _prune(target: Target, pruner: Pruner, pattern: Pattern, origin: str, tokens: int, source: Source) -> LinearReport:
     weight = target.weight
     if origin == MAGNITUDE and pruner.needs_inputs:
         pruner = by_magnitude(pruner)
@@ -157,5 +167,5 @@ def _prune(target: Target, pruner: Pruner, origin: str, tokens: int, source: Sou
         raise SparsekitError(f"{target.name} cannot be pruned: {error}") from error
     weight.copy_(source.rounded(target, result.weight)).add_(0.0)  # -0.0 counts as zero, and is stored as 0.0
     zeros = (weight == 0).sum().item() / max(weight.numel(), 1)
-    seconds = time.perf_counter() - begin
-    return LinearReport(target.name, tuple(weight.shape), zeros, result.output_error, result.damping, seconds, origin, tokens)
+    errors = result.output_error, result.output_error_masked, result.loss, result.damping
+    return LinearReport(target.name, tuple(weight.shape), str(pattern), zeros, *errors, result.seconds, origin, tokens)

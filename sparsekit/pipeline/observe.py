@@ -6,12 +6,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
+import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..criteria import total
 from ..errors import SparsekitError
 from ..pruners import Magnitude, Pruner
+from ..timing import Phases
 from .blocks import Target, holders_of_experts, is_transposed
 
 Role = tuple[str, str]  # a layer of experts, and the name that a matrix of each of them has there
@@ -29,8 +31,8 @@ class Observer:
 
     Matrices that receive the same tensor (q, k and v; gate and up, an expert's too) share one statistic, gathered once."""
 
-    def __init__(self, block: nn.Module, pruners: dict[Target, Pruner]):
-        self.pruners = pruners
+    def __init__(self, block: nn.Module, pruners: dict[Target, Pruner], phases: Phases | None = None):
+        self.pruners, self._phases = pruners, phases or Phases(torch.device("cpu"))
         self._holders = holders_of_experts(block)
         self.leaders: dict[Target, Target] = {}  # who gathers for whom
         self.entering: set[Role] = set()  # the roles of the matrices that the tokens come to first
@@ -80,7 +82,8 @@ class Observer:
         if self.leaders.setdefault(target, leader) is not leader:
             raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
         if leader is target:
-            self.pruners[target].observe(rows if self._mask is None else self._count(target, rows.reshape(-1, rows.shape[-1])))
+            with self._phases("gram"):
+                self.pruners[target].observe(rows if self._mask is None else self._count(target, rows.reshape(-1, rows.shape[-1])))
 
     def _count(self, target: Target, rows: Tensor) -> Tensor:
         """The rows (tokens, k) that count. An expert sees some of the tokens, in an order of its own that it keeps on their way."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from ..data import check_vocabulary
 from ..errors import SparsekitError
 from ..pruners import Pruner
+from ..timing import Phases
 from .blocks import Target
 from .observe import Observer, Role
 from .store import InMemory, Store
@@ -56,12 +57,15 @@ class Stream:
         if not len(self.hidden):
             raise SparsekitError("this method needs calibration batches, got none")
 
-    def observe(self, block: nn.Module, pruners: dict[Target, Pruner]) -> set[Role]:
-        """Runs every batch through the block and shows each pruner what its matrix receives. Returns what ``settle`` asks for."""
-        observer = Observer(block, pruners)
-        for b in range(len(self.hidden)):
-            with observer.batch(self.masks[b]):
-                self._run(block, b)
+    def observe(self, block: nn.Module, pruners: dict[Target, Pruner], phases: Phases) -> set[Role]:
+        """Runs every batch through the block and shows each pruner what its matrix receives. Returns what ``settle`` asks for.
+
+        The time goes to the phases "forward" and, as a part of that, "gram"."""
+        observer = Observer(block, pruners, phases)
+        with phases("forward"):
+            for b in range(len(self.hidden)):
+                with observer.batch(self.masks[b]):
+                    self._run(block, b)
         return observer.finish()
 
     def advance(self, block: nn.Module) -> None:

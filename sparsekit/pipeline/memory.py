@@ -1,0 +1,96 @@
+"""How much memory the pruning of a folder takes, told from shapes, and where hidden states wait so that it is enough."""
+
+from __future__ import annotations
+
+import re
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoint.lazy import LazyModel
+from ..errors import SparsekitError, listed
+from ..pruners import Pruner, SparseGPT
+from ..timing import peak_memory
+from .blocks import Target
+from .store import OnDisk
+
+_UNITS = {f"{prefix}{'iB' if base == 1024 else 'B'}": base**i for base in (1000, 1024) for i, prefix in enumerate("KMGT", 1)}
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of a size such as "8GiB" or "500MB"; a number alone is bytes. Raises SparsekitError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(\w*)", str(text).strip())
+    unit = {"": 1, "B": 1, **_UNITS}.get(found[2]) if found else None
+    if unit is None or not (size := int(float(found[1]) * unit)):
+        raise SparsekitError(f'a size of memory must be a number of KiB, MiB or GiB (or KB, MB, GB), such as "8GiB", got {text!r}')
+    return size
+
+
+def shown_size(size: float) -> str:
+    """As a person would say it, and ``parse_size`` reads it; rounded up."""
+    unit = next(name for name in ("GiB", "MiB", "KiB") if size >= _UNITS[name] or name == "KiB")
+    return f"{-int(-10 * size // _UNITS[unit]) / 10:g}{unit}"
+
+
+def taken() -> int:
+    """Bytes of memory that the process holds now."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except (OSError, IndexError, ValueError):
+        return peak_memory(torch.device("cpu"))
+
+
+def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequence[Any], kind: type[Pruner]) -> dict[str, int]:
+    """Bytes that pruning takes at its largest block, by what they are for; hidden states beside those at work are not in it.
+
+    On a GPU only what passes through the host's memory counts."""
+    host = lazy.device.type == "cpu"
+    tokens = max((_tokens(batch) for batch in batches), default=0) if kind.needs_inputs else 0
+    outside = sum(lazy.nbytes(top) for top in lazy.outside) if kind.needs_inputs else 0
+    found: list[dict[str, int]] = []
+    for i, group in enumerate(targets):
+        shapes = [target.weight.shape for target in group]
+        widest = max((max(shape) for shape in shapes), default=0)
+        columns = max((k for _, k in shapes), default=0)
+        grams = 4 * sum(k * k if kind is SparseGPT else k for _, k in shapes) if kind.needs_inputs else 0
+        found.append(
+            {
+                "the weights of a block": (lazy.nbytes(i) if host else 0) + lazy.nbytes(i, stored=True),
+                "what is known of its inputs": grams * host,
+                "a factor": 6 * 4 * columns**2 * host * (kind is SparseGPT),
+                "a weight at work": 4 * 4 * max((n * k for n, k in shapes), default=0) * host,
+                "a batch at work": tokens * (_width(lazy) * 2 + widest * 5) * max(lazy.dtype.itemsize, 4) * host,
+            }
+        )
+    largest = max(found, key=lambda block: sum(block.values()))
+    capture = outside - sum(largest.values()) + largest["the weights of a block"] + largest["a batch at work"]
+    return largest | ({"embeddings": capture} if capture > 0 else {})
+
+
+def store_within(
+    limit: int, offload: Path, lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequence[Any], kind: type[Pruner]
+) -> OnDisk | None:
+    """Where hidden states wait, so that the process holds ``limit`` bytes at most: on disk in ``offload``, or in memory (None).
+
+    Raises SparsekitError, saying how much is needed, where one block alone takes more."""
+    parts = {"the program": taken(), **needed(lazy, targets, batches, kind)}
+    need = sum(parts.values())
+    if need > limit:
+        what = listed(f"{shown_size(size)} for {name}" for name, size in parts.items() if size)
+        raise SparsekitError(f"--max-memory must be at least {shown_size(need)}, got {shown_size(limit)}: it takes {what}")
+    hidden = sum(_tokens(batch) for batch in batches) * _width(lazy) * lazy.dtype.itemsize if kind.needs_inputs else 0
+    return OnDisk(offload) if need + hidden > limit else None
+
+
+def _width(lazy: LazyModel) -> int:
+    return lazy.model.config.get_text_config().hidden_size
+
+
+def _tokens(batch: Tensor | Mapping[str, Any]) -> int:
+    """The tokens of a batch, padding among them."""
+    tensors = [t for t in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(t, Tensor)]
+    return max((t.shape[:2].numel() for t in tensors), default=0)

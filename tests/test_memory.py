@@ -1,0 +1,129 @@
+"""What pruning a folder takes in memory: flat in depth, within a limit, and how much is asked for where the limit is too small."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, token_batches
+
+import sparsekit
+from sparsekit import SparsekitError, prune_folder
+from sparsekit.pipeline import folder as folders
+from sparsekit.pipeline import memory
+from sparsekit.pipeline.memory import parse_size, shown_size
+from sparsekit.pipeline.store import OnDisk
+
+MIB = 1 << 20
+
+# Prunes argv's model after a small one, by which what is imported late and the pools of threads are there; prints the bytes added.
+CHILD = """
+import json, sys, torch
+from models import VOCABULARY
+from sparsekit import prune_folder
+from sparsekit.pipeline import memory
+from sparsekit.timing import peak_memory
+
+small, folder, out, method, limit, samples = sys.argv[1:]
+cpu = torch.device("cpu")
+tokens = torch.randint(3, VOCABULARY, (int(samples), 4, 128), generator=torch.Generator().manual_seed(0))
+prune_folder(small, out + "-small", list(tokens[:1, :, :16]), method, device="cpu", dtype=torch.float32)
+before = memory.taken()
+memory.taken = lambda: 0  # the limit is on what is added
+report = prune_folder(folder, out, list(tokens), method, device="cpu", dtype=torch.float32, max_memory=int(limit) or None)
+print(json.dumps([peak_memory(cpu) - before, report.peak_memory - before]))
+"""
+
+
+def added(tmp_path: Path, depth: int, method: str, limit: int = 0, samples: int = 2, **sizes) -> tuple[int, int]:
+    """Bytes that pruning a model of so many blocks adds at its peak to a process, and bytes of its weights in the file."""
+    if not (tmp_path / "small").exists():
+        build("llama", torch.bfloat16).save_pretrained(tmp_path / "small")
+    folder = tmp_path / f"model-{depth}"
+    build("llama", torch.bfloat16, num_hidden_layers=depth, max_position_embeddings=128, **sizes).save_pretrained(folder)
+    paths = [str(Path(sparsekit.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    options = (tmp_path / "small", folder, tmp_path / f"out-{depth}", method, str(limit), str(samples))
+    done = subprocess.run([sys.executable, "-c", CHILD, *options], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    peak, reported = json.loads(done.stdout)
+    assert reported == pytest.approx(peak, abs=16 * MIB)
+    return peak, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+def test_memory_is_flat_in_depth(tmp_path):
+    sizes = dict(hidden_size=384, intermediate_size=1024)
+    peaks = {depth: added(tmp_path, depth, "sparsegpt", **sizes) for depth in (4, 16)}
+    assert peaks[16][1] > 3.5 * peaks[4][1]
+    assert peaks[16][0] <= 1.15 * peaks[4][0]
+
+
+def test_a_model_larger_than_the_limit_goes_through(tmp_path):
+    """Of 24 blocks' weights and the hidden states no more than the limit is there at a time; wanda's own needs are small."""
+    sizes = dict(hidden_size=384, intermediate_size=1024)
+    limit = 70_000_000
+    peak, weights = added(tmp_path, 24, "wanda", limit, samples=4, **sizes)
+    assert weights > limit
+    assert peak <= limit
+
+
+def test_hidden_states_go_to_disk_where_memory_is_short_and_change_nothing(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path / "model")
+    batches = token_batches(*[(4, 32)] * 8)
+    prune_folder(tmp_path / "model", tmp_path / "whole", batches, device="cpu")
+    stores = []
+    run = folders.run
+    monkeypatch.setattr(folders, "run", lambda source, *rest: (stores.append(source.store), run(source, *rest))[1])
+    for name, limit in (("ample", "1TiB"), ("short", None)):
+        if limit is None:  # all but the last byte of what it takes to keep them in memory
+            monkeypatch.setattr(memory, "taken", lambda: 0)
+            with pytest.raises(SparsekitError) as error:
+                prune_folder(tmp_path / "model", tmp_path / name, batches, device="cpu", max_memory=1)
+            need = parse_size(re.search(r"at least (\S+),", str(error.value))[1])
+            limit = need + 8 * 4 * 32 * 32 * 4 - 1024
+        prune_folder(tmp_path / "model", tmp_path / name, batches, device="cpu", max_memory=limit)
+        for path in (tmp_path / "whole").glob("*.safetensors"):
+            assert (tmp_path / name / path.name).read_bytes() == path.read_bytes()
+    assert [type(store) for store in stores] == [type(None), OnDisk]
+
+
+@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+def test_a_limit_too_small_says_how_much_is_needed(method, tmp_path, monkeypatch):
+    """Before anything is run, and nothing is left; what it says is enough is enough."""
+    build("llama").save_pretrained(tmp_path / "model")
+    batches = token_batches((2, 16))
+    monkeypatch.setattr(memory, "taken", lambda: 300 * MIB)
+    with pytest.raises(SparsekitError, match=r"at least \S+, got 1MiB: it takes 300MiB for the program, ") as error:
+        prune_folder(tmp_path / "model", tmp_path / "out", batches, method, device="cpu", max_memory="1MiB")
+    assert ("a factor" in str(error.value)) == (method == "sparsegpt")
+    assert os.listdir(tmp_path) == ["model"]
+    enough = re.search(r"at least (\S+),", str(error.value))[1]
+    prune_folder(tmp_path / "model", tmp_path / "out", batches, method, device="cpu", max_memory=enough)
+
+
+def test_an_offload_folder_that_is_missing_is_refused(tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(folders, "store_within", lambda limit, offload, *_: OnDisk(offload))
+    options = dict(device="cpu", max_memory="1GiB", offload=tmp_path / "missing")
+    with pytest.raises(SparsekitError, match="missing: No such file"):
+        prune_folder(tmp_path / "model", tmp_path / "out", token_batches((2, 16)), **options)
+    assert os.listdir(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("1.5 MiB", 3 << 19), ("2KiB", 2048), ("3GB", 3 * 10**9), ("4TB", 4 * 10**12), ("7", 7), (9, 9), ("5B", 5)],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+    assert size <= parse_size(shown_size(size)) <= 1.1 * size + 103
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "-1GiB", "8 gibibytes", "8Gi", "0", "0.0001B", "1e3", "nan"])
+def test_sizes_that_are_none(text):
+    with pytest.raises(SparsekitError, match=re.escape(repr(text))):
+        parse_size(text)
