@@ -77,7 +77,7 @@ def test_hidden_states_go_to_disk_where_memory_is_short_and_change_nothing(tmp_p
     prune_folder(tmp_path / "model", tmp_path / "whole", batches, device="cpu")
     stores = []
     run = folders.run
-    monkeypatch.setattr(folders, "run", lambda source, *rest: (stores.append(source.store), run(source, *rest))[1])
+    monkeypatch.setattr(folders, "run", lambda source, *a, **k: (stores.append(source.store), run(source, *a, **k))[1])
     for name, limit in (("ample", "1TiB"), ("short", None)):
         if limit is None:  # all but the last byte of what it takes to keep them in memory
             monkeypatch.setattr(memory, "taken", lambda: 0)
