@@ -95,11 +95,11 @@ def run(
     world = World() if world is None else world
     progress = progress if world.leads else None
     with world.watched(), eval_mode(model):
-        for group in targets:
-            check_finite(group)
+        for matrices in targets:
+            check_finite(matrices)
         if world.size > 1:
             batches = list(batches)
-            listed = [target.name for group in targets for target in group]
+            listed = [target.name for matrices in targets for target in matrices]
             world.agree(
                 {
                     "method": method_text(method),
@@ -114,7 +114,7 @@ def run(
             with source.capturing():
                 stream = Stream(model, blocks, world.part(batches), device=source.device, store=source.store)
             report.tokens = sum(world.gather(stream.tokens))
-        for i, (block, group) in enumerate(zip(blocks, targets)):
+        for i, (block, matrices) in enumerate(zip(blocks, targets)):
             if progress:
                 progress(names[block], i, len(blocks))
             phases = Phases(source.device)
@@ -123,24 +123,24 @@ def run(
             world.agree({f"whether {names[block]} is pruned already": done is not None})
             told, rows = (BlockReport(names[block]), []) if done is None else done
             if done is None:
-                check_finite(group)
-                pruners = {target: kind(target.weight.shape[1], pattern, target.weight.device) for target in group}
-                origins = dict.fromkeys(group, (MAGNITUDE, 0))
-                owners = [world.rank] * len(group)  # what needs no inputs is cheap, and comes out the same everywhere
+                check_finite(matrices)
+                pruners = {target: kind(target.weight.shape[1], pattern, target.weight.device) for target in matrices}
+                origins = dict.fromkeys(matrices, (MAGNITUDE, 0))
+                owners = [world.rank] * len(matrices)  # what needs no inputs is cheap, and comes out the same everywhere
                 if stream:
                     entering = stream.observe(block, pruners, phases)
                     unite(world, pruners)
                     origins = settle(pruners, {(layer, role) for found in world.gather(sorted(entering)) for layer, role in found})
                     owners = collect(world, pruners)
-                for target, owner in zip(group, owners):
+                for target, owner in zip(matrices, owners):
                     world.look()
                     pruner = pruners.pop(target)
                     rows.append(_prune(target, pruner, pattern, *origins[target], source) if owner == world.rank else None)
                     if progress and rows[-1] and rows[-1].output_error is not None:
                         progress(f"{target.name}, error {rows[-1].output_error:.4f}", i, len(blocks))
                 if stream:
-                    rows = spread(world, owners, [target.weight for target in group], rows)
-                verify(group, pattern, kind)
+                    rows = spread(world, owners, [target.weight for target in matrices], rows)
+                verify(matrices, pattern, kind)
             if stream and i + 1 < len(blocks):
                 with phases("forward"):
                     stream.advance(block)
