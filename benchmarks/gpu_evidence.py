@@ -39,6 +39,11 @@ def steps(out: Path, quick: bool) -> dict[str, list[str]]:
         found[op] = [python, "-m", f"benchmarks.{op}", "--device", "cuda", "--out", str(out / f"{op}.csv"), *layers]
     found["linear24"] = [python, "-m", "benchmarks.linear24", "--device", "cuda", "--out", str(out / "linear24.csv")]
     found["linear24"] += ["--quick"] if quick else []
+    sparsegpt = [python, "-m", "benchmarks.sparsegpt", "--device", "cuda"]
+    found["sparsegpt"] = [*sparsegpt, "--out", str(out / "sparsegpt.csv"), *(["--layers", "Llama-2-7B q"] if quick else [])]
+    if not quick:
+        model = ["--model", "llama-2-7b", "--pattern", "2:4", "--out", str(out / "sparsegpt-llama-2-7b.csv")]
+        found["sparsegpt of a model"] = [*sparsegpt, *model]
     if find_spec("matplotlib"):
         found["roofline"] = [python, "-m", "benchmarks.roofline", str(out / "linear24.csv"), "--out", str(out / "roofline.png")]
     if not quick and (sanitizer := shutil.which("compute-sanitizer")):

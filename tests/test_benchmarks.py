@@ -184,7 +184,7 @@ def test_the_steps_of_the_gpu_evidence(tmp_path):
         steps = gpu_evidence.steps(tmp_path, quick)
         assert [*steps][:9] == ["tests", *gpu_evidence.MEMORY_BOUND, "linear24"] and set(gpu_evidence.MEMORY_BOUND) == set(OPS)
     for name, command in steps.items():  # of the quick run, which has every argument
-        if name in ("mask_nm", "linear24", "roofline"):  # the others share the first one's arguments
+        if name in ("mask_nm", "linear24", "sparsegpt", "roofline"):  # the others share the first one's arguments
             done = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
             known = set(done.stdout.replace("[", " ").replace("]", " ").split())
             assert done.returncode == 0 and {a for a in command if a.startswith("--")} <= known, name
