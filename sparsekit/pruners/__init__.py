@@ -24,8 +24,8 @@ def method_named(name: str | Criterion, pattern: Pattern | None = None, group: s
         check_group(pattern, group, ("row", "layer"))
         if name == "sparsegpt":
             raise SparsekitError(f"sparsegpt counts a pattern in blocks of columns, got group = {group!r}; leave it out")
-    if name == "sparsegpt":
-        return SparseGPT
+    if isinstance(name, str) and group is None:
+        return METHODS[name]
     return scored(CRITERIA[name] if isinstance(name, str) else name, None if group is None else group == "row")
 
 
