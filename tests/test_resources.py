@@ -27,7 +27,7 @@ def test_names(mangled):
     "arch, threads, registers, static, dynamic, blocks",
     [  # registers, shared memory, threads: by hand from the CUDA programming guide's table
         ("80", 256, 128, 0, 0, (2, 164, 8)),
-        ("80", 256, 129, 0, 80 * 1024, (1, 2, 8)),  # registers come in eights; 1 KiB of every block is the driver's
+        ("80", 256, 85, 0, 80 * 1024, (2, 2, 8)),  # registers come in eights; 1 KiB of every block is the driver's
         ("80", 32, 8, 0, 163 * 1024, (256, 1, 32)),  # 64 blocks of a warp fit by threads, 32 by the block count
         ("90a", 384, 168, 1024, 227 * 1024, (1, 1, 5)),
         ("120", 512, 40, 1024, 99 * 1024, (3, 1, 3)),
