@@ -170,10 +170,7 @@ __global__ void __launch_bounds__(Shape<TOKENS>::threads, 2) linear24_decode_sm8
                 uint32_t a[TILES][4];
 #pragma unroll
                 for (int i = 0; i < TILES; ++i)
-                    memcpy(a[i],
-                           __builtin_assume_aligned(
-                               stage + own + (i * S::blocks + b) * kBlockBytes + SELECTOR * kHalfBytes, 16),
-                           16);
+                    ptx::ld_shared(a[i], stage + own, (i * S::blocks + b) * kBlockBytes + SELECTOR * kHalfBytes);
 #pragma unroll
                 for (int j = 0; j < TOKEN_TILES; ++j) {
                     uint32_t tokens_b[4];
