@@ -50,10 +50,16 @@ def measure(
     return rows
 
 
+def check_writable(device: torch.device) -> None:
+    """Raises SparsekitError where save() could not keep rows: to be known before they are measured."""
+    tune.check_writable(key(device))
+
+
 def save(device: torch.device, rows: list[Row]) -> Path:
-    """Keeps the rows where lookups on this machine find them, in place of former ones of the same sizes. Returns the file."""
+    """Keeps the rows where lookups on this machine find them, in place of former ones of the same sizes and of a damaged file.
+    Returns the file."""
     name, former = key(device), []
-    with suppress(FileNotFoundError):
+    with suppress(FileNotFoundError, SparsekitError):
         former = tune.read(tune.cache_file(name), name)
     measured = {row[:4] for row in rows}
     return tune.write(name, [row for row in former if row[:4] not in measured] + rows)

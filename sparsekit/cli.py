@@ -308,6 +308,8 @@ def bench(
     place = checkpoint.resolve_device(device)
     compute = compute_dtype(dtype, device)
     compute = torch.bfloat16 if compute == "auto" else compute
+    if tune:
+        measuring.check_writable(place)
     with progress_bar("measuring") as progress:
         rows = measuring.measure(
             place, compute, shapes or measuring.SHAPES, tuple(tokens or ()) or measuring.TOKENS, progress=progress

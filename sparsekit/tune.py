@@ -127,6 +127,20 @@ def cache_file(device: str) -> Path:
     return env.CACHE / f"tune-{name}.json"
 
 
+def check_writable(device: str) -> None:
+    """Raises SparsekitError where write() could not. Leaves nothing behind."""
+    path = cache_file(device)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(f"a folder named {path.name}")
+        with tempfile.TemporaryFile(dir=next(folder for folder in path.parents if folder.exists())):  # write() makes the others
+            pass
+    except OSError as error:
+        raise SparsekitError(
+            f"{path.parent} must be a folder that rows can be kept in, got {error.strerror or error}; set SPARSEKIT_CACHE"
+        ) from error
+
+
 def write(device: str, rows: list[Row]) -> Path:
     """Writes the rows of a device to its cache file, in one rename, and forgets what was read before. Returns the file."""
     path = cache_file(device)

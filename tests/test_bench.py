@@ -99,6 +99,34 @@ def test_the_linears_of_a_model(request):
     assert [(row["n"], row["k"]) for row in found["rows"][::3]] == [(128, 128), (64, 128), (384, 128), (128, 384)]
 
 
+def test_a_damaged_file_is_replaced():
+    rows = bench.measure(CPU, torch.float32, ((8, 24),), (1,))
+    path = bench.save(CPU, rows)
+    path.write_text("half a fi")
+    assert tune.read(bench.save(CPU, rows), bench.key(CPU)) == rows
+
+
+@pytest.mark.parametrize("place", ["a file", "under a file", "the file is a folder"])
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_measured(place, cache, monkeypatch):
+    if place == "the file is a folder":
+        tune.cache_file(bench.key(CPU)).mkdir(parents=True)
+    else:
+        cache.write_text("")
+        monkeypatch.setattr(env, "CACHE", cache if place == "a file" else cache / "a" / "b")
+    monkeypatch.setattr(bench, "measure", lambda *_, **__: pytest.fail("measured"))
+    done = run("--shape", "8x8", "--tokens", "1", "--device", "cpu", "--tune")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "must be a folder that rows can be kept in, got" in done.stderr and str(env.CACHE) in done.stderr.replace("\n", "")
+
+
+@pytest.mark.parametrize("folder", [".", "not/yet"], ids=["there", "to be made"])
+def test_the_check_leaves_nothing(folder, cache, monkeypatch):
+    cache.mkdir()
+    monkeypatch.setattr(env, "CACHE", cache / folder)
+    bench.check_writable(CPU)
+    assert not [*cache.iterdir()]
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
