@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .bits import as_bits
-from .pack24 import merge_groups
+from .pack24 import merge_groups, place_pairs
 from .tiles import tile_origin, tiling
 
 
@@ -31,13 +31,7 @@ def expand24_kernel(
     meta = tl.load(meta_ptr + row * blocks + byte, mask=(row < rows) & (byte < blocks), other=0).to(tl.int32)
     first, second = tl.split(tl.reshape(kept, [BLOCK_ROWS, BLOCK_COLS // 8, 2, 2]))  # [BLOCK_ROWS, BLOCK_COLS // 8, 2]
     nibble = tl.join(meta & 15, meta >> 4)  # likewise, the even group first
-    at0, at1 = nibble & 3, nibble >> 2
-    zero = tl.zeros_like(first)
-    w0 = tl.where(at0 == 0, first, zero)  # the first of two is never column 3, the second never column 0
-    w1 = tl.where(at0 == 1, first, tl.where(at1 == 1, second, zero))
-    w2 = tl.where(at0 == 2, first, tl.where(at1 == 2, second, zero))
-    w3 = tl.where(at1 == 3, second, zero)
-    w = merge_groups(w0, w1, w2, w3)
+    w = merge_groups(*place_pairs(first, second, nibble))
     col = (col0 + tl.arange(0, BLOCK_COLS))[None, :]
     tl.store(w_ptr + row * cols + col, w, mask=(row < rows) & (col < cols))
 

@@ -28,6 +28,18 @@ def merge_groups(x0, x1, x2, x3):
 
 
 @triton.jit
+def place_pairs(first, second, nibble):
+    """The two kept of every group, at the columns that its nibble names: columns 0, 1, 2, 3, zeros elsewhere."""
+    at0, at1 = nibble & 3, nibble >> 2
+    zero = tl.zeros_like(first)
+    w0 = tl.where(at0 == 0, first, zero)  # the first of two is never column 3, the second never column 0
+    w1 = tl.where(at0 == 1, first, tl.where(at1 == 1, second, zero))
+    w2 = tl.where(at0 == 2, first, tl.where(at1 == 2, second, zero))
+    w3 = tl.where(at1 == 3, second, zero)
+    return w0, w1, w2, w3
+
+
+@triton.jit
 def more_than_two(k0, k1, k2, k3):
     """Whether three or four keys of a group, all >= 0, are above zero: then each half has one, and one half has two."""
     halves = tl.minimum(tl.maximum(k0, k1), tl.maximum(k2, k3))

@@ -84,6 +84,12 @@ WRITING = {
     "expand24 fp8": "expand24(dense(fp8, 2048), dense(torch.uint8, 512))",
     "expand24 without the last columns": "expand24(dense(bf16, 2048), dense(torch.uint8, 512), 4080)",
 }
+# And from fragment order.
+FRAGMENTS = {
+    "expand_fragments bf16": "expand_fragments(torch.empty(256, 64, 2, 32, 8).to(bf16), words(256, 16), 4096, 4096)",
+    "expand_fragments fp8": "expand_fragments(torch.empty(256, 64, 1, 32, 16).to(fp8), words(256, 16), 4096, 4096)",
+    "expand_fragments ragged": "expand_fragments(torch.empty(256, 64, 2, 32, 8).to(bf16), words(256, 16), 4090, 4080)",
+}
 # Launches by name of masks whose groups are no power of two, and the bytes of the neighbours that one load takes.
 UNEVEN = {
     "mask_nm 2:3 int8": ("mask_nm(dense(int8), 2, 3)", 1),
@@ -107,6 +113,8 @@ TINY = {
     "validate24 one byte": "validate24(torch.empty(1, 4), torch.empty(1, 1, dtype=torch.uint8), 1)",
     "validate24 one word": "validate24(torch.empty(1, 16), torch.empty(1, 4, dtype=torch.uint8), 32)",
     "validate24 one byte a row": "validate24(torch.empty(4, 4).to(fp8), torch.empty(4, 1, dtype=torch.uint8), 5)",
+    "expand_fragments one weight": "expand_fragments(torch.empty(1, 1, 2, 32, 8).to(bf16), words(1, 1), 1, 1)",
+    "expand_fragments one int8": "expand_fragments(torch.empty(1, 1, 1, 32, 16).to(int8), words(1, 1), 1, 1)",
     "mask_nm one of one": "mask_nm(torch.empty(1, 1), 1, 1)",
     "mask_nm one of 16": "mask_nm(torch.empty(1, 1), 1, 16)",
     "mask_nm one of 5": "mask_nm(torch.empty(1, 1), 1, 5)",
@@ -125,6 +133,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from sparsekit.kernels.compress24 import compress24, compress24_kernel
 from sparsekit.kernels.expand24 import expand24, expand24_kernel
+from sparsekit.kernels.expand_fragments import expand_fragments, expand_fragments_kernel
 from sparsekit.kernels.gram import gram, gram_kernel
 from sparsekit.kernels.mask_long_rows import count_digits_kernel, keep_above_kernel
 from sparsekit.kernels.mask_nm import mask_nm, mask_nm_kernel
@@ -137,6 +146,7 @@ from sparsekit.kernels.validate24 import validate24, validate24_kernel
 bf16, fp16, fp32, fp8, int8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 dense = lambda dtype, cols=4096: torch.empty((4096, cols), dtype=dtype)
+words = lambda tiles, chunks: torch.empty((tiles, chunks, 32, 4), dtype=torch.int32)
 compiled = []
 
 def compile_only(kernel):
@@ -144,8 +154,8 @@ def compile_only(kernel):
     kernel.run = lambda *args, **kwargs: compiled.append(run(*args, **kwargs | {"warmup": True}))
 
 for kernel in (
-    prune_compress24_kernel, prune24_kernel, compress24_kernel, expand24_kernel, validate24_kernel, mask_nm_kernel,
-    mask_rows_kernel, gram_kernel, obs_block_kernel, count_digits_kernel, keep_above_kernel,
+    prune_compress24_kernel, prune24_kernel, compress24_kernel, expand24_kernel, expand_fragments_kernel, validate24_kernel,
+    mask_nm_kernel, mask_rows_kernel, gram_kernel, obs_block_kernel, count_digits_kernel, keep_above_kernel,
 ):
     compile_only(kernel)
 
@@ -189,13 +199,14 @@ def on(*groups):
     return [(name, arch) for group in groups for name in group for arch in ARCHS]
 
 
-CASES = on(STREAMING, WRITING, ENDING, UNEVEN, LONG, OBS, OBS_UNEVEN) + [(name, 90) for name in TINY]
+CASES = on(STREAMING, WRITING, FRAGMENTS, ENDING, UNEVEN, LONG, OBS, OBS_UNEVEN) + [(name, 90) for name in TINY]
 
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
     """{(name, arch): what the machine code holds}, compiled by two processes that share nothing with this one."""
-    calls = STREAMING | WRITING | ENDING | LONG | OBS | OBS_UNEVEN | {name: call for name, (call, _) in UNEVEN.items()} | TINY
+    calls = STREAMING | WRITING | FRAGMENTS | ENDING | LONG | OBS | OBS_UNEVEN | TINY
+    calls = calls | {name: call for name, (call, _) in UNEVEN.items()}
     folder = tmp_path_factory.mktemp("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
     halves, children = (CASES[::2], CASES[1::2]), []
@@ -265,6 +276,14 @@ def test_a_row_end_is_two_loads(compiled, name, arch):
     # 256 row ends and 8 KiB of metadata, for 128 threads.
     end = 16 if "fp32" in name else 8
     assert sorted(compiled[name, arch]["loads"]) == sorted(4 * [16] + 2 * [1, end])
+
+
+@pytest.mark.parametrize("name, arch", on(FRAGMENTS))
+def test_fragments_are_exchanged_once(compiled, name, arch):
+    """128 threads read 4 KiB of values and 512 bytes of metadata (8 bits: 1 KiB), and write 8 KiB."""
+    result = compiled[name, arch]
+    assert sorted(result["loads"]) == [8 if "fp8" in name else 4, 16, 16] and result["stores"] == [16] * 4
+    assert result["shared"] <= 8192
 
 
 @pytest.mark.parametrize("name, arch", on(WRITING, [name for name in STREAMING if name.startswith("prune24")]))

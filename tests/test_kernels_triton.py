@@ -43,10 +43,12 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from sparsekit import reference
+from sparsekit import format, reference
+from sparsekit.format import FRAGMENT_DTYPES, Sparse24, to_fragments
 from sparsekit.kernels.bits import largest, to_float
 from sparsekit.kernels.compress24 import compress24
 from sparsekit.kernels.expand24 import expand24
+from sparsekit.kernels.expand_fragments import expand_fragments
 from sparsekit.kernels.mask_nm import mask_nm
 from sparsekit.kernels.mask_rows import mask_rows
 from sparsekit.kernels.prune24 import prune24
@@ -147,6 +149,32 @@ def test_expand24_places_every_pair_of_nibbles(dtype):
     for cols in (72, 71, 65, 30, 1, 0):
         assert equal(expand24(values.to(DEVICE), meta.to(DEVICE), cols), unpack(values, meta, cols))
     assert equal(expand24(values.to(DEVICE), meta.to(DEVICE)), unpack(values, meta, 72))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (16, 64), (17, 70), (5, 260), (40, 1000), (8, 520), (0, 8), (8, 0)],
+    ids=["one weight", "a block", "past it", "past a k256 block", "four, the last short", "three", "no row", "no column"],
+)
+@pytest.mark.parametrize("dtype", FRAGMENT_DTYPES, ids=named)
+def test_expand_fragments(shape, dtype, monkeypatch):
+    """Of random bits and nibbles. What lies past the rows and columns is not looked at: it becomes NaN and nibbles of 9 here."""
+    (n, k), kp, generator = shape, -(-shape[1] // 8) * 8, torch.Generator().manual_seed(17)
+    values = random_bits((n, kp // 2), dtype, seed=16)
+    nibbles = torch.tensor([*NIBBLES.values()], dtype=torch.uint8)[torch.randint(6, (n, kp // 4), generator=generator)]
+    meta = nibbles[:, ::2] | nibbles[:, 1::2] << 4
+    monkeypatch.setattr(format, "_padded", padded_with_rubbish)
+    f = to_fragments(Sparse24(values, meta, shape))
+    got = expand_fragments(f.values.to(DEVICE), f.meta.to(DEVICE), n, k)
+    assert equal(got, unpack(values, meta, k)) and got.is_contiguous()
+
+
+def padded_with_rubbish(t: torch.Tensor, rows: int, columns: int, fill: int = 0x7F) -> torch.Tensor:
+    """In the place of format._padded. 0x44, the padding of metadata, becomes 0x99."""
+    out = t.new_empty(rows, columns)
+    out.view(torch.uint8).fill_(0x99 if fill == 0x44 else fill)
+    out[: t.shape[0], : t.shape[1]] = t
+    return out
 
 
 def test_expand24_past_a_tile():
@@ -431,6 +459,9 @@ def test_the_cuda_halves_of_the_2_4_ops(ops, dtype, how):
     assert all_equal(ops._compress24_cuda(viewed(held, how)), packed)
     strided = [viewed(part, how) for part in packed]
     assert all_equal(ops._expand24_cuda(*strided, 38), held)
+    if dtype in FRAGMENT_DTYPES:
+        f = to_fragments(Sparse24(*packed, (5, 38)))
+        assert all_equal(ops._expand_fragments_cuda(f.values.transpose(0, 1).contiguous().transpose(0, 1), f.meta, 5, 38), held)
     assert ops._validate24_cuda(*strided, 38).tolist() == [NOTHING, NOTHING]
     packed[1][3, 2] = packed[1][4, 0] = 0x50  # neither 0 nor 5 is a nibble
     packed[1][2, 4] = 0xE4  # columns 38 and 39 of row 2, past the last

@@ -71,10 +71,14 @@ def test_fragment_order_gives_the_same(dtype, bias, activation, weight24, device
         f = to_fragments(s)
         assert same_bits(ops.linear24(x, f, b, activation), ops.linear24(x, s, b, activation))
         torch.library.opcheck(torch.ops.sparsekit.linear24_fragments.default, (x, f.values, f.meta, n, k, b, activation))
+        assert same_bits(torch.ops.sparsekit.expand_fragments.default(f.values, f.meta, n, k), ops.expand24(s))
+        torch.library.opcheck(torch.ops.sparsekit.expand_fragments.default, (f.values, f.meta, n, k))
     with pytest.raises(ValueError, match="linear24: the last dimension of x must be k = 70"):
         ops.linear24(x, to_fragments(ops.compress24(weight24(20, 70, dtype))))
     with pytest.raises(ValueError, match=r"linear24: shape \(36, 70\) needs values"):
         ops.linear24(normal(2, 70, dtype=dtype), to_fragments(ops.compress24(weight24(20, 70, dtype)))._replace(shape=(36, 70)))
+    with pytest.raises(ValueError, match=r"expand_fragments: shape \(36, 70\) needs values"):
+        torch.ops.sparsekit.expand_fragments.default(*to_fragments(ops.compress24(weight24(20, 70, dtype)))[:2], 36, 70)
 
 
 @pytest.mark.parametrize("k", [0, 12, 13])

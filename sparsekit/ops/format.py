@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import listed
-from ..format import DTYPES, Sparse24, check_layout, check_shape, padded_columns
+from ..format import DTYPES, Fragments24, Sparse24, check_fragments, check_layout, check_shape, from_fragments, padded_columns
 from .registry import _C, DTYPE_CODE, define, launch, threads
 
 LARGEST_M = 32  # columns (or pairs) a group of a mask may have
@@ -113,6 +113,25 @@ def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
     return values.new_empty(values.shape[0], k)
 
 
+# The dense weight (n, k) of a Fragments24, in one pass on a GPU.
+
+
+def _expand_fragments(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
+    check_fragments("expand_fragments", Fragments24(values, meta, (n, k)))
+    s = from_fragments(Fragments24(values, meta, (n, k)))
+    return _expand24(s.values, s.meta, k)
+
+
+def _expand_fragments_cuda(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
+    check_fragments("expand_fragments", Fragments24(values, meta, (n, k)))
+    return launch("expand_fragments", values.contiguous(), meta.contiguous(), n, k)
+
+
+def _expand_fragments_fake(values: Tensor, meta: Tensor, n: int, k: int) -> Tensor:
+    check_fragments("expand_fragments", Fragments24(values, meta, (n, k)))
+    return values.new_empty(n, k)
+
+
 def _compress24_save(ctx, inputs, output) -> None:
     ctx.k = inputs[0].shape[1]
     ctx.save_for_backward(output[1])
@@ -143,6 +162,12 @@ define(
     _expand24_cuda,
     _expand24_fake,
     (_expand24_backward, _expand24_save),
+)
+define(
+    "expand_fragments(Tensor values, Tensor meta, SymInt n, SymInt k) -> Tensor",
+    _expand_fragments,
+    _expand_fragments_cuda,
+    _expand_fragments_fake,
 )
 
 
