@@ -68,7 +68,7 @@ int launch(const char *kernel, int m, int n, int k, int dtype, int tile, int spl
     if (name == "linear24_decode_sm80")
         return sparsekit::launch_linear24_decode_sm80(p, p, p, p, p, p, m, n, k, k, dtype, 0, tile, split, nullptr);
     if (name == "linear24_sm90a")
-        return sparsekit::launch_linear24_sm90a(p, p, p, p, p, m, n, k, k, dtype, 0, tile, nullptr);
+        return sparsekit::launch_linear24_sm90a(p, p, p, p, p, p, m, n, k, k, dtype, 0, tile, split, nullptr);
     return cudaErrorInvalidValue;
 }
 

@@ -267,19 +267,23 @@ void linear24_sm80(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, int64_t m, int6
           op);
 }
 
-// The bytes of workspace that linear24_decode_sm80 needs for the same arguments.
-int64_t linear24_decode_workspace(int64_t m, int64_t n, int64_t k, int tile, int split, int device) {
-    const char *op = "linear24_decode_workspace";
+// The bytes of workspace that a linear24 needs for the same arguments: `ask` the launcher.
+template <typename F>
+int64_t linear24_workspace(const char *op, F ask, int64_t m, int64_t n, int64_t k, int tile, int split, int device) {
     check_range(op, "m", m, 0, INT_MAX);
     check_range(op, "n", n, 0, INT_MAX);
     check_range(op, "k", k, 0, INT_MAX);
     check_range(op, "device", device, 0, INT_MAX);
     const DeviceGuard guard(device, op);
-    const int64_t bytes = sparsekit::linear24_decode_workspace(static_cast<int>(m), static_cast<int>(n),
-                                                               static_cast<int>(k), tile, split);
+    const int64_t bytes = ask(static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), tile, split);
     if (bytes < 0)
         check(cudaErrorInvalidValue, op);
     return bytes;
+}
+
+int64_t linear24_decode_workspace(int64_t m, int64_t n, int64_t k, int tile, int split, int device) {
+    return linear24_workspace("linear24_decode_workspace", sparsekit::linear24_decode_workspace, m, n, k, tile, split,
+                              device);
 }
 
 void linear24_decode_sm80(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, Ptr workspace, int64_t m, int64_t n, int64_t k,
@@ -299,19 +303,26 @@ void linear24_decode_sm80(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, Ptr work
 #endif
 
 #ifdef SPARSEKIT_LINEAR24_SM90A
+int64_t linear24_sm90a_workspace(int64_t m, int64_t n, int64_t k, int tile, int split, int device) {
+    return linear24_workspace("linear24_sm90a_workspace", sparsekit::linear24_sm90a_workspace, m, n, k, tile, split,
+                              device);
+}
+
 // False where TMA cannot take an operand, so that another kernel must.
-bool linear24_sm90a(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, int64_t m, int64_t n, int64_t k, int64_t ldx,
-                    int dtype, int activation, int tile, int device, Ptr stream) {
+bool linear24_sm90a(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, Ptr workspace, int64_t m, int64_t n, int64_t k,
+                    int64_t ldx, int dtype, int activation, int tile, int split, int device, Ptr stream) {
     const char *op = "linear24_sm90a";
     check_linear24(op, x, values, meta, y, m, n, k, ldx, activation, INT_MAX);
     check_range(op, "dtype", dtype, sparsekit::kFloat16, sparsekit::kBFloat16);
     check_range(op, "tile", tile, 0, 8);
+    check_range(op, "split", split, 0, INT_MAX);
     check_range(op, "device", device, 0, INT_MAX);
     const DeviceGuard guard(device, op);
     const cudaError_t error = sparsekit::launch_linear24_sm90a(
         reinterpret_cast<const void *>(x), reinterpret_cast<const void *>(values), reinterpret_cast<const void *>(meta),
-        reinterpret_cast<const void *>(bias), reinterpret_cast<void *>(y), static_cast<int>(m), static_cast<int>(n),
-        static_cast<int>(k), ldx, dtype, activation, tile, reinterpret_cast<cudaStream_t>(stream));
+        reinterpret_cast<const void *>(bias), reinterpret_cast<void *>(y), reinterpret_cast<void *>(workspace),
+        static_cast<int>(m), static_cast<int>(n), static_cast<int>(k), ldx, dtype, activation, tile, split,
+        reinterpret_cast<cudaStream_t>(stream));
     if (error != cudaErrorNotSupported)
         check(error, op);
     return error == cudaSuccess;
@@ -359,8 +370,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           arg("split"), arg("device"), ptr("stream"), release);
 #endif
 #ifdef SPARSEKIT_LINEAR24_SM90A
-    m.def("linear24_sm90a", linear24_sm90a, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"), arg("m"),
-          arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("tile"), arg("device"), ptr("stream"),
-          release);
+    m.def("linear24_sm90a_workspace", linear24_sm90a_workspace, arg("m"), arg("n"), arg("k"), arg("tile"), arg("split"),
+          arg("device"), "The bytes of workspace that linear24_sm90a needs; no need to fill them.");
+    m.def("linear24_sm90a", linear24_sm90a, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"),
+          ptr("workspace"), arg("m"), arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("tile"),
+          arg("split"), arg("device"), ptr("stream"), release);
 #endif
 }

@@ -92,12 +92,18 @@ int64_t linear24_decode_workspace(int m, int n, int k, int tile, int split);
 
 // The same for sm_90a, from fragment order (sparsekit/format.py); values of tiles 6 to 8 are canonical. Tiles 1 to 8
 // are 128x64, 128x128, 256x128, 128x256, 192x192 (features x tokens; w through registers) and 256x128, 128x256, 192x256
-// (w through shared memory); 0 is linear24_sm90a_tile's: of the first three, the largest that gives every
-// multiprocessor a block, not yet measured. cudaErrorNotSupported where TMA cannot take x (or the canonical values):
-// rows and address must be multiples of 16 bytes.
-int linear24_sm90a_tile(int m, int n, int multiprocessors);
-cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
-                                  int n, int k, int64_t ldx, int dtype, int activation, int tile, cudaStream_t stream);
+// (w through shared memory). split: parts of the columns, for other blocks (1 in tiles of 192 features); 0 is
+// linear24_sm90a_plan's choice, not yet measured: the largest of the first three tiles that gives almost every
+// multiprocessor a block, and parts where none does. workspace as above. cudaErrorNotSupported where TMA cannot take x
+// (or the canonical values): rows and address must be multiples of 16 bytes.
+struct Linear24Plan {
+    int tile, split;
+};
+Linear24Plan linear24_sm90a_plan(int m, int n, int k, int tile, int split, int multiprocessors);
+int64_t linear24_sm90a_workspace(int m, int n, int k, int tile, int split);
+cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y,
+                                  void *workspace, int m, int n, int k, int64_t ldx, int dtype, int activation,
+                                  int tile, int split, cudaStream_t stream);
 #endif
 
 } // namespace sparsekit

@@ -49,6 +49,7 @@ def hopper(tmp_path_factory):
     assert built.returncode == 0, built.stderr
     loaded = ctypes.CDLL(str(library))
     loaded.emulator_error.restype = ctypes.c_char_p
+    loaded.emulated_linear24_sm90a_workspace.restype = ctypes.c_int64
     return loaded
 
 
@@ -206,8 +207,9 @@ def test_emulator_catches(hopper, fault):
 # --- linear24_sm90a
 
 
-def linear24(hopper, x, values, meta, bias, ldx, tile, activation=0, seed=0, multiprocessors=4):
-    """Runs launch_linear24_sm90a on x (m, k), its rows ldx apart with NaN between. Returns y (m, n) and the error code."""
+def linear24(hopper, x, values, meta, bias, ldx, tile, activation=0, seed=0, multiprocessors=4, split=1):
+    """Runs launch_linear24_sm90a on x (m, k), its rows ldx apart with NaN between, and a workspace of NaN. Returns y (m, n) and the
+    error code."""
     (m, k), n = x.shape, meta.shape[0]
     rows = np.full(max((m - 1) * ldx + k, 0) if m else 0, -1, np.int16)
     np.lib.stride_tricks.as_strided(rows, (m, k), (2 * ldx, 2))[...] = bits(x)
@@ -217,23 +219,25 @@ def linear24(hopper, x, values, meta, bias, ldx, tile, activation=0, seed=0, mul
     if bias is not None:
         reads.append(Buffer(bits(bias)))
     y = Buffer(np.full((m, n), -1, np.int16))
-    allow(hopper, reads, [y])
     hopper.emulator_seed(ctypes.c_uint64(seed))
     hopper.emulator_multiprocessors(multiprocessors)
+    workspace = Buffer(np.full(hopper.emulated_linear24_sm90a_workspace(m, n, k, tile, split), 0xFF, np.uint8))
+    allow(hopper, reads, [y, workspace])
     code = hopper.emulated_linear24_sm90a(
         reads[0].address, reads[1].address, reads[2].address, reads[3].address if bias is not None else None, y.address,
-        m, n, k, ctypes.c_int64(ldx), DTYPE_CODES[x.dtype], activation, tile,
+        workspace.address if workspace.array().size else None, m, n, k, ctypes.c_int64(ldx), DTYPE_CODES[x.dtype], activation, tile,
+        split,
     )  # fmt: skip
-    y.check_border()
+    y.check_border(), workspace.check_border()
     return torch.from_numpy(y.array().copy()).view(x.dtype), code
 
 
-def check(hopper, m, n, k, dtype, tile, ldx=None, bias=True, activation="none", seed=0):
+def check(hopper, m, n, k, dtype, tile, ldx=None, bias=True, activation="none", seed=0, split=1):
     g = torch.Generator().manual_seed(1000 * m + 10 * n + k + seed)
     values, meta, dense = sparse_weight(n, k, dtype, g)
     x, b = torch.randn((m, k), generator=g).to(dtype), torch.randn(n, generator=g).to(dtype) if bias else None
     code, function = ACTIVATIONS[activation]
-    y, error = linear24(hopper, x, values, meta, b, ldx or -(-k // 8) * 8, tile, code, seed)
+    y, error = linear24(hopper, x, values, meta, b, ldx or -(-k // 8) * 8, tile, code, seed, split=split)
     assert error == SUCCESS, hopper.emulator_error().decode()
     want = function(x.double() @ dense.double().T + (0 if b is None else b.double()))
     worst = (y.double() - want).abs() - bound(x, dense, b, want, slope=1.13)
@@ -303,15 +307,104 @@ def test_linear24_sm90a_does_not_depend_on_the_schedule(hopper, tile):
     assert ((results[0][0].double() - want).abs() <= bound(x, dense, bias, want, 1.0)).all()
 
 
+SPLIT_SHAPES = {  # of the tile's features and tokens: m, n, k, split
+    "one part a k256 block": lambda n, m: (m, 2 * n, 1024, 4),
+    "parts of 1 and 2 blocks, the last one short": lambda n, m: (m - 1, 2 * n - 1, 5 * 256 - 65, 3),
+    "more parts than blocks; n of 2": lambda n, m: (9, 2, 300, 9),
+    "several tiles a part; k odd": lambda n, m: (m + 5, 2 * n + 8, 777, 2),
+    "a part wraps the ring": lambda n, m: (3, 20, 2 * 15 * 64, 2),
+}
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 4, 6, 7])
+@pytest.mark.parametrize("shape", SPLIT_SHAPES)
+def test_linear24_sm90a_split(hopper, shape, tile):
+    """Fewer multiprocessors than units, so that a cluster goes from one part to another."""
+    m, n, k, split = SPLIT_SHAPES[shape](*TILES[tile])
+    check(hopper, m, n, k, torch.float16, tile, seed=tile, split=split)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_linear24_sm90a_split_epilogue(hopper, activation, bias, dtype):
+    check(hopper, 19, 70, 520, dtype, 1, bias=bias, activation=activation, split=3)
+
+
+def test_linear24_sm90a_split_does_not_depend_on_the_schedule(hopper):
+    """And one part is what no split gives; tiles of 192 features have one whatever is asked."""
+    g = torch.Generator().manual_seed(0)
+    values, meta, _ = sparse_weight(300, 1100, torch.float16, g)
+    x, bias = torch.randn((70, 1100), generator=g).half(), torch.randn(300, generator=g).half()
+
+    def run(tile, split, seed=1, multiprocessors=4):
+        y, error = linear24(hopper, x, values, meta, bias, 1104, tile, seed=seed, multiprocessors=multiprocessors, split=split)
+        assert error == SUCCESS, hopper.emulator_error().decode()
+        return y.view(torch.int16)
+
+    three = [run(1, 3, seed, multiprocessors) for seed, multiprocessors in [(1, 1), (2, 2), (3, 5), (4, 132)]]
+    assert all(torch.equal(y, three[0]) for y in three)
+    assert not torch.equal(three[0], run(1, 1))  # other parts are rounded elsewhere
+    assert torch.equal(run(5, 3), run(5, 1))
+
+
+@pytest.mark.parametrize("m, n, k", [(100, 1022, 4096), (1, 1, 256), (256, 4096, 14336)])
+def test_linear24_sm90a_workspace(hopper, m, n, k):
+    """Parts of fp32, rows padded to 16 bytes; as many as asked for, at most one a k256 block; none of one."""
+    part, ask = m * -(-n // 4) * 16, hopper.emulated_linear24_sm90a_workspace
+    for split in (1, 2, 5, 64, 1000):
+        got = min(split, k // 256, 64)
+        assert ask(m, n, k, 2, split) == (part * got if got > 1 else 0)
+    assert ask(m, n, k, 5, 4) == ask(0, n, k, 1, 4) == ask(m, 0, k, 1, 4) == 0
+    assert ask(m, n, k, 9, 1) == ask(m, n, k, -1, 1) == ask(m, n, k, 1, -1) == ask(-1, n, k, 1, 1) == -1
+
+
 @pytest.mark.parametrize(
-    "m, n, tile",
-    [(130, 512, {4: 3, 5: 2, 8: 2, 9: 1}), (64, 4096, {1: 1}), (65, 1, {2: 3, 3: 1}), (2**31 - 1025, 2**31 - 1025, {132: 3})],
-)
-def test_linear24_sm90a_chooses_a_tile(hopper, m, n, tile):
-    """130 x 512: 4 blocks of 256 x 128 or 8 of 128 x 128, whole clusters. tile: multiprocessors to what fills them."""
-    assert {count: hopper.emulated_linear24_sm90a_tile(m, n, count) for count in tile} == tile
-    if m == 130:
-        check(hopper, m, n, 64, torch.float16, 0)
+    "m, n, k, tile, split, why",
+    [
+        (1024, 4096, 4096, 3, 1, "128 blocks of 256 x 128 are nearly a wave"),
+        (512, 4096, 4096, 2, 1, "64 of those are not, 128 of 128 x 128 are"),
+        (512, 3840, 4096, 2, 1, "a second part does not fit beside 120"),
+        (256, 4096, 4096, 2, 2, "64 blocks, twice"),
+        (128, 4096, 4096, 2, 4, "32 blocks, four times"),
+        (128, 1024, 4096, 2, 8, "k is cut until a part is two k256 blocks"),
+        (128, 1024, 4096 - 256, 2, 7, "15 blocks, so no eighth part"),
+        (128, 1024, 14336, 2, 16, "8 blocks 16 times"),
+        (128, 128, 65536, 2, 64, "so many parts and no more"),
+        (256, 1024, 512, 1, 1, "too short to be cut: the small tile, whose 64 blocks are more"),
+        (256, 2816, 2048, 2, 3, "44 blocks, three times"),
+        (256, 2816, 1536, 2, 2, "a third part would cost more than it saves: 256 x 2816 x 2 x 3 is 2816 k"),
+        (256, 4096, 800, 2, 1, "and so would a second: 256 x 4096 x 1 x 2 is 2621 k"),
+        (64, 1024, 4096, 1, 8, "one token tile of 64"),
+        (1, 1, 1, 1, 1, "nothing to cut"),
+        (2**31 - 1025, 2**31 - 1025, 2**31 - 1025, 3, 1, "no overflow"),
+    ],
+)  # fmt: skip
+def test_linear24_sm90a_chooses(hopper, m, n, k, tile, split, why):
+    """On the 132 multiprocessors of an H200."""
+    plan = hopper.emulated_linear24_sm90a_plan(m, n, k, 0, 0, 132)
+    assert (plan & 0xFFFF, plan >> 16) == (tile, split), why
+    assert hopper.emulated_linear24_sm90a_plan(m, n, k, tile, 0, 132) == plan
+
+
+@pytest.mark.parametrize("multiprocessors, tile", [(4, 3), (5, 2), (9, 2), (10, 1)])
+def test_linear24_sm90a_runs_what_it_chooses(hopper, multiprocessors, tile):
+    """130 x 512: 4 blocks of 256 x 128 or 8 of 128 x 128; up to an eighth of the multiprocessors may idle."""
+    assert hopper.emulated_linear24_sm90a_plan(130, 512, 64, 0, 0, multiprocessors) == tile | 1 << 16
+    hopper.emulator_multiprocessors(multiprocessors)
+    check(hopper, 130, 512, 64, torch.float16, 0, split=0)
+
+
+def test_linear24_sm90a_runs_the_parts_it_chooses(hopper):
+    g = torch.Generator().manual_seed(0)
+    values, meta, dense = sparse_weight(40, 2048, torch.float16, g)
+    x = torch.randn((70, 2048), generator=g).half()
+    y, error = linear24(hopper, x, values, meta, None, 2048, 0, multiprocessors=9, split=0)
+    assert error == SUCCESS, hopper.emulator_error().decode()
+    four, _ = linear24(hopper, x, values, meta, None, 2048, 2, multiprocessors=9, split=4)
+    assert torch.equal(y.view(torch.int16), four.view(torch.int16))
+    want = x.double() @ dense.double().T
+    assert ((y.double() - want).abs() <= bound(x, dense, None, want, 1.0)).all()
 
 
 @pytest.mark.parametrize("tile", [1, 6])
@@ -344,7 +437,7 @@ def test_linear24_sm90a_reaches_past_two_gib(hopper):
     allow(hopper, [w, e], [y])
     hopper.emulator_allow(pointer(memory), ctypes.c_size_t(memory.nbytes), 0)
     code = hopper.emulated_linear24_sm90a(
-        pointer(memory), w.address, e.address, None, y.address, 2, 32, k, ctypes.c_int64(ldx), 1, 0, 1
+        pointer(memory), w.address, e.address, None, y.address, None, 2, 32, k, ctypes.c_int64(ldx), 1, 0, 1, 1
     )
     assert code == SUCCESS, hopper.emulator_error().decode()
     want = x.double() @ dense.double().T
@@ -353,19 +446,20 @@ def test_linear24_sm90a_reaches_past_two_gib(hopper):
 
 
 REFUSED = [dict(m=-1), dict(n=-1), dict(k=-1), dict(ldx=7), dict(ldx=2**62), dict(dtype=0), dict(dtype=3), dict(activation=5),
-           dict(activation=-1), dict(tile=-1), dict(tile=9), dict(k=2**31 - 1, ldx=2**31 - 1)]  # fmt: skip
+           dict(activation=-1), dict(tile=-1), dict(tile=9), dict(split=-1),
+           dict(k=512, ldx=512, split=2), dict(k=512, ldx=512, split=2, workspace=8), dict(k=2**31 - 1, ldx=2**31 - 1)]  # fmt: skip
 UNSUPPORTED = [dict(ldx=12), dict(x=8), dict(values=8), dict(meta=8), dict(ldx=2**39), dict(k=8, tile=6), dict(values=8, tile=7)]
 
 
 @pytest.mark.parametrize("wrong", REFUSED + UNSUPPORTED, ids=str)
 def test_linear24_sm90a_refuses(hopper, wrong):
     """Nothing is launched: no memory is allowed here, so a launch would be a failure of another kind."""
-    a = dict(x=1024, values=1024, meta=1024, m=2, n=8, k=8, ldx=8, dtype=1, activation=0, tile=0)
-    a |= {name: value + 1024 if name in ("x", "values", "meta") else value for name, value in wrong.items()}
+    a = dict(x=1024, values=1024, meta=1024, workspace=0, m=2, n=8, k=8, ldx=8, dtype=1, activation=0, tile=0, split=1)
+    a |= {name: value + 1024 if name in ("x", "values", "meta", "workspace") else value for name, value in wrong.items()}
     hopper.emulator_forget_memory()
     code = hopper.emulated_linear24_sm90a(
-        *(ctypes.c_void_p(a[name]) for name in ("x", "values", "meta")), None, None, a["m"], a["n"], a["k"],
-        ctypes.c_int64(a["ldx"]), a["dtype"], a["activation"], a["tile"],
+        *(ctypes.c_void_p(a[name]) for name in ("x", "values", "meta")), None, None, ctypes.c_void_p(a["workspace"]),
+        a["m"], a["n"], a["k"], ctypes.c_int64(a["ldx"]), a["dtype"], a["activation"], a["tile"], a["split"],
     )  # fmt: skip
     assert code == (NOT_SUPPORTED if wrong in UNSUPPORTED else INVALID_VALUE)
 
@@ -375,8 +469,10 @@ def test_linear24_sm90a_binding():
     assert hasattr(_C, "linear24_sm90a") == ("90a" in _C.cuda_archs())
     if "90a" not in _C.cuda_archs():
         pytest.skip("built without sm_90a")
-    right = dict(x=64, values=64, meta=64, bias=0, y=64, m=1, n=8, k=8, ldx=8, dtype=1, activation=0, tile=0, device=0, stream=0)
-    for name, value in dict(m=-1, k=2**31, x=0, values=0, meta=0, y=0, dtype=0, activation=5, tile=9, device=-1).items():
+    right = dict(x=64, values=64, meta=64, bias=0, y=64, workspace=0, m=1, n=8, k=8, ldx=8, dtype=1, activation=0, tile=0, split=0,
+                 device=0, stream=0)  # fmt: skip
+    wrong = dict(m=-1, k=2**31, x=0, values=0, meta=0, y=0, dtype=0, activation=5, tile=9, split=-1, device=-1)
+    for name, value in wrong.items():
         with pytest.raises(ValueError, match=f"linear24_sm90a: {name} must be"):
             _C.linear24_sm90a(**right | {name: value})
     with pytest.raises(TypeError):
@@ -399,11 +495,16 @@ def instance(name):
     return re.search(r"14linear24_sm90aI(6__half|13__nv_bfloat16)Li(\d+)ELi(\d+)ELb([01])E", name).groups()
 
 
+def products(sass):
+    """Of the machine code, what multiplies: all but the kernels that sum parts."""
+    return {name: code for name, code in sass[1].items() if "12linear24_sumI" not in name}
+
+
 def test_the_machine_code_has_the_tiles_of_the_launcher(sass):
-    """Eight tiles, two dtypes, one kernel each."""
-    found = [(form == "1", (int(n), int(m))) for _, n, m, form in map(instance, sass[1])]
+    """Eight tiles, two dtypes, one kernel each, and two that sum parts."""
+    found = [(form == "1", (int(n), int(m))) for _, n, m, form in map(instance, products(sass))]
     wanted = [(tile in REGISTER_TILES, shape) for tile, shape in TILES.items()] * 2
-    assert sorted(found) == sorted(wanted) and len(sass[2]) == 16
+    assert sorted(found) == sorted(wanted) and len(sass[2]) == 18
 
 
 def test_ptxas_has_nothing_to_say(sass):
@@ -416,7 +517,7 @@ def test_ptxas_has_nothing_to_say(sass):
 
 def test_products_are_sparse_and_one_group_stays_in_flight(sass):
     """A step: its products back to back, the wait that leaves one group, the release, the loads."""
-    for name, code in sass[1].items():
+    for name, code in products(sass).items():
         dtype, n, m, form = instance(name)
         pieces, halves = (2 if n == "256" else 1), (2 if (n, m) == ("192", "256") else 1)
         product = rf"HGMMA\.SP\.64x{int(m) // halves}x32\.F32{'.BF16' if 'bfloat' in dtype else ''} "
@@ -435,7 +536,7 @@ def test_products_are_sparse_and_one_group_stays_in_flight(sass):
 
 
 def test_loads_are_wide_and_by_tma(sass):
-    for name, code in sass[1].items():
+    for name, code in products(sass).items():
         _, n, _, form = instance(name)
         pieces, starts = (2 if n == "256" else 1), (2 if n == "128" else 1)  # 128: also ahead of a tile's way out
         loads = re.findall(r"UTMALDG\S*", code)
@@ -449,7 +550,7 @@ def test_loads_are_wide_and_by_tma(sass):
 
 def test_registers_fit_the_pool(sass):
     """What a block starts with, and what its consumers take of it: the numbers of Tile in linear24_sm90a.cu."""
-    for name, code in sass[1].items():
+    for name, code in products(sass).items():
         groups = 3 if instance(name)[1] == "192" else 2
         started = int(re.search(r"REG:(\d+)", sass[2][name])[1])
         assert started * (groups + 1) * 128 <= 65536, name

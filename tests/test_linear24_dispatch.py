@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from sparsekit import _C, ops
-from sparsekit.format import to_fragments
+from sparsekit.format import from_fragments, to_fragments
 from sparsekit.ops import linear as product
 from sparsekit.ops.registry import DTYPE_CODE
 from sparsekit.tune import EXPAND, Choice
@@ -22,7 +22,7 @@ def names(function: str) -> list[str]:
 
 
 class Recorder:
-    """Stands in for the extension. workspace: what the decode kernel asks for; takes: whether TMA takes x."""
+    """Stands in for the extension. workspace: what a kernel asks for; takes: whether TMA takes x."""
 
     def __init__(self, workspace: int = 0, takes: bool = True):
         self.workspace, self.takes, self.calls = workspace, takes, []
@@ -31,7 +31,7 @@ class Recorder:
         def call(*args):
             given = dict(zip(names(name), args, strict=True))
             self.calls.append((name, given))
-            return {"linear24_decode_workspace": self.workspace, "linear24_sm90a": self.takes}.get(name)
+            return self.takes if name == "linear24_sm90a" else self.workspace if name.endswith("_workspace") else None
 
         return call
 
@@ -55,11 +55,11 @@ def problem(m: int, dtype: torch.dtype = torch.bfloat16, n: int = 20, k: int = 7
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(
-    "choice", [Choice(product.DECODE, 32, 4), Choice(product.HOPPER, 3), Choice(product.MMA_SP, 2)], ids=lambda c: c.kernel
+    "choice", [Choice(product.DECODE, 32, 4), Choice(product.HOPPER, 3, 2), Choice(product.MMA_SP, 2)], ids=lambda c: c.kernel
 )
 def test_every_argument_is_in_its_place(choice, dtype, record):
     x, f, bias = problem(3, dtype)
-    recorder = record(workspace=4096 if choice.kernel == product.DECODE else 0)
+    recorder = record(workspace=4096)
     y = product.run_on_gpu(choice, x, f, bias, "silu")
     assert y.shape == (3, 20) and y.dtype == dtype
     name, given = recorder.calls[-1]
@@ -67,16 +67,17 @@ def test_every_argument_is_in_its_place(choice, dtype, record):
     want = {"x": x.data_ptr(), "values": f.values.data_ptr(), "meta": f.meta.data_ptr(), "bias": bias.data_ptr(), "y": y.data_ptr()}
     want |= {"m": 3, "n": 20, "k": 70, "ldx": 80, "dtype": DTYPE_CODE[dtype], "activation": 4, "tile": choice.tile, "stream": 77}
     assert {key: given[key] for key in want} == want and given["device"] == x.device.index
-    if choice.kernel == product.DECODE:
-        assert given["split"] == 4 and given["workspace"] != 0
-        asked = recorder.calls[0]
-        assert asked == ("linear24_decode_workspace", {"m": 3, "n": 20, "k": 70, "tile": 32, "split": 4, "device": x.device.index})
+    if choice.kernel != product.MMA_SP:
+        assert given["split"] == choice.split and given["workspace"] != 0
+        asked = {"m": 3, "n": 20, "k": 70, "tile": choice.tile, "split": choice.split, "device": x.device.index}
+        assert recorder.calls[0] == (f"{choice.kernel.removesuffix('_sm80')}_workspace", asked)
 
 
-def test_what_is_not_there_is_a_null(record):
+@pytest.mark.parametrize("kernel", [product.DECODE, product.HOPPER])
+def test_what_is_not_there_is_a_null(kernel, record):
     x, f, _ = problem(3)
     recorder = record()
-    product.run_on_gpu(Choice(product.DECODE), x, f, None, None)
+    product.run_on_gpu(Choice(kernel), x, f, None, None)
     _, given = recorder.calls[-1]
     assert (given["bias"], given["workspace"], given["activation"], given["tile"], given["split"]) == (0, 0, 0, 0, 0)
 
@@ -98,11 +99,16 @@ def test_a_kernel_that_cannot_is_replaced(choice, m, takes, called, record):
     assert (name, given["tile"]) == called
 
 
-def test_expanding_calls_no_kernel_of_the_product(record):
+@pytest.mark.parametrize("canonical", [False, True], ids=["fragments", "canonical"])
+def test_expanding_calls_no_kernel_of_the_product(canonical, record, monkeypatch):
+    """Neither order is brought into the other first: one pass over the weight."""
     x, f, bias = problem(3)
     want = ops.linear24(x, f, bias, "relu")
+    given = from_fragments(f) if canonical else f
     recorder = record()
-    assert torch.allclose(product.run_on_gpu(Choice(EXPAND), x, f, bias, "relu").float(), want.float(), rtol=2e-2, atol=2e-2)
+    for turn in ("from_fragments", "to_fragments"):
+        monkeypatch.setattr(product, turn, lambda *_: pytest.fail("turned"))
+    assert torch.allclose(product.run_on_gpu(Choice(EXPAND), x, given, bias, "relu").float(), want.float(), rtol=2e-2, atol=2e-2)
     assert recorder.calls == []
 
 
@@ -131,6 +137,14 @@ def test_kernels_by_capability(capability, kernels, monkeypatch):
             cached.cache_clear()
 
 
+def test_parts_are_measured_where_tiles_are_few():
+    tried = {m: product.variants(product.HOPPER, m) for m in (1, product.HOPPER_SPLIT_TOKENS, product.HOPPER_SPLIT_TOKENS + 1)}
+    *few, many = tried.values()
+    assert many == [(tile, 0) for tile in product.HOPPER_TILES]  # the launcher's own choice of parts
+    assert few[0] == few[1] and set(many) < set(few[0]) and len(set(few[0])) == len(few[0])
+    assert {split for tile, split in few[0] if tile == 2} == {0, *product.HOPPER_SPLITS}
+
+
 @pytest.mark.gpu
 def test_variants_are_what_the_launchers_offer():
     for m in (1, 16, 17, 32, 33, 64):
@@ -139,3 +153,6 @@ def test_variants_are_what_the_launchers_offer():
         for tile, split in offered:
             assert _C.linear24_decode_workspace(m, 4096, 4096, tile, split, 0) >= 0
     assert product.variants(product.DECODE, 65) == []
+    for m in (1, 256, 257) if product.HOPPER in product.gpu_kernels(0) else ():
+        for tile, split in product.variants(product.HOPPER, m):
+            assert _C.linear24_sm90a_workspace(m, 1024, 4096, tile, split, 0) >= 0

@@ -14,7 +14,7 @@ NAMES = {
         "linear24_sm90a<bfloat16, 192, 256, false>"
     ),
     "_ZN9sparsekit49_GLOBAL__N__5d_16_linear24_sm80_cu_1a13linear24_sm80I6__halfLi32ELi8ELi5EEEvN": "linear24_sm80<half, 32, 8, 5>",
-    "_ZN9sparsekit12_GLOBAL__N_119linear24_decode_sumI6__halfEEvNS0_6DecodeIT_EEi": "linear24_decode_sum<half>",
+    "_ZN9sparsekit12_GLOBAL__N_112linear24_sumI6__halfEEvNS0_3SumIT_EE": "linear24_sum<half>",
 }
 
 
@@ -40,14 +40,14 @@ def test_blocks(arch, threads, registers, static, dynamic, blocks, monkeypatch):
     code = "LDL.64 R0\n STL R1\n LDG.E.NA.128 R4\n LDGSTS.E.BYPASS.128 R1\n LDG.E.64 R2\n HMMA.SP.16832.F32 R0\n UTMALDG.2D"
     usage = f"REG:{registers} STACK:8 SHARED:{static} LOCAL:16 CONSTANT[0]:1"
     compiled = Compiled("", {name: code}, {name: usage})
-    (row,) = resources.resources(arch, compiled, [Launch("linear24_decode_sum<half>", 3, threads, dynamic)])
+    (row,) = resources.resources(arch, compiled, [Launch("linear24_sum<half>", 3, threads, dynamic)])
     assert (row["blocks_by_registers"], row["blocks_by_shared"], row["blocks_by_threads"]) == blocks
     assert row["blocks"] == min(blocks)
-    want = dict(architecture=f"sm_{arch}", kernel="linear24_decode_sum<half>", tile=3, threads=threads, registers=registers)
+    want = dict(architecture=f"sm_{arch}", kernel="linear24_sum<half>", tile=3, threads=threads, registers=registers)
     want |= dict(shared_static=static, shared_dynamic=dynamic, stack=8, local=16, spills=2, product="HMMA.SP", products=1)
     want |= dict(loads_128=2, loads_tma=1, nvcc="1.2.3")
     assert {key: row[key] for key in want} == want
-    with pytest.raises(RuntimeError, match="none launches linear24_decode_sum<half>"):
+    with pytest.raises(RuntimeError, match="none launches linear24_sum<half>"):
         resources.resources(arch, compiled, [])
 
 

@@ -14,8 +14,8 @@
 // have the same columns, hence the one barrier a stage. Metadata go straight to registers, one chunk ahead.
 // Tokens past m are not staged: their lanes of B repeat the last token, and columns of B do not mix.
 //
-// Sums of the warps_k warps are added through shared memory, those of the `split` blocks by a second kernel from fp32
-// parts in the workspace, both in a fixed order: no atomics, no state between calls, the same bits every time.
+// Sums of the warps_k warps are added through shared memory, those of the `split` blocks as split.cuh has it, both in a
+// fixed order: the same bits every time.
 //
 // Floor: packed bytes, 9/8 n k, over copy bandwidth. On the way to it:
 //   In flight. Three stages of 16 KiB of values a block, and x beside them. Two blocks on an SM of sm_90 are 96 KiB,
@@ -31,6 +31,7 @@
 #include "../launch.h"
 #include "epilogue.cuh"
 #include "ptx.cuh"
+#include "split.cuh"
 #include "tiles.cuh"
 #include <climits>
 
@@ -41,7 +42,6 @@ constexpr int kStages = 4;
 constexpr int kBlockBytes = 1024; // values of 16 rows x 64 columns
 constexpr int kHalfBytes = 512;   // one mma.sp: 16 bytes a lane
 constexpr int kMetaBytes = 512;   // metadata of 16 rows x 256 columns
-constexpr int kSumThreads = 128;
 
 template <typename T> struct Decode {
     const T *x;         // [m, k], row stride ldx elements
@@ -220,7 +220,6 @@ __global__ void __launch_bounds__(Shape<TOKENS>::threads, 2) linear24_decode_sm8
             }
     __syncthreads();
     const int log_fours = (TOKENS <= 16 ? 5 : 6) - p.log_warps_k; // rows / 4
-    const int padded_n = ceil_div(p.n, 4) * 4;
     for (int i = threadIdx.x; i < tokens << log_fours; i += S::threads) {
         const int token = i >> log_fours, feature = (i & ((1 << log_fours) - 1)) * 4;
         float total[4] = {};
@@ -233,28 +232,7 @@ __global__ void __launch_bounds__(Shape<TOKENS>::threads, 2) linear24_decode_sm8
         if (p.parts == nullptr)
             store_four(p.y + row * p.n, p.bias, total, n0 + feature, p.n, p.activation, p.y_aligned);
         else if (n0 + feature < p.n)
-            __stcs(reinterpret_cast<float4 *>(p.parts + (blockIdx.y * static_cast<int64_t>(p.m) + row) * padded_n + n0 +
-                                              feature),
-                   make_float4(total[0], total[1], total[2], total[3]));
-    }
-}
-
-// The second stage: y = act(sum of the parts + bias). A thread owns four features of every gridDim.y-th token.
-template <typename T>
-__global__ void __launch_bounds__(kSumThreads, 8) linear24_decode_sum(const __grid_constant__ Decode<T> p, int split) {
-    const int column = static_cast<int>(blockIdx.x * kSumThreads + threadIdx.x) * 4, padded_n = ceil_div(p.n, 4) * 4;
-    if (column >= p.n)
-        return;
-#pragma unroll 1
-    for (int token = blockIdx.y; token < p.m; token += gridDim.y) {
-        float total[4] = {};
-#pragma unroll 8
-        for (int part = 0; part < split; ++part) {
-            const float4 v = __ldg(reinterpret_cast<const float4 *>(
-                p.parts + (part * static_cast<int64_t>(p.m) + token) * padded_n + column));
-            total[0] += v.x, total[1] += v.y, total[2] += v.z, total[3] += v.w;
-        }
-        store_four(p.y + static_cast<int64_t>(token) * p.n, p.bias, total, column, p.n, p.activation, p.y_aligned);
+            store_part(p.parts, blockIdx.y, p.m, p.n, row, n0 + feature, total);
     }
 }
 
@@ -268,14 +246,9 @@ template <int TOKENS> Plan plan_for(int m, int n, int k, int tile, int split) {
     constexpr int least = 16 * S::row_tiles, most = least * S::warps;
     const int chunks = max(1, ceil_div(k, 256));
     Plan plan;
-    int device = 0, multiprocessors = 1;
-    if (tile == 0 || split == 0) {
-        if (cudaGetDevice(&device) != cudaSuccess ||
-            cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device) != cudaSuccess) {
-            cudaGetLastError();
-            return plan;
-        }
-    }
+    int multiprocessors = 1;
+    if ((tile == 0 || split == 0) && count_multiprocessors(&multiprocessors) != cudaSuccess)
+        return plan;
     // Defaults, not yet measured: rows for at most 0.44 bytes of x from L2 a byte of w, more while two blocks an SM are
     // left; then k is split until three quarters of the SMs have a block and while every warp keeps a chunk.
     auto row_blocks = [&](int rows) { return static_cast<int64_t>(ceil_div(n, rows)) * ceil_div(m, TOKENS); };
@@ -333,16 +306,14 @@ template <typename T, int TOKENS> cudaError_t launch_plan(Decode<T> p, Plan plan
                       max(kStages * p.stage_bytes, sums_bytes), stream, p);
     if (error != cudaSuccess || plan.split == 1)
         return error;
-    return launch_kernel(linear24_decode_sum<T>, dim3(ceil_div(p.n, 4 * kSumThreads), min(p.m, 65535)), kSumThreads, 0,
-                         stream, p, plan.split);
+    return launch_sum(p, plan.split, stream);
 }
 
 } // namespace
 
 int64_t linear24_decode_workspace(int m, int n, int k, int tile, int split) {
-    return with_plan<int64_t>(m, n, k, tile, split, -1, 0, [&](auto, Plan plan) {
-        return plan.split == 1 ? 0 : int64_t(plan.split) * m * (ceil_div(n, 4) * int64_t(16));
-    });
+    return with_plan<int64_t>(m, n, k, tile, split, -1, 0,
+                              [&](auto, Plan plan) { return parts_bytes(m, n, plan.split); });
 }
 
 cudaError_t launch_linear24_decode_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y,

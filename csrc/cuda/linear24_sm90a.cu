@@ -6,8 +6,9 @@
 // warpgroup loads x, half a token tile a block, by TMA into both (64 columns a stage, 128-byte swizzle, a ring of
 // stages with a full and an empty mbarrier each); the other warpgroups multiply, 64 features x TILE_M tokens, or two
 // such pieces, each. Blocks are persistent: while the consumers write a tile out, the producer fills the ring for the
-// next, and where registers suffice the first of w for the next are on their way too. The same inputs give the same
-// bits: nothing is split over k, and nothing is added by atomics.
+// next, and where registers suffice the first of w for the next are on their way too. Where tiles are too few for the
+// multiprocessors, other clusters take other parts of k (split.cuh); the order of every sum is fixed, so the same
+// inputs give the same bits.
 //   Register form: w's fragments and metadata go straight from global memory to registers, into a ring of four steps of
 //     64 columns. Warp w of a warpgroup takes row tile 4 t + w.
 //   Shared form: w's values come by TMA beside x (canonical order, 64-byte swizzle), metadata as above. It is there to
@@ -31,10 +32,16 @@
 // the sparse peak is at most
 //   register form   256 x 128: 80 %, L2 67 %   128 x 256: 67 %, L2 69 %   192 x 192: 75 %, L2 76 %
 //   shared form     256 x 128: 55 %, L2 67 %   128 x 256: 56 %, L2 69 %   192 x 256: 60 %, L2 88 %
+// Parts of k, for m = 65 .. 256 and narrow w. A block has three steps of w in flight, 27 KiB, so at 0.8 us from memory
+// it reads 34 bytes/ns: 4.2 ns a column for 128 features. At n = 1024, k = 4096, m = 128 that is 17 us on 8 of 132 SMs,
+// where the bytes' floor is 1.2 us; 8 parts take 2.2 us, and their sums, 8 m n bytes a part written and read in L2 at
+// some 5 TB/s, 1.7 us. A part more than s saves 4.2 k / (s (s + 1)) ns and costs m n / 625: worth it while
+// m n s (s + 1) < 2600 k.
 // These are predictions. Not yet run on hardware; tests/test_cuda_hopper.py runs this source on the CPU.
 #include "../launch.h"
 #include "epilogue.cuh"
 #include "ptx.cuh"
+#include "split.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
 #include <climits>
@@ -45,6 +52,11 @@ namespace {
 constexpr int kCluster = 2; // blocks along the features
 constexpr int kSliceK = 64; // columns a step: a 128-byte row of x, one metadata word a lane
 constexpr int kRasterM = 8; // token tiles that share a pass over w, for L2
+constexpr int kMostParts = 64;
+constexpr int kLeastChunks = 2;   // of 256 columns a part, where the kernel chooses how many
+constexpr int kPartsWorth = 2600; // see the head
+// Three warpgroups leave a thread no registers to know of parts.
+__host__ __device__ constexpr bool splits(int features) { return features != 192; }
 constexpr int kChunkM = 32; // tokens that a warpgroup passes through shared memory at a time on the way out
 
 template <typename T> struct Linear24 {
@@ -54,7 +66,8 @@ template <typename T> struct Linear24 {
     const uint2 *meta;      // [row tile][k256 block][32 lanes][4], a word a k64 block
     const T *bias;          // [n] or null
     T *y;                   // [m, n]
-    int m, n, k;
+    float *parts;           // [split][m][n rounded up to 4], or null where nothing is split
+    int m, n, k, split;
     int activation;
     bool y_aligned; // every row starts at a multiple of 8 bytes and n is a multiple of 4
 };
@@ -109,21 +122,26 @@ template <int STAGES> struct Position {
     }
 };
 
-// A cluster's tiles are units blockIdx.x / kCluster, then + gridDim.x / kCluster, to the end. They walk the token tiles
-// of a raster group first: neighbours read the same rows of w.
+// A cluster's tiles are units blockIdx.x / kCluster, then + gridDim.x / kCluster, to the end: the first part of k of
+// all tiles, then the next. They walk the token tiles of a raster group first: neighbours read the same rows of w.
 template <int TILE_N, int TILE_M, typename T> __device__ __forceinline__ int units(const Linear24<T> &p) {
-    return ceil_div(p.n, kCluster * TILE_N) * ceil_div(p.m, TILE_M);
+    return ceil_div(p.n, kCluster * TILE_N) * ceil_div(p.m, TILE_M) * p.split;
 }
 
 struct Place {
-    int m0, n0; // the block's first token and feature
+    int m0, n0;            // the block's first token and feature
+    int part, first, last; // of k: which part, and its blocks of 256 columns
 };
 template <int TILE_N, int TILE_M, typename T>
 __device__ __forceinline__ Place place(const Linear24<T> &p, int unit, int rank) {
-    const int pairs = ceil_div(p.n, kCluster * TILE_N), tiles_m = ceil_div(p.m, TILE_M);
-    const int group = unit / (kRasterM * pairs), in_group = unit % (kRasterM * pairs);
+    const int pairs = ceil_div(p.n, kCluster * TILE_N), tiles_m = ceil_div(p.m, TILE_M), blocks = ceil_div(p.k, 256);
+    int part = 0, tile = unit;
+    if constexpr (splits(TILE_N))
+        part = unit / (pairs * tiles_m), tile = unit % (pairs * tiles_m);
+    const int group = tile / (kRasterM * pairs), in_group = tile % (kRasterM * pairs);
     const int group_m = min(kRasterM, tiles_m - group * kRasterM);
-    return {(group * kRasterM + in_group % group_m) * TILE_M, (in_group / group_m * kCluster + rank) * TILE_N};
+    return {(group * kRasterM + in_group % group_m) * TILE_M, (in_group / group_m * kCluster + rank) * TILE_N, part,
+            splits(TILE_N) ? blocks * part / p.split : 0, splits(TILE_N) ? blocks * (part + 1) / p.split : blocks};
 }
 
 template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
@@ -155,7 +173,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
             for (; unit < units<TILE_N, TILE_M>(p); unit += stride) {
                 const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
 #pragma unroll 1
-                for (int step = 0; step < blocks_k256 * 4; ++step, at.advance()) {
+                for (int step = tile.first * 4; step < tile.last * 4; ++step, at.advance()) {
                     char *stage = shared + at.stage * S::stage_bytes;
                     ptx::mbarrier_wait(empty + at.stage, at.parity ^ 1);
                     ptx::mbarrier_arrive_expect(full + at.stage, S::stage_bytes);
@@ -176,7 +194,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
         uint32_t a[S::ring][S::mmas][2][4], metadata[S::mmas][4];
         const uint4 *values[S::mmas];
         const uint2 *meta[S::mmas];
-        int left; // k64 blocks from here to the end
+        int left; // k64 blocks from here to the end of the part
         auto load_values = [&](uint32_t (&slot)[S::mmas][2][4], int ahead) {
 #pragma unroll
             for (int i = 0; i < S::mmas; ++i)
@@ -199,14 +217,15 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
             }
         };
         auto start = [&](int unit) { // the first loads of a tile
-            const int row_tile = place<TILE_N, TILE_M>(p, unit, rank).n0 / 16 + group * S::mmas * 4 + warp % 4;
+            const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
+            const int row_tile = tile.n0 / 16 + group * S::mmas * 4 + warp % 4;
 #pragma unroll
             for (int i = 0; i < S::mmas; ++i) {
                 const int64_t row = min(row_tile + i * 4, row_tiles - 1);
-                values[i] = p.values + row * blocks_k * 64 + lane;
-                meta[i] = p.meta + row * blocks_k256 * 64 + lane * 2;
+                values[i] = p.values + (row * blocks_k + tile.first * 4) * 64 + lane;
+                meta[i] = p.meta + (row * blocks_k256 + tile.first) * 64 + lane * 2;
             }
-            left = blocks_k;
+            left = min(blocks_k, tile.last * 4) - tile.first * 4;
             load_metadata(0, 0);
             if constexpr (REGISTER_FORM)
 #pragma unroll
@@ -226,8 +245,13 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                 for (int e = 0; e < TILE_M / 2; ++e)
                     sums[i][e / (S::tokens / 2)][e % (S::tokens / 2)] = 0.0f;
             int former = 0;
+            int rounds = blocks_k256;
+            if constexpr (splits(TILE_N)) {
+                const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
+                rounds = tile.last - tile.first;
+            }
 #pragma unroll 1
-            for (int block = 0; block < blocks_k256; ++block) {
+            for (int block = 0; block < rounds; ++block) {
 #pragma unroll
                 for (int step = 0; step < 4; ++step) {
                     const uint32_t stage = ptx::shared_address(shared) + at.stage * S::stage_bytes;
@@ -267,7 +291,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                 left -= 4;
             }
             ptx::wgmma_wait<0>();
-            if (blocks_k256 > 0 && lane < kCluster)
+            if (rounds > 0 && lane < kCluster)
                 ptx::mbarrier_arrive_cluster(release + former * 8);
             if (S::early && unit + stride < units<TILE_N, TILE_M>(p))
                 start(unit + stride); // while this tile is written out
@@ -300,6 +324,13 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
 #pragma unroll
                     for (int r = 0; r < S::rows; ++r)
                         memcpy(total[r], staging + (i / 16 + r * 8) * S::sums_row + feature, sizeof total[r]);
+                    if (splits(TILE_N) && p.parts != nullptr) {
+#pragma unroll
+                        for (int r = 0; r < S::rows; ++r)
+                            if (token + r * 8 < p.m && column < p.n)
+                                store_part(p.parts, tile.part, p.m, p.n, token + r * 8, column, total[r]);
+                        continue;
+                    }
                     T *y = p.y + static_cast<int64_t>(token) * p.n;
                     if constexpr (S::rows == 1) {
                         store_four(y, p.bias, total[0], column, p.n, p.activation, p.y_aligned);
@@ -367,7 +398,7 @@ cudaError_t launch_tile(Linear24<T> &p, const Source &from, cudaStream_t stream)
     const auto kernel = linear24_sm90a<T, TILE_N, TILE_M, REGISTER_FORM>;
     constexpr auto type =
         std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const int64_t units = static_cast<int64_t>(ceil_div(p.n, kCluster * TILE_N)) * ceil_div(p.m, TILE_M);
+    const int64_t units = static_cast<int64_t>(ceil_div(p.n, kCluster * TILE_N)) * ceil_div(p.m, TILE_M) * p.split;
     if (units > INT_MAX / 2)
         return cudaErrorInvalidValue;
     cudaError_t error = cudaSuccess;
@@ -380,59 +411,81 @@ cudaError_t launch_tile(Linear24<T> &p, const Source &from, cudaStream_t stream)
     if (error != cudaSuccess)
         return error;
     const int64_t clusters = min(units, int64_t(max(from.multiprocessors / kCluster, 1)));
-    return launch_clusters(kernel, dim3(static_cast<unsigned>(clusters * kCluster)), kCluster, S::threads,
-                           S::shared_bytes, stream, p);
+    error = launch_clusters(kernel, dim3(static_cast<unsigned>(clusters * kCluster)), kCluster, S::threads,
+                            S::shared_bytes, stream, p);
+    return error != cudaSuccess || p.split == 1 ? error : launch_sum(p, p.split, stream);
 }
 
 // Tile 1, 2, .. of the launcher.
-template <typename T> using Launch = cudaError_t (*)(Linear24<T> &, const Source &, cudaStream_t);
+template <typename T> struct Choice {
+    int features, tokens;
+    cudaError_t (*launch)(Linear24<T> &, const Source &, cudaStream_t);
+};
+template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
+constexpr Choice<T> kChoice = {TILE_N, TILE_M, launch_tile<T, TILE_N, TILE_M, REGISTER_FORM>};
 template <typename T>
-constexpr Launch<T> kTiles[] = {launch_tile<T, 128, 64, true>,   launch_tile<T, 128, 128, true>,
-                                launch_tile<T, 256, 128, true>,  launch_tile<T, 128, 256, true>,
-                                launch_tile<T, 192, 192, true>,  launch_tile<T, 256, 128, false>,
-                                launch_tile<T, 128, 256, false>, launch_tile<T, 192, 256, false>};
-constexpr int kLastTile = sizeof kTiles<__half> / sizeof(Launch<__half>);
+constexpr Choice<T> kTiles[] = {kChoice<T, 128, 64, true>,   kChoice<T, 128, 128, true>, kChoice<T, 256, 128, true>,
+                                kChoice<T, 128, 256, true>,  kChoice<T, 192, 192, true>, kChoice<T, 256, 128, false>,
+                                kChoice<T, 128, 256, false>, kChoice<T, 192, 256, false>};
+constexpr int kLastTile = sizeof kTiles<__half> / sizeof(Choice<__half>);
+
+bool in_range(int m, int n, int k, int tile, int split) {
+    constexpr int limit = INT_MAX - 1024; // tiles may reach past an end without overflow
+    return m >= 0 && n >= 0 && k >= 0 && m <= limit && n <= limit && k <= limit && tile >= 0 && tile <= kLastTile &&
+           split >= 0;
+}
 
 } // namespace
 
-int linear24_sm90a_tile(int m, int n, int multiprocessors) {
-    const auto fills = [&](int tile_n, int tile_m) {
-        const int64_t blocks = int64_t(ceil_div(n, kCluster * tile_n)) * kCluster * ceil_div(m, tile_m);
-        return m > 64 && blocks >= multiprocessors;
+Linear24Plan linear24_sm90a_plan(int m, int n, int k, int tile, int split, int multiprocessors) {
+    const auto blocks = [&](int tile) {
+        const auto &size = kTiles<__half>[tile - 1];
+        return int64_t(ceil_div(n, kCluster * size.features)) * kCluster * ceil_div(m, size.tokens);
     };
-    return fills(256, 128) ? 3 : fills(128, 128) ? 2 : 1;
+    const int chunks = max(1, ceil_div(k, 256)), most = multiprocessors, nearly = most - most / 8;
+    if (tile == 0)
+        tile = m <= 64 ? 1 : blocks(3) >= nearly ? 3 : blocks(2) >= nearly || chunks >= 2 * kLeastChunks ? 2 : 1;
+    if (!splits(kTiles<__half>[tile - 1].features))
+        split = 1;
+    if (split == 0)
+        for (split = 1; blocks(tile) * (split + 1) <= most && chunks >= (split + 1) * kLeastChunks &&
+                        int64_t(m) * n * split * (split + 1) < int64_t(kPartsWorth) * k;)
+            ++split;
+    return {tile, min(split, min(chunks, kMostParts))};
 }
 
-cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
-                                  int n, int k, int64_t ldx, int dtype, int activation, int tile, cudaStream_t stream) {
-    constexpr int limit = INT_MAX - 1024; // tiles may reach past an end without overflow
-    if (m < 0 || n < 0 || k < 0 || m > limit || n > limit || k > limit || ldx < k || ldx > INT64_MAX / 2 ||
-        activation < kNone || activation > kSilu || tile < 0 || tile > kLastTile)
-        return cudaErrorInvalidValue;
-    if (dtype != kFloat16 && dtype != kBFloat16)
+int64_t linear24_sm90a_workspace(int m, int n, int k, int tile, int split) {
+    int multiprocessors;
+    if (!in_range(m, n, k, tile, split) || count_multiprocessors(&multiprocessors) != cudaSuccess)
+        return -1;
+    return m == 0 || n == 0 ? 0 : parts_bytes(m, n, linear24_sm90a_plan(m, n, k, tile, split, multiprocessors).split);
+}
+
+cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y,
+                                  void *workspace, int m, int n, int k, int64_t ldx, int dtype, int activation,
+                                  int tile, int split, cudaStream_t stream) {
+    if (!in_range(m, n, k, tile, split) || ldx < k || ldx > INT64_MAX / 2 || activation < kNone || activation > kSilu ||
+        (dtype != kFloat16 && dtype != kBFloat16))
         return cudaErrorInvalidValue;
     if (m == 0 || n == 0)
         return cudaSuccess;
     if (!is_multiple(values, 0, 16) || !is_multiple(meta, 0, 16))
         return cudaErrorNotSupported;
-    int device, multiprocessors;
-    cudaError_t error = cudaGetDevice(&device);
-    if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-    if (error != cudaSuccess) {
-        cudaGetLastError(); // as above
+    int multiprocessors;
+    if (const cudaError_t error = count_multiprocessors(&multiprocessors); error != cudaSuccess)
         return error;
-    }
-    if (tile == 0)
-        tile = linear24_sm90a_tile(m, n, multiprocessors);
+    const Linear24Plan plan = linear24_sm90a_plan(m, n, k, tile, split, multiprocessors);
+    if (plan.split > 1 && (workspace == nullptr || !is_multiple(workspace, 0, 16)))
+        return cudaErrorInvalidValue;
     auto run = [&](auto zero) {
         using T = decltype(zero);
         Linear24<T> p = {};
         p.values = static_cast<const uint4 *>(values), p.meta = static_cast<const uint2 *>(meta);
         p.bias = static_cast<const T *>(bias), p.y = static_cast<T *>(y);
-        p.m = m, p.n = n, p.k = k, p.activation = activation;
+        p.parts = plan.split > 1 ? static_cast<float *>(workspace) : nullptr;
+        p.m = m, p.n = n, p.k = k, p.split = plan.split, p.activation = activation;
         p.y_aligned = is_multiple(y, int64_t(n) * 2, 8);
-        return kTiles<T>[tile - 1](p, {x, values, ldx, multiprocessors}, stream);
+        return kTiles<T>[plan.tile - 1].launch(p, {x, values, ldx, multiprocessors}, stream);
     };
     return dtype == kFloat16 ? run(__half()) : run(__nv_bfloat16());
 }

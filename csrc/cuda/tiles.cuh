@@ -17,6 +17,17 @@ inline bool is_multiple(const void *pointer, int64_t row_bytes, int of) {
     return reinterpret_cast<uintptr_t>(pointer) % of == 0 && row_bytes % of == 0;
 }
 
+// Of the current device.
+inline cudaError_t count_multiprocessors(int *count) {
+    int device;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess)
+        error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+    if (error != cudaSuccess)
+        cudaGetLastError(); // reported here, so not to be found by the next launch
+    return error;
+}
+
 // Blocks in clusters of `cluster` along x; above 1, for sm_90 and later.
 template <typename... P>
 cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, int shared_bytes,

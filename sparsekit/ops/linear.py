@@ -21,6 +21,8 @@ DECODE_TOKENS = 64  # the most that the decode kernel takes
 # What csrc/launch.h offers of tiles and splits. The decode kernel's tiles are rows of the weight, by the most tokens they are for.
 DECODE_TILES, DECODE_SPLITS = {16: (16, 32, 64, 128), 32: (32, 64, 128, 256), 64: (64, 128, 256)}, (1, 2, 4, 8)
 HOPPER_TILES, MMA_SP_TILES = range(1, 6), range(1, 5)
+# Up to so many tokens the first tiles can leave multiprocessors idle, so that parts of k are worth measuring.
+HOPPER_SPLIT_TOKENS, HOPPER_SPLIT_TILES, HOPPER_SPLITS = 256, range(1, 4), (1, 2, 4, 8, 16)
 _DTYPE_NAME = {dtype: str(dtype).removeprefix("torch.") for dtype in LINEAR_DTYPES}  # in the rows of tune.py
 _ACTIVATION_CODE = {None: 0, "relu": 1, "gelu": 2, "gelu_tanh": 3, "silu": 4}  # csrc/launch.h
 
@@ -81,12 +83,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx, grad: Tensor):
         x, values, meta = ctx.saved_tensors
         held = ctx.kind(values, meta, ctx.shape)
-        s = from_fragments(held) if ctx.kind is Fragments24 else held
         of_x = of_values = of_bias = None
         if ctx.needs_input_grad[0]:
-            of_x = grad @ torch.ops.sparsekit.expand24.default(s.values, s.meta, s.shape[1]).to(grad.dtype)
+            of_x = grad @ _dense(held).to(grad.dtype)
         rows = grad.reshape(-1, grad.shape[-1])
         if ctx.needs_input_grad[1]:
+            s = from_fragments(held) if ctx.kind is Fragments24 else held
             of_values = reference.take24(rows.T @ x.reshape(-1, x.shape[-1]), s.meta).to(values.dtype)
             if ctx.kind is Fragments24:
                 of_values = to_fragments(s._replace(values=of_values)).values
@@ -117,10 +119,15 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _expanded(x: Tensor, s: Sparse24, bias: Tensor | None, activation: str | None) -> Tensor:
+def _dense(s: Sparse24 | Fragments24) -> Tensor:
+    if isinstance(s, Fragments24):
+        return torch.ops.sparsekit.expand_fragments.default(s.values, s.meta, *s.shape)
+    return torch.ops.sparsekit.expand24.default(s.values, s.meta, s.shape[1])
+
+
+def _expanded(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
     """The weight written out dense, and the library's product."""
-    dense = torch.ops.sparsekit.expand24.default(s.values, s.meta, s.shape[1])
-    return reference.ACTIVATIONS[activation](F.linear(x, dense.to(x.dtype), bias))
+    return reference.ACTIVATIONS[activation](F.linear(x, _dense(s).to(x.dtype), bias))
 
 
 # ---- on the CPU ----
@@ -195,7 +202,7 @@ def _linear24_cuda(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor
     s = Sparse24(values, meta, (values.shape[0], k))
     if not _has_kernel(x, values):
         return _expanded(x, s, bias, activation)
-    return run_on_gpu(chosen_on_gpu(x, values.dtype, *s.shape), x, to_fragments(s), bias, activation)
+    return run_on_gpu(chosen_on_gpu(x, values.dtype, *s.shape), x, s, bias, activation)
 
 
 def _linear24_fragments_cuda(
@@ -204,7 +211,7 @@ def _linear24_fragments_cuda(
     _check_linear24_fragments(x, values, meta, n, k, bias, activation)
     f = Fragments24(values, meta, (n, k))
     if not _has_kernel(x, values):
-        return _expanded(x, from_fragments(f), bias, activation)
+        return _expanded(x, f, bias, activation)
     return run_on_gpu(chosen_on_gpu(x, values.dtype, n, k), x, f, bias, activation)
 
 
@@ -233,10 +240,11 @@ def default_choice(index: int, m: int) -> Choice:
     return Choice(HOPPER if HOPPER in gpu_kernels(index) else MMA_SP)
 
 
-def run_on_gpu(choice: Choice, x: Tensor, f: Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
+def run_on_gpu(choice: Choice, x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
     """The product by one kernel. Where TMA cannot take x, which only Hopper's kernel needs, the mma.sp kernel runs."""
     if choice.kernel == tune.EXPAND:
-        return _expanded(x, from_fragments(f), bias, activation)
+        return _expanded(x, s, bias, activation)
+    f = s if isinstance(s, Fragments24) else to_fragments(s)
     rows, (n, k), index = _rows(x), f.shape, x.device.index
     values, meta = f.values.contiguous(), f.meta.contiguous()
     bias = None if bias is None else bias.contiguous()
@@ -246,12 +254,19 @@ def run_on_gpu(choice: Choice, x: Tensor, f: Fragments24, bias: Tensor | None, a
     sizes = m, n, k, rows.stride(0), DTYPE_CODE[x.dtype], _ACTIVATION_CODE[activation]
     where = index, raw_stream(index)
     if choice.kernel == DECODE and m <= DECODE_TOKENS:
-        needed = _C.linear24_decode_workspace(m, n, k, tile, split, index)
-        workspace = torch.empty(needed, dtype=torch.uint8, device=x.device) if needed else None
-        _C.linear24_decode_sm80(*operands, _address(workspace), *sizes, tile, split, *where)
-    elif choice.kernel != HOPPER or not _C.linear24_sm90a(*operands, *sizes, tile, *where):
-        _C.linear24_sm80(*operands, *sizes, tile if choice.kernel == MMA_SP else 0, *where)
+        parts = _workspace(_C.linear24_decode_workspace(m, n, k, tile, split, index), x)
+        _C.linear24_decode_sm80(*operands, _address(parts), *sizes, tile, split, *where)
+        return y
+    if choice.kernel == HOPPER:
+        parts = _workspace(_C.linear24_sm90a_workspace(m, n, k, tile, split, index), x)
+        if _C.linear24_sm90a(*operands, _address(parts), *sizes, tile, split, *where):
+            return y
+    _C.linear24_sm80(*operands, *sizes, tile if choice.kernel == MMA_SP else 0, *where)
     return y
+
+
+def _workspace(nbytes: int, like: Tensor) -> Tensor | None:
+    return torch.empty(nbytes, dtype=torch.uint8, device=like.device) if nbytes else None
 
 
 def gpu_kernels(index: int) -> list[str]:
@@ -267,7 +282,10 @@ def variants(kernel: str, m: int) -> list[tuple[int, int]]:
     if kernel == DECODE:
         tiles = next((tiles for most, tiles in DECODE_TILES.items() if m <= most), ())
         return [(tile, split) for tile in tiles for split in DECODE_SPLITS]
-    return [(tile, 0) for tile in (HOPPER_TILES if kernel == HOPPER else MMA_SP_TILES)]
+    if kernel == MMA_SP:
+        return [(tile, 0) for tile in MMA_SP_TILES]
+    splits = HOPPER_SPLITS if m <= HOPPER_SPLIT_TOKENS else ()
+    return [(tile, split) for tile in HOPPER_TILES for split in ((0, *splits) if tile in HOPPER_SPLIT_TILES else (0,))]
 
 
 @cache

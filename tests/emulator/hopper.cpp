@@ -86,13 +86,21 @@ void emulator_allow(const void *pointer, size_t bytes, int writable) {
 const char *emulator_error() { return machine.error.c_str(); }
 void emulator_multiprocessors(int count) { emulator::multiprocessors = count; }
 
-int emulated_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y, int m,
-                            int n, int k, int64_t ldx, int dtype, int activation, int tile) {
-    return sparsekit::launch_linear24_sm90a(x, values, meta, bias, y, m, n, k, ldx, dtype, activation, tile, nullptr);
+int emulated_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y,
+                            void *workspace, int m, int n, int k, int64_t ldx, int dtype, int activation, int tile,
+                            int split) {
+    return sparsekit::launch_linear24_sm90a(x, values, meta, bias, y, workspace, m, n, k, ldx, dtype, activation, tile,
+                                            split, nullptr);
 }
 
-int emulated_linear24_sm90a_tile(int m, int n, int multiprocessors) {
-    return sparsekit::linear24_sm90a_tile(m, n, multiprocessors);
+int64_t emulated_linear24_sm90a_workspace(int m, int n, int k, int tile, int split) {
+    return sparsekit::linear24_sm90a_workspace(m, n, k, tile, split);
+}
+
+// The tile, and in the upper half the parts.
+int emulated_linear24_sm90a_plan(int m, int n, int k, int tile, int split, int multiprocessors) {
+    const auto plan = sparsekit::linear24_sm90a_plan(m, n, k, tile, split, multiprocessors);
+    return plan.tile | plan.split << 16;
 }
 
 // One warpgroup, one wgmma.sp m64nNk32 with N = 2 count: d[128][count] += a * b. a null: the shared form.
