@@ -170,7 +170,10 @@ __global__ void __launch_bounds__(Shape<TOKENS>::threads, 2) linear24_decode_sm8
                 uint32_t a[TILES][4];
 #pragma unroll
                 for (int i = 0; i < TILES; ++i)
-                    ptx::ld_shared(a[i], stage + own, (i * S::blocks + b) * kBlockBytes + SELECTOR * kHalfBytes);
+                    memcpy(a[i], // not ptx::ld_shared: with it ptxas spills for 64 tokens on sm_120
+                           __builtin_assume_aligned(
+                               stage + own + (i * S::blocks + b) * kBlockBytes + SELECTOR * kHalfBytes, 16),
+                           16);
 #pragma unroll
                 for (int j = 0; j < TOKEN_TILES; ++j) {
                     uint32_t tokens_b[4];

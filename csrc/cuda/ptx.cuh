@@ -60,12 +60,11 @@ __device__ __forceinline__ void ldmatrix_x2(uint32_t (&r)[2], const void *row) {
                  : "memory");
 }
 
-// 16 bytes of shared memory, at a multiple of 16, `offset` bytes from `shared`: a constant one becomes the
-// instruction's own. A warp's 512 bytes in one piece meet no bank twice.
-__device__ __forceinline__ void ld_shared(uint32_t (&r)[4], const void *shared, int offset = 0) {
+// 16 bytes of shared memory, at a multiple of 16. A warp's 512 bytes in one piece meet no bank twice.
+__device__ __forceinline__ void ld_shared(uint32_t (&r)[4], const void *shared) {
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
-                 : "r"(shared_address(shared) + offset)
+                 : "r"(shared_address(shared))
                  : "memory");
 }
 

@@ -62,12 +62,11 @@ template <typename F> long extra_passes(F address, int i) {
 }
 
 // Not collective on hardware; all lanes meet here so that their banks can be counted.
-inline void ld_shared(uint32_t (&r)[4], const void *base, int offset = 0) {
-    const char *shared = static_cast<const char *>(base) + offset;
+inline void ld_shared(uint32_t (&r)[4], const void *shared) {
     struct Operands {
         const char *shared;
         uint32_t *r;
-    } mine{shared, r};
+    } mine{static_cast<const char *>(shared), r};
     machine.check_shared(shared, 16, 16, "ld.shared.v4");
     machine.collective(32, "ld.shared.v4", &mine, [](void *const *lanes) {
         const auto address = [&](int lane) { return static_cast<Operands *>(lanes[lane])->shared; };
