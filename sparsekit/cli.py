@@ -63,12 +63,12 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def progress_bar(text: str) -> Iterator[Callable[[str, int, int], None]]:
+def progress_bar(text: str, shown: bool = True) -> Iterator[Callable[[str, int, int], None]]:
     """A rich progress bar on stderr where that is a terminal, as a function of what is under way, how much is done, of how much."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
     times = (TimeElapsedColumn(), TimeRemainingColumn())
     # Elsewhere rich would leave an empty line behind.
-    with Progress(*columns, *times, console=errors, transient=True, disable=not errors.is_terminal) as bar:
+    with Progress(*columns, *times, console=errors, transient=True, disable=not (shown and errors.is_terminal)) as bar:
         task = bar.add_task(text, total=None)
 
         def advance(what: str, done: int, total: int) -> None:
@@ -173,34 +173,40 @@ def prune(
     for path in (model_dir, source):
         if path and out.resolve() in (path.resolve(), *path.resolve().parents):
             raise SparsekitError(f"the output folder {out} would be replaced, and must not be or hold the input {path}")
-    checkpoint.check_new_folder(out, overwrite or resume)
-    checkpoint.check_model_folder(model_dir)
-    dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
-    tokenizer = checkpoint.load_tokenizer(model_dir)
-    batches, config = (), checkpoint.read_config(model_dir)
-    if source:
-        tokens = data.read_calibration(source, tokenizer, calib_field, getattr(config.get_text_config(), "vocab_size", None))
-        batches = data.calibration_batches(tokens, samples, length, seed)
-    elif calib:
-        data.check_sampling(samples, length, seed)
-        first, model = data.first_token(tokenizer, config), checkpoint.load(model_dir, device=device, dtype=dtype)
-        with progress_bar("writing") as progress:
-            batches = evaluate.own_text(model, first, samples, length, seed, progress=lambda *now: progress("tokens", *now))
-        del model  # from here on one block is in memory
-    how = dict(
-        format=format,
-        group=group,
-        skip=skip or (),
-        device=device,
-        dtype=dtype,
-        tokenizer=tokenizer,
-        overwrite=overwrite,
-        resume=resume,
-        max_memory=max_memory,
-        offload=offload,
-    )
-    with progress_bar(f"{method} {pattern}") as progress:
-        report = pipeline.prune_folder(model_dir, out, batches, method, pattern, **how, progress=progress)
+    world = pipeline.World.from_environment(device)
+    with world.watched():  # from here on what refuses one rank ends the others
+        if world.leads:
+            checkpoint.check_new_folder(out, overwrite or resume)
+        checkpoint.check_model_folder(model_dir)
+        dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
+        tokenizer = checkpoint.load_tokenizer(model_dir)
+        batches, config = (), checkpoint.read_config(model_dir)
+        if source:
+            tokens = data.read_calibration(source, tokenizer, calib_field, getattr(config.get_text_config(), "vocab_size", None))
+            batches = data.calibration_batches(tokens, samples, length, seed)
+        elif calib:
+            data.check_sampling(samples, length, seed)
+            first, model = data.first_token(tokenizer, config), checkpoint.load(model_dir, device=world.device, dtype=dtype)
+            with progress_bar("writing", world.leads) as progress:
+                batches = evaluate.own_text(model, first, samples, length, seed, progress=lambda *now: progress("tokens", *now))
+            del model  # from here on one block is in memory
+        how = dict(
+            format=format,
+            group=group,
+            skip=skip or (),
+            device=device,
+            dtype=dtype,
+            tokenizer=tokenizer,
+            overwrite=overwrite,
+            resume=resume,
+            max_memory=max_memory,
+            offload=offload,
+        )
+        with progress_bar(f"{method} {pattern}", world.leads) as progress:
+            report = pipeline.prune_folder(model_dir, out, batches, method, pattern, **how, progress=progress, world=world)
+    world.close()
+    if not world.leads:
+        return
     if report.format != format:
         say(f"no linear holds 2:4 after pruning to {pattern}; the weights are stored dense")
     if json_out:

@@ -44,8 +44,9 @@ class BlockReport:
 @dataclass
 class PruneReport:
     """skipped maps each module with a weight matrix that was not pruned to the reason. seconds: of the last run alone, where blocks
-    were finished by earlier ones. Of a folder also format, how its weights are stored ("compressed" or "dense"), and fingerprint:
-    what has to be the same for the run to be resumed."""
+    were finished by earlier ones. processes: how many pruned it together; the blocks' times and memory are those of one. Of a folder
+    also format, how its weights are stored ("compressed" or "dense"), and fingerprint: what has to be the same for the run to be
+    resumed."""
 
     method: str
     pattern: str
@@ -56,6 +57,7 @@ class PruneReport:
     blocks: list[BlockReport] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
     format: str | None = None
+    processes: int = 1
     fingerprint: dict[str, Any] = field(default_factory=dict)
 
     @property

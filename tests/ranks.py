@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -173,6 +174,25 @@ def failing(world: World, folder: Path) -> None:
         (folder / f"ended.{world.rank}").write_text(str(time.time()))
 
 
+def resuming(world: World, folder: Path) -> None:
+    """A folder pruned at one go, and one at two."""
+    from sparsekit.pipeline import prune_folder
+
+    model = Path(__file__).parent / "data" / "kjv1m"
+    held = [torch.randint(3, 500, (2, 32), generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+
+    def stop(name: str, done: int, _: int) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    prune_folder(model, folder / "whole", held, world=world)
+    with suppress(KeyboardInterrupt, SparsekitError):  # of rank 0, and what the other hears of it
+        prune_folder(model, folder / "resumed", held, world=world, progress=stop)
+    kept = len(list((folder / "resumed.partial" / "model").glob("*.safetensors")))
+    report = prune_folder(model, folder / "resumed", held, world=world, resume=True)
+    (folder / f"said.{world.rank}.json").write_text(json.dumps({"kept": kept, "names": [row.name for row in report.linears]}))
+
+
 if __name__ == "__main__":
     joined = World.from_environment("cpu")
-    {"alike": alike, "failing": failing}[sys.argv[1]](joined, Path(sys.argv[2]))
+    {"alike": alike, "failing": failing, "resuming": resuming}[sys.argv[1]](joined, Path(sys.argv[2]))

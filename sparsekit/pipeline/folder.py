@@ -7,7 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from .blocks import Target, find_blocks, find_targets
 from .loop import Progress, run
 from .memory import parse_size, store_within
 from .store import Store
+from .world import World
 
 
 def prune_folder(
@@ -50,6 +51,7 @@ def prune_folder(
     max_memory: str | int | None = None,
     offload: str | Path | None = None,
     progress: Progress | None = None,
+    world: World | None = None,
 ) -> PruneReport:
     """Prunes the model of a Hugging Face folder into the folder ``out``, block by block: for models that do not fit in memory.
 
@@ -59,54 +61,73 @@ def prune_folder(
     and the same call with ``resume`` goes on from them, to the same bytes.
     max_memory: what the process may hold, such as "8GiB"; hidden states that would exceed it wait in a file in the folder
     ``offload``, by default in OUT.partial.
+    world: the processes that prune it together, as for ``prune``, and its device. Each reads ``folder``, rank 0 alone writes; to
+    resume, all must see what it wrote.
     Raises SparsekitError for what cannot be pruned, where max_memory is too little for one block, where ``out`` or OUT.partial
     stand in the way unless ``overwrite``, and for resuming what is another run, naming what differs; then nothing is left that was
     not there."""
     pattern, skip, batches = Pattern.parse(pattern), tuple(skip), list(batches)
     kind, limit = method_named(method, pattern, group), None if max_memory is None else parse_size(max_memory)
     check_format(format)
-    folder, out, place = check_model_folder(folder), Path(out), resolve_device(device)
-    lazy = LazyModel(folder, find_blocks, dtype, place)
-    this = {
-        "hash of the weights": _hash_files(folder),
-        "hash of the calibration batches": hash_batches(batches),
-        "method": method_text(method),
-        "pattern": str(pattern),
-        "group": group,
-        "format": format,
-        "skipped names": list(skip),
-        "device": place.type,
-        "dtype": str(lazy.dtype).removeprefix("torch."),
-        "version of sparsekit": __version__,
-    }
-    if resume and (report := _finished(out, this)):
-        return report
-    outside = _share_out(lazy)
-    with unfinished(out, len(lazy.blocks) + len(outside), this, overwrite=overwrite, resume=resume) as work:
-        store = None
-        if limit is not None:
-            names = {module: name for name, module in lazy.model.named_modules()}
-            targets = find_targets(lazy.blocks, names, skip)
-            store = store_within(limit, Path(offload or work.path), lazy, targets, batches, kind)
-        source = _Lazy(lazy, work, format, store)
-        report = run(source, batches, method, pattern, skip, progress, group=group)
-        report.fingerprint = this
-        for i, parts in enumerate(outside, len(lazy.blocks)):
-            if work.remembered(i) is None:
-                source.write_outside(i, parts)
-        said = [work.remembered(i) for i in range(work.count)]
-        write_index(work.model, {work.shard(i).name: piece["tensors"] for i, piece in enumerate(said)})
-        report.format = "compressed" if any(piece["compressed"] for piece in said) else "dense"
-        write_beside(work.model, lazy.model, lazy.stored, report.format == "compressed", tokenizer, report)
-        work.finish()
+    folder, out, world = check_model_folder(folder), Path(out), World() if world is None else world
+    place = resolve_device(device) if world.device is None else world.device
+    with world.watched():
+        lazy = LazyModel(folder, find_blocks, dtype, place)
+        this = {
+            "hash of the calibration batches": hash_batches(batches),
+            "method": method_text(method),
+            "pattern": str(pattern),
+            "group": group,
+            "format": format,
+            "skipped names": list(skip),
+            "device": place.type,
+            "dtype": str(lazy.dtype).removeprefix("torch."),
+            "number of processes": world.size,
+            "version of sparsekit": __version__,
+        }
+        world.agree(this)
+        this = {"hash of the weights": _hash_files(folder), **this}  # with their times, which need not be those of another machine
+        if resume:
+            finished = _finished(out, this) if world.leads else None
+            if found := world.gather(finished and finished.to_dict())[0]:
+                return PruneReport.from_dict(found)
+        outside = _share_out(lazy)
+        count = len(lazy.blocks) + len(outside)
+        how = dict(overwrite=overwrite, resume=resume)
+        with unfinished(out, count, this, **how) if world.leads else nullcontext(Unfinished(out.resolve(), count)) as work:
+            world.gather(None)  # the others look at it when rank 0 has made it
+            store = None
+            if limit is not None:
+                names = {module: name for name, module in lazy.model.named_modules()}
+                targets, mine = find_targets(lazy.blocks, names, skip), world.part(batches) if kind.needs_inputs else batches
+                store = store_within(limit, Path(offload or work.path), lazy, targets, mine, kind)
+            source = _Lazy(lazy, work, format, store, world.leads)
+            report = run(source, batches, method, pattern, skip, progress, world, group=group)
+            report.fingerprint = this
+            if world.leads:
+                _finish(source, outside, report, tokenizer)
+            report.format = world.gather(report.format)[0]
     return report
+
+
+def _finish(source: _Lazy, outside: list[list[str]], report: PruneReport, tokenizer) -> None:
+    """Writes what stands outside the blocks, and what stands beside the weights, and puts the folder in its place."""
+    work, lazy = source.work, source.lazy
+    for i, parts in enumerate(outside, len(lazy.blocks)):
+        if work.remembered(i) is None:
+            source.write_outside(i, parts)
+    said = [work.remembered(i) for i in range(work.count)]
+    write_index(work.model, {work.shard(i).name: piece["tensors"] for i, piece in enumerate(said)})
+    report.format = "compressed" if any(piece["compressed"] for piece in said) else "dense"
+    write_beside(work.model, lazy.model, lazy.stored, report.format == "compressed", tokenizer, report)
+    work.finish()
 
 
 class _Lazy:
     """A folder's blocks: read when their turn comes, written when it is over, in memory in between."""
 
-    def __init__(self, lazy: LazyModel, work: Unfinished, format: str, store: Store | None):
-        self.lazy, self.work, self.format, self.store = lazy, work, format, store
+    def __init__(self, lazy: LazyModel, work: Unfinished, format: str, store: Store | None, writes: bool = True):
+        self.lazy, self.work, self.format, self.store, self.writes = lazy, work, format, store, writes
         self.model, self.blocks, self.device = lazy.model, lazy.blocks, lazy.device
         self._prefix = {block: f"{name}." for name, block in lazy.model.named_modules()}
 
@@ -133,7 +154,7 @@ class _Lazy:
         return weight.to(self.lazy.stored_dtype(target.tensor)).to(weight.dtype)
 
     def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
-        if self.work.remembered(i) is None:
+        if self.writes and self.work.remembered(i) is None:
             begin = time.perf_counter()
             block, prefix = self.blocks[i], self._prefix[self.blocks[i]]
             for name, tensor in block.state_dict(keep_vars=True).items():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..criteria import Criterion
+from ..data import hash_batches
 from ..errors import SparsekitError
 from ..evaluate import eval_mode
 from ..linear import SparseLinear
@@ -22,7 +23,7 @@ from .blocks import Target, check_finite, find_blocks, find_targets, list_skippe
 from .observe import MAGNITUDE, by_magnitude, settle
 from .store import Store
 from .stream import Stream
-from .world import World, collect, fingerprint, spread, unite
+from .world import World, check_weights, collect, spread, unite
 
 Progress = Callable[[str, int, int], None]  # what is under way, blocks done, blocks in all
 
@@ -93,6 +94,7 @@ def run(
     targets = find_targets(blocks, names, skip)
     report = PruneReport(method_text(method), str(pattern), group=group, skipped=list_skipped(model, blocks, targets, names, skip))
     world = World() if world is None else world
+    report.processes = world.size
     progress = progress if world.leads else None
     with world.watched(), eval_mode(model):
         for matrices in targets:
@@ -100,18 +102,13 @@ def run(
         if world.size > 1:
             batches = list(batches)
             listed = [target.name for matrices in targets for target in matrices]
-            world.agree(
-                {
-                    "method": method_text(method),
-                    "group": group,
-                    "pattern": str(pattern),
-                    "linears": listed,
-                    **fingerprint(model, batches),
-                }
-            )
+            settings = {"method": method_text(method), "group": group, "pattern": str(pattern), "linears": listed}
+            world.agree(settings | {"the hash of the calibration batches": hash_batches(batches)})
         stream = None
         if kind.needs_inputs:
             with source.capturing():
+                inside = {id(weight) for block in blocks for weight in block.parameters()}
+                check_weights(world, "outside the blocks", (p for p in model.named_parameters() if id(p[1]) not in inside))
                 stream = Stream(model, blocks, world.part(batches), device=source.device, store=source.store)
             report.tokens = sum(world.gather(stream.tokens))
         for i, (block, matrices) in enumerate(zip(blocks, targets)):
@@ -121,6 +118,7 @@ def run(
             with phases("read"):
                 done = source.enter(i)
             world.agree({f"whether {names[block]} is pruned already": done is not None})
+            check_weights(world, f"of {names[block]}", block.named_parameters())
             told, rows = (BlockReport(names[block]), []) if done is None else done
             if done is None:
                 check_finite(matrices)

@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import timedelta
@@ -20,10 +20,9 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..checkpoint import resolve_device
-from ..data import hash_batches
 from ..errors import SparsekitError, listed
 from ..pruners import Pruner
 from ..report import LinearReport
@@ -48,6 +47,7 @@ class World:
         self.rank, self.size, self.device = rank, size, device
         self._root, self._store = store, store
         self._turn = 0  # of gather
+        self._joined = False
         self._watch: Watch | None = None
 
     @classmethod
@@ -65,16 +65,16 @@ class World:
         rank = _number("RANK")
         if not 0 <= rank < size:
             raise SparsekitError(f"RANK must be 0 to {size - 1} in a world of {size}, got {rank}")
-        place = resolve_device(device)
-        if place.type == "cuda":
-            local = _number("LOCAL_RANK", rank)
-            if place.index is not None or local >= torch.cuda.device_count():
+        if device in ("auto", "cuda") and torch.cuda.is_available():
+            local, count = _number("LOCAL_RANK", rank), torch.cuda.device_count()
+            if local >= count:
                 raise SparsekitError(
-                    f"each rank of a machine takes the GPU of its number, got LOCAL_RANK {local}, {torch.cuda.device_count()} GPUs "
-                    f"and device {device!r}; start no more processes than there are GPUs, with --device cuda"
+                    f"each process needs a GPU of its own, got {count} and LOCAL_RANK {local}; start {count} a machine"
                 )
             place = torch.device("cuda", local)
             torch.cuda.set_device(place)
+        elif (place := resolve_device(device)).type != "cpu":
+            raise SparsekitError(f'each process takes the GPU of its LOCAL_RANK, got device {device!r}; give "cuda" or "cpu"')
         for name in ("MASTER_ADDR", "MASTER_PORT"):
             if not os.environ.get(name):
                 raise SparsekitError(f"a world of {size} needs {name}, and it is not set; start with torchrun")
@@ -88,6 +88,7 @@ class World:
             backend = "nccl" if place.type == "cuda" else "gloo"
             store = dist.PrefixStore("group", store)
             dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_FOREVER)
+        world._joined = True
         return world
 
     @classmethod
@@ -98,6 +99,12 @@ class World:
         device = torch.device("cuda", torch.cuda.current_device()) if "nccl" in dist.get_backend() else torch.device("cpu")
         store = dist.distributed_c10d._get_default_store()  # has no public name
         return cls(dist.get_rank(), dist.get_world_size(), device, store if dist.get_world_size() > 1 else None)
+
+    def close(self) -> None:
+        """Leaves the process group that ``from_environment`` joined, when all is done."""
+        if self._joined:
+            dist.destroy_process_group()
+            self._joined = False
 
     @property
     def leads(self) -> bool:
@@ -294,11 +301,13 @@ def spread(
     return [LinearReport.from_dict(row) for row in found]
 
 
-def fingerprint(model: nn.Module, batches: Sequence[Tensor | Mapping[str, Any]]) -> dict[str, str]:
-    """What two ranks can tell by that they hold the same weights and the same batches."""
-    weights = hashlib.sha256()
-    for name, weight in model.named_parameters():
+def check_weights(world: World, what: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raises SparsekitError unless the parameters, by name, have the same bits on every rank."""
+    if world.size == 1:
+        return
+    seen = hashlib.sha256()
+    for name, weight in parameters:
         # The sum of the bits taken for integers is exact, in whatever order a device adds.
         bits = None if weight.is_meta else weight.detach().contiguous().view(-1).view(_BITS[weight.element_size()])
-        weights.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits is not None and int(bits.sum())};".encode())
-    return {"the hash of the weights": weights.hexdigest()[:16], "the hash of the calibration batches": hash_batches(batches)}
+        seen.update(f"{name} {tuple(weight.shape)} {weight.dtype} {bits is not None and int(bits.sum())};".encode())
+    world.agree({f"the hash of the weights {what}": seen.hexdigest()[:16]})
