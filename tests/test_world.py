@@ -55,6 +55,16 @@ def three(tmp_path_factory):
     return folder
 
 
+def assert_near(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
+    """Up to the rounding of sums in another order: of fp32, magnified by the condition of a Hessian of k inputs with 1 % of the mean
+    diagonal added, k / 0.01 at most; or a place of the weight's own dtype."""
+    if not theirs.is_floating_point() or not theirs.numel():
+        assert torch.equal(ours, theirs), name
+        return
+    apart = (ours.float() - theirs.float()).abs().max() / theirs.abs().max()
+    assert apart <= max(2**-24 * theirs.shape[-1] / 0.01, torch.finfo(theirs.dtype).eps), f"{name} differs by {apart}"
+
+
 @pytest.mark.parametrize("case", ranks.CASES)
 def test_three_processes_prune_as_one_does(case, three):
     build, batches, method, pattern = ranks.CASES[case]
@@ -65,8 +75,7 @@ def test_three_processes_prune_as_one_does(case, three):
     for name, tensor in alone.state_dict().items():
         assert all(torch.equal(state[name], states[0][name]) for state in states[1:]), f"ranks differ in {name}"
         assert torch.equal(states[0][name] == 0, tensor == 0), f"another mask in {name}"
-        apart = (states[0][name].float() - tensor.float()).abs().max() / tensor.abs().max()
-        assert apart <= (2**-8 if tensor.dtype == torch.bfloat16 else 1e-5), f"{name} differs by {apart}"
+        assert_near(states[0][name], tensor, name)
     assert [report.pop("told") > 0 for report in reports] == [True, False, False]
     for report in reports:
         for timed in ("phases", "blocks", "peak_memory"):
@@ -213,7 +222,7 @@ def test_torchrun_prunes_a_folder_as_one_process_does(tmp_path):
         assert ours.keys() == theirs.keys()
         for name in ours:
             assert name.endswith(".values") or torch.equal(ours[name], theirs[name]), name
-            assert not ours[name].numel() or (ours[name] - theirs[name]).abs().max() <= 1e-5 * theirs[name].abs().max(), name
+            assert_near(ours[name], theirs[name], name)
 
 
 def test_a_folder_is_resumed_by_all_to_the_same_bytes(tmp_path):
