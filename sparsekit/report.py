@@ -44,8 +44,8 @@ class BlockReport:
 @dataclass
 class PruneReport:
     """skipped maps each module with a weight matrix that was not pruned to the reason. seconds: of the last run alone, where blocks
-    were finished by earlier ones. processes: how many pruned it together; the blocks' times and memory are those of one. Of a folder
-    also format, how its weights are stored ("compressed" or "dense"), and fingerprint: what has to be the same for the run to be
+    were finished by earlier ones. processes: how many pruned it together; times and memory of blocks are of one. Of a folder also
+    format, how its weights are stored ("compressed" or "dense"), and fingerprint: what has to be the same for the run to be
     resumed."""
 
     method: str
