@@ -56,8 +56,8 @@ def three(tmp_path_factory):
 
 
 def assert_near(ours: torch.Tensor, theirs: torch.Tensor, name: str) -> None:
-    """Up to the rounding of sums in another order: of fp32, magnified by the condition of a Hessian of k inputs with 1 % of the mean
-    diagonal added, k / 0.01 at most; or a place of the weight's own dtype."""
+    """Up to the rounding of sums in another order: of fp32, magnified by the condition of a Hessian of k inputs with 1 % of its
+    mean diagonal added, k / 0.01 at most; or a place of the weight's own dtype."""
     if not theirs.is_floating_point() or not theirs.numel():
         assert torch.equal(ours, theirs), name
         return
