@@ -128,7 +128,8 @@ def mask_long_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Te
     counts = torch.zeros((rows, passes, BINS.value), dtype=torch.int64, device=scores.device)
     own = torch.empty((rows, parts, BINS.value), dtype=torch.int32, device=scores.device)
     sizes = (cols, span, *scores.stride(), k)
-    same = dict(LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype), PASSES=passes, BLOCK=_BLOCK)
+    # Left to choose, the ptxas of Triton 3.6 spills a register for the sake of one more block on a multiprocessor.
+    same = dict(LARGEST=largest(scores.dtype), LOWEST=lowest(scores.dtype), PASSES=passes, BLOCK=_BLOCK, maxnreg=128)
     for done in range(passes):
         count_digits_kernel[(parts, rows)](as_bits(scores), counts, own, status, *sizes, DONE=done, **same)
     keep_above_kernel[(parts, rows)](
