@@ -508,3 +508,30 @@ def test_patterns_can_be_objects():
         report = prune(model, method="magnitude", pattern=pattern)
         assert report.pattern == text
         assert report.sparsity == pytest.approx(pattern.sparsity, abs=1e-12)
+
+
+class InPlace(nn.Module):
+    """Adds to what it is given, or to a copy of it."""
+
+    def __init__(self, copies: bool):
+        super().__init__()
+        self.up, self.copies = nn.Linear(WIDTH, WIDTH), copies
+
+    def forward(self, hidden):
+        hidden = hidden.clone() if self.copies else hidden
+        hidden += self.up(hidden)
+        return hidden
+
+
+def test_blocks_that_change_their_input_in_place(tmp_path):
+    def made(copies: bool) -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Embedding(VOCABULARY, WIDTH), *[InPlace(copies) for _ in range(3)])
+
+    wanted, *others = made(True), made(False), made(False)
+    prune(wanted, token_batches((2, 40)), blocks=nn.ModuleList(wanted[1:]))
+    for model, store in zip(others, (InMemory(), OnDisk(tmp_path))):
+        source = Resident(model, nn.ModuleList(model[1:]))
+        source.store = store
+        run(source, token_batches((2, 40)), "sparsegpt", "2:4")
+        assert_same(model.state_dict(), wanted.state_dict())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import SparsekitError
-from .writing import check_new_folder, remove_folder, replace_folder, save_file, shard_name, sync_folder, write_json
+from .writing import check_new_folder, remove_folder, replace_folder, save_file, shard_name, sync, write_json
 
 
 class Unfinished:
@@ -49,8 +48,12 @@ class Unfinished:
         """Puts the folder in its place."""
         for path in self.model.glob("*.part"):
             path.unlink()
+        for path in self.model.iterdir():  # the index, the config and the like too, before OUT.partial goes
+            if path.is_file():
+                sync(path)
+        sync(self.model)
         replace_folder(self.out, self.model)
-        sync_folder(self.out.parent)
+        sync(self.out.parent)
         shutil.rmtree(self.path, ignore_errors=True)
 
 
@@ -120,10 +123,6 @@ def _write_whole(path: Path, write) -> None:
     """The file appears when it is whole and on the disk."""
     part = path.with_name(f"{path.name}.part")
     write(part)
-    handle = os.open(part, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(part)
     part.rename(path)
-    sync_folder(path.parent)
+    sync(path.parent)

@@ -226,9 +226,9 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) 
             file.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
 
 
-def sync_folder(folder: Path) -> None:
-    """Brings the folder's list of names to the disk: a rename in it then outlives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Brings a file to the disk, or a folder's list of names: a rename in it then outlives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

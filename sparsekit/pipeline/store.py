@@ -32,7 +32,7 @@ class InMemory:
 
     def __getitem__(self, b: int) -> Tensor:
         held, device = self._held[b]
-        return held.to(device, non_blocking=True)
+        return held.to(device, non_blocking=True, copy=True)  # a block may add to it in place, and runs twice
 
 
 class OnDisk:

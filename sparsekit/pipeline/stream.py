@@ -98,7 +98,7 @@ def _capture(
             hidden = args[0] if args else kwargs.pop("hidden_states")
             if block is blocks[0]:
                 first_hidden.append(hidden)
-                out = original(hidden, *args[1:], **kwargs)
+                out = original(hidden.clone(), *args[1:], **kwargs)  # it may add to them in place
                 rest.extend([out] if isinstance(out, Tensor) else [None, *out[1:]])
             calls.append((args[1:], kwargs))
             if block is blocks[-1]:

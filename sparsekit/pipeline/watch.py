@@ -84,7 +84,10 @@ class Watch(threading.Thread):
             held.close()
 
     def _let_in(self) -> None:
-        line = self._door.accept()[0]
+        try:
+            line = self._door.accept()[0]
+        except OSError:  # gone again, or no descriptor is left: it tries again
+            return
         line.settimeout(1.0)
         with suppress(OSError, ValueError):
             told = line.recv(64, socket.MSG_WAITALL).decode().split()
