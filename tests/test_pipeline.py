@@ -20,6 +20,7 @@ from models import (
     weight_of,
 )
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from sparsekit import SparsekitError, compress
 from sparsekit.patterns import NM, Pattern, Unstructured
@@ -535,3 +536,14 @@ def test_blocks_that_change_their_input_in_place(tmp_path):
         source.store = store
         run(source, token_batches((2, 40)), "sparsegpt", "2:4")
         assert_same(model.state_dict(), wanted.state_dict())
+
+
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "bloom", "falcon, alibi"])
+def test_batches_alike_hold_their_masks_once(name):
+    # 1 and 9 batches of one shape hold as many tensors; one of another shape has its own.
+    def held(*shapes: tuple[int, int]) -> int:
+        model = build(name)
+        leaves = tree_leaves(Stream(model, blocks_of(model, name), token_batches(*shapes)).calls)
+        return len({id(leaf) for leaf in leaves if isinstance(leaf, torch.Tensor)})
+
+    assert 0 < held((2, 16)) == held(*[(2, 16)] * 9) < held((2, 16), (2, 11))

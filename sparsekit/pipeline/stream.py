@@ -42,6 +42,7 @@ class Stream:
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = []  # [batch][block]: arguments, keyword arguments
         self.tokens = 0
         self._index = {block: i for i, block in enumerate(blocks)}
+        held: dict[tuple, list[Tensor]] = {}  # of the blocks' other arguments, the last few of each kind
         for batch in batches:
             args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch.to(device),), {})
             kwargs = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
@@ -52,7 +53,8 @@ class Stream:
             padded = mask is not None and mask.dim() == 2 and not mask.bool().all()
             self.masks.append(mask.bool().flatten() if padded else None)
             self.hidden.append(hidden)
-            self.calls.append(calls)
+            met: dict[int, Tensor] = {}
+            self.calls.append([_shared(call, held, met) for call in calls])
             self.tokens += int(mask.count_nonzero()) if padded else hidden.shape[:-1].numel()
         if not len(self.hidden):
             raise SparsekitError("this method needs calibration batches, got none")
@@ -78,6 +80,23 @@ class Stream:
         args, kwargs = self.calls[b][self._index[block]]
         out = block(self.hidden[b], *args, **kwargs)
         return out if isinstance(out, Tensor) else out[0]
+
+
+def _shared(value: Any, held: dict[tuple, list[Tensor]], met: dict[int, Tensor]) -> Any:
+    """The value with each tensor that equals one held in its place: batches alike have one mask, which can be larger than their
+    hidden states. met: what this batch's tensors have become, by id."""
+    if type(value) in (tuple, list):
+        return type(value)(_shared(one, held, met) for one in value)
+    if type(value) is dict:
+        return {name: _shared(one, held, met) for name, one in value.items()}
+    if not isinstance(value, Tensor):
+        return value
+    if id(value) not in met:
+        known = held.setdefault((value.shape, value.stride(), value.dtype, value.device), [])
+        met[id(value)] = next((one for one in known if torch.equal(one, value)), value)
+        if met[id(value)] is value:
+            known[:] = [*known, value][-8:]  # of a batch: sines, cosines and masks of two kinds of blocks
+    return met[id(value)]
 
 
 def _capture(
