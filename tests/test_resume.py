@@ -263,3 +263,14 @@ def test_a_finished_block_that_was_changed_is_named(model, half):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(SparsekitError, match=r"model-00002-of-\d+\.safetensors is not a whole safetensors file"):
         run(model, half, resume=True)
+
+
+def test_to_resume_what_is_finished_leaves_another_run_alone(model, tmp_path, monkeypatch):
+    run(model, tmp_path / "out")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 16, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(model, tmp_path / "out", method="wanda", overwrite=True)
+    was = tree(tmp_path)
+    run(model, tmp_path / "out", resume=True)
+    assert tree(tmp_path) == was

@@ -224,5 +224,6 @@ def _finished(out: Path, this: dict[str, Any]) -> PruneReport | None:
         return None
     if not isinstance(found, dict) or found.get("fingerprint") != this:
         return None
-    shutil.rmtree(partial_folder(out), ignore_errors=True)  # a process that ended just before it would have removed it
+    if not (partial_folder(out) / "model").exists():  # left by a process that ended just before it would have removed it
+        shutil.rmtree(partial_folder(out), ignore_errors=True)
     return PruneReport.from_dict(found)
