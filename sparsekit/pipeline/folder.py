@@ -22,6 +22,7 @@ from ..checkpoint.unfinished import Unfinished, partial_folder, unfinished
 from ..checkpoint.writing import compressed_shapes, metadata_of, tensors_of, write_beside, write_index
 from ..criteria import Criterion
 from ..data import hash_batches
+from ..errors import SparsekitError
 from ..linear import compress, is_linear
 from ..patterns import Pattern
 from ..pruners import method_named, method_text
@@ -68,6 +69,10 @@ def prune_folder(
     not there."""
     pattern, skip, batches = Pattern.parse(pattern), tuple(skip), list(batches)
     kind, limit = method_named(method, pattern, group), None if max_memory is None else parse_size(max_memory)
+    if offload is not None and limit is None:
+        raise SparsekitError(f"--offload is where --max-memory puts hidden states, got {offload} without it; leave it out")
+    if offload is not None and not Path(offload).is_dir():
+        raise SparsekitError(f"--offload must be a folder that is there, got {offload}")
     check_format(format)
     folder, out, world = check_model_folder(folder), Path(out), World() if world is None else world
     place = resolve_device(device) if world.device is None else world.device

@@ -61,7 +61,7 @@ def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequen
             {
                 "the weights of a block": (lazy.nbytes(i) if host else 0) + lazy.nbytes(i, stored=True),
                 "what is known of its inputs": grams * host,
-                "a factor": 6 * 4 * columns**2 * host * (kind is SparseGPT),
+                "a factor": 9 * 4 * columns**2 * host * (kind is SparseGPT),
                 "a weight at work": 4 * 4 * max((n * k for n, k in shapes), default=0) * host,
                 "a batch at work": tokens * (_width(lazy) * 2 + widest * 5) * max(lazy.dtype.itemsize, 4) * host,
             }

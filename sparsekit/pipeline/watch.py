@@ -61,6 +61,9 @@ class Watch(threading.Thread):
         except RuntimeError:  # the store is gone, and with it who held it
             agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
             self.failure = self.failure or (0, "torchrun, which held the store, is gone" if agent else GONE.format(0))
+        except Exception as error:  # without a watch a wait for the others could be for ever
+            what = f"rank {self.rank} cannot watch the others any more: {type(error).__name__}: {error}"
+            self.failure = self.failure or (self.rank, what)
 
     def publish(self, rank: int, text: str) -> None:
         self.store.compare_set("failure", "", json.dumps((rank, text)))
