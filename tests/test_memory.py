@@ -108,9 +108,9 @@ def test_a_limit_too_small_says_how_much_is_needed(method, tmp_path, monkeypatch
 def test_an_offload_folder_of_no_use_is_refused(tmp_path):
     build("llama").save_pretrained(tmp_path / "model")
     arguments = tmp_path / "model", tmp_path / "out", token_batches((2, 16))
-    with pytest.raises(SparsekitError, match="--offload must be a folder that is there, got .*missing"):
+    with pytest.raises(SparsekitError, match=r"--offload must be a folder that is there, got .*missing"):
         prune_folder(*arguments, device="cpu", max_memory="1GiB", offload=tmp_path / "missing")
-    with pytest.raises(SparsekitError, match="--offload is where --max-memory puts hidden states, got .* without it"):
+    with pytest.raises(SparsekitError, match=r"--offload is where --max-memory puts hidden states, got .* without it"):
         prune_folder(*arguments, device="cpu", offload=tmp_path)
     assert os.listdir(tmp_path) == ["model"]
 
