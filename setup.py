@@ -141,7 +141,7 @@ class Build:
         import pybind11
 
         self.folder = folder
-        self.flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-Wall", "-Wextra"]
+        self.flags = ["-std=c++17", "-O3", "-DNDEBUG", "-fPIC", "-Wall", "-Wextra", "-Wno-psabi"]
         self.flags += ["-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math"]
         self.includes = [pybind11.get_include(), sysconfig.get_path("include")]
         self.link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]

@@ -18,12 +18,15 @@ def code_of(x: torch.Tensor) -> int:
 
 
 class Output:
-    """A tensor between marked bytes, which `close` checks; aligned to its items and no more."""
+    """A tensor between marked bytes, which `close` checks; aligned to its items and no more, or to a line of the cache."""
+
+    lines = False
 
     def __init__(self, shape, dtype):
         nbytes = torch.Size(shape).numel() * dtype.itemsize
-        self.room = torch.full((128 + nbytes + dtype.itemsize,), MARK, dtype=torch.uint8)
-        self.begin, self.end = 64 + dtype.itemsize, 64 + dtype.itemsize + nbytes
+        self.room = torch.full((192 + nbytes,), MARK, dtype=torch.uint8)
+        self.begin = 64 + (-self.room.data_ptr() + (0 if self.lines else dtype.itemsize)) % 64
+        self.end = self.begin + nbytes
         self.tensor = self.room[self.begin : self.end].view(dtype).view(shape)
 
     def close(self) -> torch.Tensor:

@@ -91,6 +91,28 @@ def test_every_layout_gives_the_same(how, dtype):
         assert equal(expand24(values, meta, shape[1]), held)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=named)
+def test_large_transposed_matrices(dtype, monkeypatch):
+    """From 4 MiB on, lines that are aligned are written past the caches. Such a matrix is 16 times one small enough for the
+    definition, side by side: 17 words, two whole strips of tiles and a narrow one, and rows that end with a tile's first few."""
+    monkeypatch.setattr(format24_cpu.Output, "lines", True)
+    cols = 17 * 64
+    w = random_bits(((1 << 18) // (cols * dtype.itemsize) + 5, cols), dtype, seed=3)
+    values, meta = pack_largest(w)
+    held = unpack(values, meta, cols)
+
+    def large(x):
+        return x.view(torch.uint8).repeat(16, 1).view(x.dtype)
+
+    for function, x, want in (
+        (prune_compress24, w, (values, meta)),
+        (compress24, held, pack_nonzero(held)),
+        (prune24, w, (held,)),
+    ):
+        *got, status = function(viewed(large(x), "transposed"))
+        assert all(equal(a, large(b)) for a, b in zip(got, want, strict=True)) and clean(status)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 def test_views_that_repeat_a_row_or_a_column(dtype):
     row, column = random_bits((1, 150), dtype), random_bits((70, 1), dtype)

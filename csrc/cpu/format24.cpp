@@ -33,6 +33,7 @@ template <class Int> struct Eight {
         return a;
     }
     static void store(Int *p, V a) { std::memcpy(p, a.v, sizeof a.v); }
+    static void stream(Int *p, V a) { store(p, a); }
     static V set(Int a) {
         return make([&](int) { return a; });
     }
@@ -57,6 +58,9 @@ template <class Int> struct Eight {
     static V from_bits(uint64_t bits) {
         return make([&](int i) { return -static_cast<Int>(bits >> i & 1); });
     }
+    static V nonzero(V a, V b) {
+        return make([&](int i) { return a.v[i] & b.v[i] ? a.v[i] : 0; });
+    }
     template <int r> static V rotate(V a) {
         return make([&](int i) { return a.v[(i & 4) | ((i + r) & 3)]; });
     }
@@ -71,11 +75,14 @@ template <class Int> struct Eight {
 struct Portable {
     template <class Int> using Lanes = Eight<Int>;
 
-    template <class W> static void pack(const W *p, uint64_t kept, uint64_t live, W *out) {
-        for (; kept; kept &= kept - 1) {
-            const int column = __builtin_ctzll(kept);
-            *out++ = live >> column & 1 ? p[column] : W{0};
-        }
+    static void fence() {}
+
+    template <class W, class Clean> static void pack(const W *p, uint64_t kept, const Clean &clean, W *out) {
+        W copy[kWord];
+        for (int i = 0; i < kWord; i += Lanes<W>::kLanes)
+            Lanes<W>::store(copy + i, clean(Lanes<W>::load(p + i), i));
+        for (; kept; kept &= kept - 1)
+            *out++ = copy[__builtin_ctzll(kept)];
     }
     template <class W> static void gather(const W *p, uint64_t kept, W *out) { gather_each(p, kept, out); }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {

@@ -33,6 +33,7 @@ template <class Int> struct Vector {
 
     static V load(const Int *p) { return _mm256_loadu_si256(reinterpret_cast<const V *>(p)); }
     static void store(Int *p, V a) { _mm256_storeu_si256(reinterpret_cast<V *>(p), a); }
+    static void stream(Int *p, V a) { _mm256_stream_si256(reinterpret_cast<V *>(p), a); }
     static V land(V a, V b) { return _mm256_and_si256(a, b); }
     static V lxor(V a, V b) { return _mm256_xor_si256(a, b); }
     static V flipped_abs(V a) { return _mm256_xor_si256(_mm256_abs_epi8(a), _mm256_set1_epi8(-128)); }
@@ -51,6 +52,7 @@ struct Bytes : Vector<int8_t> {
         const V spread = _mm256_shuffle_epi8(_mm256_set1_epi32(static_cast<int>(bits)), byte_of_lane);
         return _mm256_cmpeq_epi8(land(spread, bit_of_lane), bit_of_lane);
     }
+    static V nonzero(V a, V b) { return _mm256_andnot_si256(_mm256_cmpeq_epi8(land(a, b), _mm256_setzero_si256()), a); }
     template <int r> static V rotate(V a) {
         const __m128i from = _mm_add_epi8(_mm_setr_epi8(r, (r + 1) % 4, (r + 2) % 4, (r + 3) % 4, r, (r + 1) % 4,
                                                         (r + 2) % 4, (r + 3) % 4, r, (r + 1) % 4, (r + 2) % 4,
@@ -79,6 +81,9 @@ struct Words : Vector<int16_t> {
             _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
         return _mm256_cmpeq_epi16(land(_mm256_set1_epi16(static_cast<int16_t>(bits)), bit_of_lane), bit_of_lane);
     }
+    static V nonzero(V a, V b) {
+        return _mm256_andnot_si256(_mm256_cmpeq_epi16(land(a, b), _mm256_setzero_si256()), a);
+    }
     template <int r> static V rotate(V a) {
         constexpr int kOrder = r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93;
         return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, kOrder), kOrder);
@@ -99,6 +104,9 @@ struct Doublewords : Vector<int32_t> {
     static V from_bits(uint64_t bits) {
         const V bit_of_lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         return _mm256_cmpeq_epi32(land(_mm256_set1_epi32(static_cast<int>(bits)), bit_of_lane), bit_of_lane);
+    }
+    static V nonzero(V a, V b) {
+        return _mm256_andnot_si256(_mm256_cmpeq_epi32(land(a, b), _mm256_setzero_si256()), a);
     }
     template <int r> static V rotate(V a) { return _mm256_shuffle_epi32(a, r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93); }
     static V order(V a, V magnitude) {
@@ -139,7 +147,7 @@ __m128i byte_indices(__m128i lanes) {
     return _mm_add_epi8(_mm_add_epi8(twice, twice), _mm_set1_epi16(0x0100));
 }
 
-// Eight columns, of which four are kept; zeros where `live` has no bit.
+// Eight columns, of which four are kept.
 void pack8(const int8_t *p, const uint8_t *kept, int8_t *out) {
     const int32_t four = _mm_cvtsi128_si32(_mm_shuffle_epi8(load8(p), load4(kept)));
     std::memcpy(out, &four, sizeof four);
@@ -171,16 +179,15 @@ void unpack8(const int32_t *values, const uint8_t *place, int32_t *out) {
 struct Avx2 {
     template <class Int> using Lanes = Of<Int>;
 
-    template <class W> static void pack(const W *p, uint64_t kept, uint64_t live, W *out) {
+    static void fence() { _mm_sfence(); }
+
+    template <class W, class Clean> static void pack(const W *p, uint64_t kept, const Clean &clean, W *out) {
         using L = Lanes<W>;
         W copy[kWord];
-        if (kept & ~live) {
-            for (int i = 0; i < kWord; i += L::kLanes)
-                L::store(copy + i, L::land(L::load(p + i), L::from_bits(live >> i)));
-            p = copy;
-        }
+        for (int i = 0; i < kWord; i += L::kLanes)
+            L::store(copy + i, clean(L::load(p + i), i));
         for (int i = 0; i < kWord / 8; ++i)
-            pack8(p + 8 * i, kColumnsOf.kept[kept >> 8 * i & 255], out + 4 * i);
+            pack8(copy + 8 * i, kColumnsOf.kept[kept >> 8 * i & 255], out + 4 * i);
     }
     template <class W> static void gather(const W *p, uint64_t kept, W *out) { gather_each(p, kept, out); }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {

@@ -1,4 +1,5 @@
-// 2:4 on words of 64 columns, a bit a column: what is kept, and the metadata that say so. Plain integers, no vectors.
+// 2:4 on words of 64 columns, a bit a column: what is kept, and the metadata that say so. Plain arithmetic, on one word
+// or on eight at once.
 #pragma once
 #include "../launch.h"
 #include "sizes.h"
@@ -10,6 +11,8 @@ namespace sparsekit::cpu {
 namespace {
 
 constexpr int kWord = 64; // columns of a word
+
+typedef uint64_t EightWords [[gnu::vector_size(64)]];
 
 constexpr uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
@@ -30,13 +33,13 @@ inline uint64_t in_groups(int m, int count) { return low_bits(count) * kStarts.b
 // The n best of every group of m columns; the rest of the word, where m does not divide it, is empty. higher(r) has the
 // bit of each column whose r-th neighbour to the right beats it, a tie being no beating; what it says of neighbours in
 // the next group is not used. PLANES bits must hold m - 1, the most rivals that can beat a column.
-template <int PLANES, class Higher> inline uint64_t best(int m, int n, const Higher &higher) {
+template <int PLANES, class Word = uint64_t, class Higher> inline Word best(int m, int n, const Higher &higher) {
     if (n >= m)
-        return in_groups(m, m);
-    uint64_t beaten_by[PLANES] = {}; // of each column, how many rivals: one bit of the number a word
-    const auto count = [&](uint64_t columns) {
+        return Word{} + in_groups(m, m);
+    Word beaten_by[PLANES] = {}; // of each column, how many rivals: one bit of the number a word
+    const auto count = [&](Word columns) {
         for (int plane = 0; plane < PLANES; ++plane) {
-            const uint64_t carry = beaten_by[plane] & columns;
+            const Word carry = beaten_by[plane] & columns;
             beaten_by[plane] ^= columns;
             columns = carry;
         }
@@ -45,33 +48,33 @@ template <int PLANES, class Higher> inline uint64_t best(int m, int n, const Hig
         // A rival is `right` columns away in a ring: either to the right, or m - right to the left, where beating is
         // the other one's not being beaten.
         const int left = m - right;
-        const uint64_t near = higher(right), far = left == right ? near : higher(left);
+        const Word near = higher(right), far = left == right ? near : higher(left);
         const uint64_t with_right = in_groups(m, left), with_left = in_groups(m, right);
         count((near & with_right) | (~far & with_left) << left);
         if (left != right)
             count((far & with_left) | (~near & with_right) << right);
     }
-    uint64_t fewer = 0; // beaten by fewer than n
+    Word fewer{}; // beaten by fewer than n
     for (int plane = 0; plane < PLANES; ++plane)
         fewer = n >> plane & 1 ? ~beaten_by[plane] | fewer : ~beaten_by[plane] & fewer;
     return fewer & in_groups(m, m);
 }
 
 // Two of every four columns: those that `bits` has, then the lowest.
-inline uint64_t two_of(uint64_t bits) {
-    return best<2>(4, 2, [&](int r) { return bits >> r & ~bits; });
+template <class Word> inline Word two_of(Word bits) {
+    return best<2, Word>(4, 2, [&](int r) { return bits >> r & ~bits; });
 }
 
 // The lowest bit of every group of four that has more than two.
-inline uint64_t more_than_two(uint64_t bits) {
-    const uint64_t halves = (bits & 0x5555555555555555) + (bits >> 1 & 0x5555555555555555);
-    const uint64_t count = (halves & 0x3333333333333333) + (halves >> 2 & 0x3333333333333333);
+template <class Word> inline Word more_than_two(Word bits) {
+    const Word halves = (bits & 0x5555555555555555) + (bits >> 1 & 0x5555555555555555);
+    const Word count = (halves & 0x3333333333333333) + (halves >> 2 & 0x3333333333333333);
     return (count >> 2 | (count >> 1 & count)) & 0x1111111111111111;
 }
 
 // 64 bits of metadata, four a group, from 64 columns of which every group keeps two, and back. With b3 b2 b1 b0 for the
 // kept columns the nibble is b3|b2, b3|~b2, ~b1&~b0, b1&~b0.
-inline uint64_t meta_of(uint64_t kept) {
+template <class Word> inline Word meta_of(Word kept) {
     return ((kept | kept << 1) & 0x8888888888888888) | ((kept >> 1 | ~kept) & 0x4444444444444444) |
            (~(kept | kept << 1) & 0x2222222222222222) | (kept >> 1 & ~kept & 0x1111111111111111);
 }

@@ -6,23 +6,31 @@
 // is turned over into a buffer in the first-level cache. Bound by memory: the weight (and scores) read once, what is
 // written written once.
 //
-// Isa provides Lanes<Int>, a vector of kLanes signed integers: load, store, set, land (and), lxor, the bit masks gt (of
-// a > b) and test (of a & b != 0), from_bits (all ones in the lanes of a bit mask), rotate<r>, in which the lane of
-// column j of a group of four has its column (j + r) % 4, order (integers ordered as the numbers are, -0.0 as +0.0) and
-// flipped_abs (|int8| with the sign bit flipped). Isa::pack gathers the 32 kept of 64 values, those not in `live` as
-// zeros; Isa::unpack puts 32 values at the kept of 64 places and zeros elsewhere. Unnamed namespace: see epilogue.h.
+// Isa provides Lanes<Int>, a vector of kLanes signed integers: load, store, stream (a store past the caches, to a whole
+// aligned vector), set, land (and), lxor, min, max, the bit masks gt (of a > b) and test (of a & b != 0), from_bits
+// (all ones in the lanes of a bit mask), nonzero(a, b) (a where a & b is not zero, else zero), rotate<r>, in which the
+// lane of column j of a group of four has its column (j + r) % 4, order (integers ordered as the numbers are, -0.0 as
+// +0.0) and flipped_abs (|int8| with the sign bit flipped). Isa::pack gathers the 32 kept of 64 values, each vector of
+// them from the i-th on as clean(v, i) makes it; Isa::unpack puts 32 values at the kept of 64 places and zeros
+// elsewhere; Isa::fence ends a run of streamed stores. Unnamed namespace: see epilogue.h.
 #pragma once
 #include "format24.h"
 #include "format24_bits.h"
 #include "threads.h"
 
+#include <algorithm>
 #include <type_traits>
+#include <utility>
 
 namespace sparsekit::cpu {
 namespace {
 
-constexpr int kRoomBytes = 32768;              // of a tile that is turned over
-constexpr int kTileWords = kRoomBytes / kWord; // most of a tile
+constexpr int kRoomBytes = 32768; // of a tile that is turned over
+constexpr int kTileWords = 64;    // most of a tile, and rows of one that is turned over: a line of the cache or a few
+constexpr int kStrip = 8;         // such tiles side by side, before those below: their metadata are a line
+
+// A matrix that leaves no room in the caches for what is written of it.
+constexpr int64_t kPastBytes = int64_t{1} << 22;
 
 constexpr int kTileSteps = 32; // most of a tile in place
 
@@ -49,30 +57,40 @@ struct Span {
 
 // `step` columns are what is never divided: a word, or as many of its columns as are whole groups.
 struct Tiling {
-    int64_t rows, cols, tile_rows, tile_cols, down, across;
+    int64_t rows, cols, tile_rows, tile_cols, down, across, strip;
 
     Tiling(int64_t rows, int64_t cols, int64_t step, int turned) : rows(rows), cols(cols) {
-        if (turned) { // as tall as there is room for: a column of the matrix is a page of memory or more away from the
-                      // next
+        if (turned) { // down the columns, which are a page of memory or more apart: a strip's pages are soon in use
+                      // again
             tile_cols = step;
-            tile_rows = kRoomBytes / turned / (ceil_div(step, kWord) * kWord);
+            tile_rows = min(kTileWords, kRoomBytes / turned / (ceil_div(step, kWord) * kWord));
         } else {
             tile_cols = step * min(ceil_div(cols, step), kTileSteps);
             tile_rows = max(1, kTileSteps / ceil_div(tile_cols, step));
         }
         down = ceil_div(rows, tile_rows);
         across = ceil_div(cols, tile_cols);
+        strip = turned ? min(kStrip, across) : across;
+    }
+
+    Span span(int64_t tile) const {
+        const int64_t left = tile / (strip * down) * strip, width = min(strip, across - left), at = tile - left * down;
+        const int64_t row = at / width * tile_rows, col = (left + at % width) * tile_cols;
+        return {row, min(tile_rows, rows - row), col, min(tile_cols, cols - col)};
     }
 };
 
-// body(span) for every tile, on as many threads as `bytes` read and written are worth.
+// body(span, next) for every tile and the one after it (of the last, an empty one), on as many threads as `bytes` read
+// and written are worth.
 template <class Body> void for_tiles(const Tiling &t, int64_t bytes, int threads, const Body &body) {
-    const int64_t tiles = t.down * t.across, batch = max(1, 65536 / max(1, bytes / tiles));
+    const int64_t tiles = t.down * t.across, batch = max(min(t.strip, kStrip), 65536 / max(1, bytes / tiles));
     const int used = static_cast<int>(min(min(threads, kMaxThreads), 1 + (bytes >> 17)));
     parallel_for(ceil_div(tiles, batch), used, [&](int64_t task, int) {
-        for (int64_t tile = task * batch; tile < min(tiles, (task + 1) * batch); ++tile) {
-            const int64_t row = tile / t.across * t.tile_rows, col = tile % t.across * t.tile_cols;
-            body(Span{row, min(t.tile_rows, t.rows - row), col, min(t.tile_cols, t.cols - col)});
+        Span here = t.span(task * batch);
+        for (int64_t tile = task * batch + 1, end = min(tiles, (task + 1) * batch); tile <= end; ++tile) {
+            const Span next = tile < tiles ? t.span(tile) : Span{};
+            body(here, next);
+            here = next;
         }
     });
 }
@@ -82,34 +100,50 @@ template <class Int> struct Tile {
     int64_t stride; // of a row; those of a column are neighbours
 };
 
+// In every lane of kCols numbers: half of a's, from the `first` on, interleaved with b's.
+template <int kCols, int first, class V, size_t... i>
+inline void interleave(const V &a, const V &b, V &to, std::index_sequence<i...>) {
+    to = __builtin_shufflevector(a, b, (i / kCols * kCols + first + i % kCols / 2 + i % 2 * sizeof...(i))...);
+}
+
 constexpr int kSide = 8; // of a block that is turned over in registers
 
-// to[r * stride + c] = from[c * col_stride + r]. Three times interleaving the first half of eight with the second turns
-// them over.
-template <class Int> inline void turn_block(const Int *from, int64_t col_stride, Int *to, int64_t stride) {
+// to[r * stride + c] = from[c * col_stride + r], of kRows >= kCols rows, all of a column in one vector. Each pass
+// interleaves the first half of the columns with the second, in lanes of kCols.
+template <int kCols = kSide, int kRows = kSide, class Int>
+inline void turn_block(const Int *from, int64_t col_stride, Int *to, int64_t stride) {
     using Lane = std::conditional_t<
         sizeof(Int) == 1, int8_t,
         std::conditional_t<sizeof(Int) == 2, int16_t, std::conditional_t<sizeof(Int) == 4, int32_t, int64_t>>>;
-    typedef Lane V [[gnu::vector_size(kSide * sizeof(Lane))]];
-    V a[kSide], b[kSide];
-    for (int i = 0; i < kSide; ++i)
+    typedef Lane V [[gnu::vector_size(kRows * sizeof(Lane))]];
+    constexpr std::make_index_sequence<kRows> places;
+    V a[kCols], b[kCols];
+#pragma GCC unroll 16
+    for (int i = 0; i < kCols; ++i)
         std::memcpy(&a[i], from + i * col_stride, sizeof(V));
-    const auto interleave = [](const V(&x)[kSide], V(&y)[kSide]) {
-        for (int i = 0; i < kSide / 2; ++i) {
-            y[2 * i] = __builtin_shufflevector(x[i], x[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
-            y[2 * i + 1] = __builtin_shufflevector(x[i], x[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+#pragma GCC unroll 4
+    for (int pass = 1; pass < kCols; pass *= 2) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kCols / 2; ++i) {
+            interleave<kCols, 0>(a[i], a[i + kCols / 2], b[2 * i], places);
+            interleave<kCols, kCols / 2>(a[i], a[i + kCols / 2], b[2 * i + 1], places);
         }
-    };
-    interleave(a, b);
-    interleave(b, a);
-    interleave(a, b);
-    for (int i = 0; i < kSide; ++i)
-        std::memcpy(to + i * stride, &b[i], sizeof(V));
+#pragma GCC unroll 16
+        for (int i = 0; i < kCols; ++i)
+            a[i] = b[i];
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kCols; ++i)
+#pragma GCC unroll 8
+        for (int lane = 0; lane < kRows / kCols; ++lane)
+            std::memcpy(to + (lane * kCols + i) * stride, reinterpret_cast<const Int *>(&a[i]) + lane * kCols,
+                        kCols * sizeof(Int));
 }
 
 // Copies a span of a matrix to `room`, rows `stride` apart.
-template <class Int> void turn(const Matrix &m, const Span &s, Int *room, int64_t stride) {
+template <class Isa, class Int> void turn(const Matrix &m, const Span &s, Int *room, int64_t stride) {
     const Int *from = static_cast<const Int *>(m.data) + s.row * m.row_stride + s.col * m.col_stride;
+    constexpr int kRows = Isa::template Lanes<Int>::kLanes, kCols = min(16 / int(sizeof(Int)), kRows);
     const auto copy = [&](int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
         for (int64_t r = row; r < row_end; ++r)
             for (int64_t c = col; c < col_end; ++c)
@@ -117,27 +151,51 @@ template <class Int> void turn(const Matrix &m, const Span &s, Int *room, int64_
     };
     if (m.row_stride != 1)
         return copy(0, s.rows, 0, s.cols);
-    const int64_t rows = s.rows / kSide * kSide, cols = s.cols / kSide * kSide;
-    for (int64_t c = 0; c < cols; c += kSide)
-        for (int64_t r = 0; r < rows; r += kSide) {
+    const int64_t rows = s.rows / kRows * kRows, cols = s.cols / kCols * kCols;
+    for (int64_t c = 0; c < cols; c += kCols)
+        for (int64_t r = 0; r < rows; r += kRows) {
             const Int *at = from + c * m.col_stride + r;
             if (r * sizeof(Int) % 64 == 0) // the next columns: too far apart for the hardware to guess
-                for (int64_t i = kSide; i < 2 * kSide; ++i)
+                for (int64_t i = kCols; i < 2 * kCols; ++i)
                     __builtin_prefetch(at + i * m.col_stride);
-            turn_block(at, m.col_stride, room + r * stride + c, stride);
+            turn_block<kCols, kRows>(at, m.col_stride, room + r * stride + c, stride);
         }
     copy(0, rows, cols, s.cols);
     copy(rows, s.rows, 0, s.cols);
 }
 
 // A span of a matrix, in place where its columns are neighbours, else in `room`, which holds a tile.
-template <class Int> Tile<Int> fetch(const Matrix &m, const Span &s, Int *room) {
+template <class Isa, class Int> Tile<Int> fetch(const Matrix &m, const Span &s, Int *room) {
     if (m.col_stride == 1)
         return {static_cast<const Int *>(m.data) + s.row * m.row_stride + s.col, m.row_stride};
     const int64_t stride = ceil_div(s.cols, kWord) * kWord;
-    turn(m, s, room, stride);
+    turn<Isa>(m, s, room, stride);
     return {room, stride};
 }
+
+// Asks for the next tile where it will be turned over, a column with each word of this one: memory then works while
+// words are chosen and written. Inlined by force: a compiler may take a function that only asks for one without effect.
+template <class Int> class Ahead {
+    const Int *from_ = nullptr;
+    int64_t stride_ = 0, rows_ = 0, cols_ = 0;
+
+  public:
+    Ahead(const Matrix &m, const Span &next) {
+        if (m.row_stride != 1 || m.col_stride == 1)
+            return;
+        from_ = static_cast<const Int *>(m.data) + next.row + next.col * m.col_stride;
+        stride_ = m.col_stride, rows_ = next.rows, cols_ = next.cols;
+    }
+    [[gnu::always_inline]] void word(int64_t word) const {
+        if (word < cols_)
+            for (int64_t row = 0; row < rows_; row += 64 / sizeof(Int))
+                __builtin_prefetch(from_ + word * stride_ + row, 0, 2);
+    }
+    [[gnu::always_inline]] void all() const {
+        for (int64_t word = 0; word < cols_; ++word)
+            this->word(word);
+    }
+};
 
 // body(row, col, p, count, word) for every word of a tile: p points at 64 numbers, of which `count` are the matrix's,
 // the rest `fill`.
@@ -194,10 +252,11 @@ template <class Isa, class Int> struct Reader {
     V order(V v) const { return integer ? v : L::order(v, magnitude); }
 };
 
-// The n best of every four of 64 numbers by the integers that key(v) gives, all in registers.
-template <class Isa, class Int, class Key> inline uint64_t best_of_four(const Int *p, int n, const Key &key) {
+// By the integers that key(v) gives of 64 numbers: higher[r - 1] has the bit of each column that is beaten by its r-th
+// neighbour in the ring of its group of four.
+template <class Isa, class Int, class Key>
+inline void compare_four(const Int *p, const Key &key, uint64_t (&higher)[3]) {
     using L = Lanes<Isa, Int>;
-    uint64_t higher[3] = {};
 #pragma GCC unroll 16
     for (int i = 0; i < kWord; i += L::kLanes) {
         const auto v = key(L::load(p + i));
@@ -205,15 +264,59 @@ template <class Isa, class Int, class Key> inline uint64_t best_of_four(const In
         higher[1] |= L::gt(L::template rotate<2>(v), v) << i;
         higher[2] |= L::gt(L::template rotate<3>(v), v) << i;
     }
+}
+
+// The n best of every four of 64 numbers, all in registers.
+template <class Isa, class Int, class Key> inline uint64_t best_of_four(const Int *p, int n, const Key &key) {
+    uint64_t higher[3] = {};
+    compare_four<Isa>(p, key, higher);
     return best<2>(4, n, [&](int r) { return higher[r - 1]; });
 }
 
 // ---- prune and compress ----
 
-// What is kept of each word of a tile, two of every four; of those, the live keep their values, the rest become zeros.
+// What is kept of each word of a tile, two of every four; by mask, of those, the live keep their values, the rest
+// become zeros. Arithmetic on bits goes by eight words, past the last of them too.
 struct Choice {
-    uint64_t kept[kTileWords], live[kTileWords];
+    uint64_t kept[kTileWords], live[kTileWords], meta[kTileWords], higher[3][kTileWords];
+    bool masked = false;
+
+    static EightWords get(const uint64_t *p) {
+        EightWords words;
+        std::memcpy(&words, p, sizeof words);
+        return words;
+    }
+    // `kept` by each(first of eight words), and its metadata.
+    template <class Each> void keep(int64_t words, const Each &each) {
+        for (int64_t at = 0; at < words; at += 8) {
+            const EightWords some = each(at), code = meta_of(some);
+            std::memcpy(kept + at, &some, sizeof some);
+            std::memcpy(meta + at, &code, sizeof code);
+        }
+    }
+    void keep_best(int64_t words) {
+        keep(words, [&](int64_t at) {
+            const EightWords h[3] = {get(higher[0] + at), get(higher[1] + at), get(higher[2] + at)};
+            return best<2, EightWords>(4, 2, [&](int r) { return h[r - 1]; });
+        });
+    }
+    // Of `live`; returns whether a group has more than two.
+    bool keep_live(int64_t words) {
+        std::fill(live + words, live + ceil_div(words, 8) * 8, 0);
+        EightWords over{};
+        keep(words, [&](int64_t at) {
+            const EightWords some = get(live + at);
+            over |= more_than_two(some);
+            return two_of(some);
+        });
+        uint64_t any = 0;
+        for (int word = 0; word < 8; ++word)
+            any |= over[word];
+        return any != 0;
+    }
 };
+
+inline int64_t words_of(const Span &s) { return s.rows * ceil_div(s.cols, kWord); }
 
 // The flat index of a group of four, kp / 4 a row.
 inline int64_t group_at(int64_t row, int64_t col, int64_t cols) { return row * (2 * ceil_div(cols, 8)) + col / 4; }
@@ -228,64 +331,101 @@ struct Found {
     First nan, over;
 };
 
+// The two best of every four by key(v); the words are fill past the end.
+template <class Isa, class Int, class Key, class Also>
+inline void choose_best(const Tile<Int> &tile, const Span &s, Int fill, Choice &choice, const Key &key,
+                        const Also &also) {
+    for_words(tile, s, fill, [&](int64_t row, int64_t col, const Int *at, int64_t, int64_t word) {
+        uint64_t higher[3] = {};
+        compare_four<Isa>(at, key, higher);
+        for (int r = 0; r < 3; ++r)
+            choice.higher[r][word] = higher[r];
+        also(row, col, at, word);
+    });
+    choice.keep_best(words_of(s));
+}
+
+// Those of `live`; a group that has more than two is reported.
+inline void choose_live(const Prune24 &p, const Span &s, Choice &choice, Found &found) {
+    if (!choice.keep_live(words_of(s)))
+        return;
+    const int64_t across = ceil_div(s.cols, kWord);
+    for (int64_t word = 0; word < words_of(s); ++word)
+        report_word(found.over, more_than_two(choice.live[word]), s.row + word / across, s.col + word % across * kWord,
+                    p.cols);
+}
+
 // By the numbers themselves: the largest, or those that are not zero, which may be two of a group at most.
 template <class Isa, class W>
 [[gnu::flatten]] void choose_by_weight(const Prune24 &p, const Span &s, const Tile<W> &w, Choice &choice,
                                        Found &found) {
     const Reader<Isa, W> reader(p.w.dtype);
-    for_words(w, s, W{0}, [&](int64_t row, int64_t col, const W *at, int64_t, int64_t word) {
-        if (p.kind == kByNonzero) {
-            const uint64_t nonzero = reader.nonzero(at);
-            choice.kept[word] = two_of(nonzero);
-            report_word(found.over, more_than_two(nonzero), s.row + row, s.col + col, p.cols);
-        } else {
-            choice.kept[word] = best_of_four<Isa>(at, 2, [&](auto v) { return reader.size(v); });
-        }
-        choice.live[word] = ~uint64_t{0};
-    });
+    if (p.kind != kByNonzero)
+        return choose_best<Isa>(w, s, W{0}, choice, [&](auto v) { return reader.size(v); }, [](auto...) {});
+    for_words(w, s, W{0},
+              [&](int64_t, int64_t, const W *at, int64_t, int64_t word) { choice.live[word] = reader.nonzero(at); });
+    choose_live(p, s, choice, found);
 }
 
 template <class Isa, class S>
-[[gnu::flatten]] void choose_by_rank(const Prune24 &p, const Span &s, Choice &choice, Found &found) {
+[[gnu::flatten]] void choose_by_rank(const Prune24 &p, const Span &s, const Span &next, Choice &choice, Found &found) {
     S room[kRoom<S>];
-    const Tile<S> rank = fetch(p.rank, s, room);
-    if (p.kind == kByMask) {
+    const Tile<S> rank = fetch<Isa>(p.rank, s, room);
+    const Ahead<S> ahead(p.rank, next);
+    choice.masked = p.kind == kByMask;
+    if (choice.masked) {
         const auto any = Lanes<Isa, S>::set(-1);
-        for_words(rank, s, S{0}, [&](int64_t row, int64_t col, const S *at, int64_t, int64_t word) {
-            const uint64_t on = each<Isa>(at, [&](auto v) { return Lanes<Isa, S>::test(v, any); });
-            choice.kept[word] = two_of(on);
-            choice.live[word] = on;
-            report_word(found.over, more_than_two(on), s.row + row, s.col + col, p.cols);
+        for_words(rank, s, S{0}, [&](int64_t, int64_t, const S *at, int64_t, int64_t word) {
+            ahead.word(word);
+            choice.live[word] = each<Isa>(at, [&](auto v) { return Lanes<Isa, S>::test(v, any); });
         });
-        return;
+        return choose_live(p, s, choice, found);
     }
     const Reader<Isa, S> reader(p.rank.dtype);
     const S lowest = static_cast<S>(numbers(p.rank.dtype).lowest); // what is past the end loses: it is the last, too
-    for_words(rank, s, lowest, [&](int64_t row, int64_t col, const S *at, int64_t, int64_t word) {
-        choice.kept[word] = best_of_four<Isa>(at, 2, [&](auto v) { return reader.order(v); });
-        choice.live[word] = ~uint64_t{0};
-        report_word(found.nan, reader.nan(at), s.row + row, s.col + col, p.cols);
-    });
+    choose_best<Isa>(
+        rank, s, lowest, choice, [&](auto v) { return reader.order(v); },
+        [&](int64_t row, int64_t col, const S *at, int64_t word) {
+            ahead.word(word);
+            report_word(found.nan, reader.nan(at), s.row + row, s.col + col, p.cols);
+        });
 }
 
+inline bool whole_lines(const void *to, int64_t bytes) {
+    return bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
+}
+
+// A row of a large matrix that was turned over goes past the caches, a tile's part of it a line or more: they would
+// read it from memory first.
 template <class Isa, class W>
-[[gnu::flatten]] void write_tile(const Prune24 &p, const Span &s, const Tile<W> &w, const Choice &choice,
-                                 Found &found) {
+[[gnu::flatten]] void write_tile(const Prune24 &p, const Span &s, const Span &next, const Tile<W> &w,
+                                 const Choice &choice, Found &found) {
     using L = Lanes<Isa, W>;
     const Reader<Isa, W> reader(p.w.dtype);
     const int64_t bytes = ceil_div(p.cols, 8);
+    const Ahead<W> ahead(p.w, next);
+    const bool past = p.w.col_stride != 1 && p.rows * p.cols * int64_t(sizeof(W)) >= kPastBytes;
+    auto largest = L::set(0);
     for_words(w, s, W{0}, [&](int64_t row, int64_t col, const W *at, int64_t count, int64_t word) {
+        ahead.word(word);
         row += s.row;
         col += s.col;
-        // -0.0 becomes +0.0: compressing what was expanded then gives the same bits.
-        const uint64_t kept = choice.kept[word], live = choice.live[word] & reader.nonzero(at);
-        report_word(found.nan, reader.nan(at), row, col, p.cols);
-        W copy[kWord];
+        const uint64_t kept = choice.kept[word];
+        const auto clean = [&](auto v, int i) { // columns i on of the word
+            largest = L::max(largest, L::land(v, reader.magnitude));
+            // -0.0 becomes +0.0: compressing what was expanded then gives the same bits.
+            v = L::nonzero(v, reader.magnitude);
+            return choice.masked ? L::land(v, L::from_bits(choice.live[word] >> i)) : v;
+        };
+        alignas(64) W copy[kWord];
         if (p.dense) {
             W *out = static_cast<W *>(p.dense) + row * p.cols + col, *to = count == kWord ? out : copy;
+            const bool lines = past && to == out && whole_lines(out, sizeof copy);
 #pragma GCC unroll 16
-            for (int i = 0; i < kWord; i += L::kLanes)
-                L::store(to + i, L::land(L::load(at + i), L::from_bits((kept & live) >> i)));
+            for (int i = 0; i < kWord; i += L::kLanes) {
+                const auto v = L::land(clean(L::load(at + i), i), L::from_bits(kept >> i));
+                lines ? L::stream(to + i, v) : L::store(to + i, v);
+            }
             if (to == copy)
                 std::memcpy(out, copy, count * sizeof(W));
             return;
@@ -293,15 +433,24 @@ template <class Isa, class W>
         W *values = static_cast<W *>(p.values) + row * (4 * bytes) + col / 2;
         uint8_t *meta = p.meta + row * bytes + col / 8;
         if (count == kWord) {
-            Isa::pack(at, kept, live, values);
-            store_meta64(meta_of(kept), meta);
+            const bool lines = past && whole_lines(values, sizeof copy / 2);
+            Isa::pack(at, kept, clean, lines ? copy : values);
+            for (int i = 0; lines && i < kWord / 2; i += L::kLanes)
+                L::stream(values + i, L::load(copy + i));
+            store_meta64(choice.meta[word], meta);
         } else {
             const int64_t used = ceil_div(count, 8);
-            Isa::pack(at, kept, live, copy);
+            Isa::pack(at, kept, clean, copy);
             std::memcpy(values, copy, 4 * used * sizeof(W));
-            store_meta64(meta_of(kept), meta, used);
+            store_meta64(choice.meta[word], meta, used);
         }
     });
+    if (past)
+        Isa::fence();
+    if (!reader.integer && L::gt(largest, reader.largest)) // a NaN: where?
+        for_words(w, s, W{0}, [&](int64_t row, int64_t col, const W *at, int64_t, int64_t) {
+            report_word(found.nan, reader.nan(at), s.row + row, s.col + col, p.cols);
+        });
 }
 
 // Without gaps, so that all rows are one where they end with a byte of metadata.
@@ -320,15 +469,15 @@ template <class Isa, class W> void prune(Prune24 p, int threads) {
     const int64_t turned = max(p.w.col_stride != 1 ? sizeof(W) : 0, ranked && p.rank.col_stride != 1 ? rank_width : 0);
     const int64_t bytes = p.rows * p.cols * int64_t(2 * sizeof(W) + (ranked ? rank_width : 0));
     Found found;
-    for_tiles(Tiling(p.rows, p.cols, kWord, turned), bytes, threads, [&](const Span &s) {
+    for_tiles(Tiling(p.rows, p.cols, kWord, turned), bytes, threads, [&](const Span &s, const Span &next) {
         W room[kRoom<W>];
-        const Tile<W> w = fetch(p.w, s, room);
+        const Tile<W> w = fetch<Isa>(p.w, s, room);
         Choice choice;
         if (ranked)
-            choose(p, s, choice, found);
+            choose(p, s, next, choice, found);
         else
             choose_by_weight<Isa, W>(p, s, w, choice, found);
-        write_tile<Isa, W>(p, s, w, choice, found);
+        write_tile<Isa, W>(p, s, next, w, choice, found);
     });
     p.status[0] = found.nan.place();
     p.status[1] = found.over.place();
@@ -376,7 +525,7 @@ template <class Isa> void expand(const Expand24 &problem, int threads) {
                       : p.itemsize == 2 ? expand_tile<Isa, int16_t>
                                         : expand_tile<Isa, int32_t>;
     for_tiles(Tiling(p.rows, p.cols, kWord, 0), 2 * p.rows * p.cols * p.itemsize, threads,
-              [&](const Span &s) { tile(p, s); });
+              [&](const Span &s, const Span &) { tile(p, s); });
 }
 
 } // namespace

@@ -278,9 +278,11 @@ void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key
     }
 }
 
-template <class Isa, class Int> [[gnu::flatten]] void mask_columns(const MaskNM &p, const Span &s, First &nan) {
+template <class Isa, class Int>
+[[gnu::flatten]] void mask_columns(const MaskNM &p, const Span &s, const Span &next, First &nan) {
     Int room[kRoom<Int>];
-    const Tile<Int> tile = fetch(p.scores, s, room);
+    const Tile<Int> tile = fetch<Isa>(p.scores, s, room);
+    Ahead<Int>(p.scores, next).all();
     const Reader<Isa, Int> reader(p.scores.dtype);
     if (p.m != 4) {
         mask_by_keys<Isa, Int>(p, s, tile, p.scores.dtype, nan, [&](const Int *row, int64_t cols, Int *keys) {
@@ -299,11 +301,13 @@ template <class Isa, class Int> [[gnu::flatten]] void mask_columns(const MaskNM 
     });
 }
 
-template <class Isa, class T> [[gnu::flatten]] void mask_pairs(const MaskNM &p, const Span &s, First &nan) {
+template <class Isa, class T>
+[[gnu::flatten]] void mask_pairs(const MaskNM &p, const Span &s, const Span &next, First &nan) {
     using Key = decltype(sum_key(to_float(T{}), to_float(T{})));
     T room[kRoom<T>];
     const DType key_dtype = sizeof(Key) == 8 ? kFloat64 : kFloat32;
-    mask_by_keys<Isa, Key>(p, s, fetch(p.scores, s, room), key_dtype, nan, read_pair_keys<T, Key>);
+    Ahead<T>(p.scores, next).all();
+    mask_by_keys<Isa, Key>(p, s, fetch<Isa>(p.scores, s, room), key_dtype, nan, read_pair_keys<T, Key>);
 }
 
 template <class Isa> void mask_nm(const MaskNM &problem, int threads) {
@@ -313,7 +317,7 @@ template <class Isa> void mask_nm(const MaskNM &problem, int threads) {
         p.cols *= p.rows;
         p.rows = 1;
     }
-    using Do = void (*)(const MaskNM &, const Span &, First &);
+    using Do = void (*)(const MaskNM &, const Span &, const Span &, First &);
     const Do of_dtype[] = {mask_pairs<Isa, float>, mask_pairs<Isa, Half>,   mask_pairs<Isa, BFloat16>,
                            mask_pairs<Isa, E4M3>,  mask_pairs<Isa, int8_t>, mask_pairs<Isa, double>,
                            mask_pairs<Isa, E5M2>}; // as in DType
@@ -321,7 +325,8 @@ template <class Isa> void mask_nm(const MaskNM &problem, int threads) {
                             : with_integer(itemsize, [](auto s) -> Do { return mask_columns<Isa, decltype(s)>; });
     const Tiling tiling(p.rows, p.cols, kWord / p.m * p.m * width, p.scores.col_stride != 1 ? itemsize : 0);
     First nan;
-    for_tiles(tiling, p.rows * p.cols * (itemsize + 1), threads, [&](const Span &s) { tile(p, s, nan); });
+    for_tiles(tiling, p.rows * p.cols * (itemsize + 1), threads,
+              [&](const Span &s, const Span &next) { tile(p, s, next, nan); });
     p.status[0] = nan.place();
 }
 

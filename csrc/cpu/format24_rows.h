@@ -445,7 +445,7 @@ template <class Isa, class Int> void mask_rows(const MaskRows &p, int threads) {
         Tile<Int> tile{static_cast<const Int *>(p.scores.data) + row * p.scores.row_stride, p.scores.row_stride};
         if (turned) {
             for (int64_t col = 0; col < p.cols; col += kWord)
-                turn(p.scores, Span{row, rows, col, min(kWord, p.cols - col)}, copy + col, stride);
+                turn<Isa>(p.scores, Span{row, rows, col, min(kWord, p.cols - col)}, copy + col, stride);
             tile = {copy, stride};
         }
         Bracket guess{0, 0};

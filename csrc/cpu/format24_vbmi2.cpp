@@ -14,6 +14,7 @@ template <class Int> struct Vector {
 
     static V load(const Int *p) { return _mm512_loadu_si512(p); }
     static void store(Int *p, V a) { _mm512_storeu_si512(p, a); }
+    static void stream(Int *p, V a) { _mm512_stream_si512(reinterpret_cast<V *>(p), a); }
     static V land(V a, V b) { return _mm512_and_si512(a, b); }
     static V lxor(V a, V b) { return _mm512_xor_si512(a, b); }
     static V flipped_abs(V a) { return _mm512_xor_si512(_mm512_abs_epi8(a), _mm512_set1_epi8(-128)); }
@@ -26,6 +27,7 @@ struct Bytes : Vector<int8_t> {
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi8_mask(a, b); }
     static uint64_t test(V a, V b) { return _mm512_test_epi8_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi8(bits); }
+    static V nonzero(V a, V b) { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(a, b), a); }
     template <int r> static V rotate(V a) { return _mm512_ror_epi32(a, 8 * r); }
     static V order(V a, V magnitude) {
         const V size = _mm512_and_si512(a, magnitude);
@@ -42,6 +44,7 @@ struct Words : Vector<int16_t> {
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi16_mask(a, b); }
     static uint64_t test(V a, V b) { return _mm512_test_epi16_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi16(static_cast<__mmask32>(bits)); }
+    static V nonzero(V a, V b) { return _mm512_maskz_mov_epi16(_mm512_test_epi16_mask(a, b), a); }
     template <int r> static V rotate(V a) { return _mm512_ror_epi64(a, 16 * r); }
     static V order(V a, V magnitude) {
         const V size = _mm512_and_si512(a, magnitude);
@@ -58,6 +61,7 @@ struct Doublewords : Vector<int32_t> {
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi32_mask(a, b); }
     static uint64_t test(V a, V b) { return _mm512_test_epi32_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi32(static_cast<__mmask16>(bits)); }
+    static V nonzero(V a, V b) { return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(a, b), a); }
     template <int r> static V rotate(V a) {
         return _mm512_shuffle_epi32(a, static_cast<_MM_PERM_ENUM>(r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93));
     }
@@ -92,13 +96,15 @@ using Of = std::conditional_t<
 struct Vbmi2 {
     template <class Int> using Lanes = Of<Int>;
 
+    static void fence() { _mm_sfence(); }
+
     // To a register and then a plain store: compressing to memory takes some CPUs a hundred cycles.
-    template <class W> static void pack(const W *p, uint64_t kept, uint64_t live, W *out) {
+    template <class W, class Clean> static void pack(const W *p, uint64_t kept, const Clean &clean, W *out) {
         using L = Lanes<W>;
         constexpr int kHalf = L::kLanes / 2;
 #pragma GCC unroll 4
         for (int i = 0; i < kWord; i += L::kLanes) {
-            const __m512i all = L::land(L::load(p + i), L::from_bits(live >> i));
+            const __m512i all = clean(L::load(p + i), i);
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + i / L::kLanes * kHalf),
                                 _mm512_castsi512_si256(L::compress(kept >> i, all)));
         }
