@@ -2,7 +2,8 @@
 
 An op reads and writes a known number of bytes and computes next to nothing, so its floor is the time in which a copy moves as many.
 A row holds that count and the time, the time of a copy of as many bytes that took turns with it, the share of the copy's bandwidth
-that the op reached, and each rival's time.
+that the op reached, and each rival's time. The copy writes to memory that is there already, and an op returns a new tensor, whose
+memory the system must first give and clear: on a CPU fresh_copy_us is a copy into a new tensor, and of_fresh_copy its share.
 """
 
 from __future__ import annotations
@@ -96,7 +97,8 @@ def row(make: Callable[[torch.Tensor], Problem], device: str, name: str, label: 
     found = {"layer": name, "n": n, "k": k, "dtype": label, "layout": "transposed" if transposed else "row-major"}
     found["bytes"] = problem.nbytes
     if device == "cpu":
-        times = time_us({"op": problem.op, "copy": copy_of(problem.nbytes, device), **problem.rivals}, seconds=0.5)
+        copies = {"copy": copy_of(problem.nbytes, device), "fresh": fresh_copy_of(problem.nbytes)}
+        times = time_us({"op": problem.op, **copies, **problem.rivals}, seconds=0.5)
         us, copy = times["op"], times["copy"]
     else:
         # Inputs that no L2 holds all of, so that each call finds its own in memory.
@@ -108,6 +110,8 @@ def row(make: Callable[[torch.Tensor], Problem], device: str, name: str, label: 
         found["op_eager_us"] = round(times["op"], 1)
     found |= {"us": round(us, 1), "gbps": round(problem.nbytes / us / 1e3, 2)}
     found |= {"copy_us": round(copy, 1), "copy_gbps": round(problem.nbytes / copy / 1e3, 2), "of_copy": round(copy / us, 3)}
+    if device == "cpu":
+        found |= {"fresh_copy_us": round(times["fresh"], 1), "of_fresh_copy": round(times["fresh"] / us, 3)}
     return found | {f"{rival}_us": round(times[rival], 1) for rival in problem.rivals}
 
 
@@ -116,6 +120,12 @@ def copy_of(nbytes: int, device: str) -> Callable[[], object]:
     source = torch.ones(nbytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return lambda: target.copy_(source)
+
+
+def fresh_copy_of(nbytes: int) -> Callable[[], object]:
+    """The same into memory that each call asks the system for."""
+    source = torch.ones(nbytes // 2, dtype=torch.uint8)
+    return source.clone
 
 
 def main(

@@ -32,8 +32,16 @@ def test_rows(op, monkeypatch):
         (memory_bound.REFERENCE_SHAPE, "bf16", "transposed"),
     ]
     for row in rows:
-        assert row["us"] == row["copy_us"] == 2 and row["of_copy"] == 1
+        assert row["us"] == row["copy_us"] == row["fresh_copy_us"] == 2 and row["of_copy"] == row["of_fresh_copy"] == 1
         assert row["gbps"] == row["copy_gbps"] == round(row["bytes"] / 2e3, 2)
+
+
+def test_a_fresh_copy_has_memory_of_its_own():
+    from benchmarks.memory_bound import fresh_copy_of
+
+    copy = fresh_copy_of(1000)
+    one, other = copy(), copy()
+    assert one.nbytes == 500 and one.data_ptr() != other.data_ptr() and torch.equal(one, other)
 
 
 @pytest.mark.parametrize("op, share", [("compress24", 1 + 9 / 16), ("expand24", 1 + 9 / 16), ("prune_compress24", 1 + 9 / 16),
