@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
+import sparsekit
 from sparsekit import SparsekitError, checkpoint
 from sparsekit.cli import app
 from sparsekit.pipeline import prune, world
@@ -24,7 +25,7 @@ MODEL, CALIB = HERE / "data" / "kjv1m", HERE.parent / "examples" / "data" / "kjv
 
 
 def environment(**variables) -> dict[str, str]:
-    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    path = os.pathsep.join(filter(None, [str(Path(sparsekit.__file__).parents[1]), os.environ.get("PYTHONPATH")]))
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **{name: str(value) for name, value in variables.items()}}
 
 
