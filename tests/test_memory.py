@@ -47,6 +47,7 @@ def added(tmp_path: Path, depth: int, method: str, limit: int = 0, samples: int 
     build("llama", torch.bfloat16, num_hidden_layers=depth, max_position_embeddings=128, **sizes).save_pretrained(folder)
     paths = [str(Path(sparsekit.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
     environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system: else chance keeps 10 MB of it, or none
     options = (tmp_path / "small", folder, tmp_path / f"out-{depth}", method, str(limit), str(samples))
     done = subprocess.run([sys.executable, "-c", CHILD, *options], capture_output=True, text=True, env=environ)
     assert done.returncode == 0, done.stderr
