@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from .config import PruningConfig
 from .errors import SparsekitError
-from .patterns import Block, Pattern, Unstructured, keep_top
+from .patterns import Pattern, keep_top
 from .pipeline.blocks import Target, find_blocks, find_targets
 
 STATE_FILE = "sparsekit_pruner.safetensors"
@@ -206,15 +206,13 @@ class GradualPruner:
             for name in self._targets:
                 self.masks[name] = pattern.mask(self._scores(name), rowwise=self.config.group == "row")
             return
-        # One line of all scores, the first linear's first.
+        # One line of all units, the first linear's first.
         lines = [self._scores(name) for name in self._targets]
-        of_unit: Unstructured = pattern.of_blocks if isinstance(pattern, Block) else pattern
-        units = [pattern.block_scores(line) for line in lines] if isinstance(pattern, Block) else lines
+        units = [pattern.units(line) for line in lines]
         line = torch.cat([unit.flatten() for unit in units])
-        kept = keep_top(line[None], line.numel() - of_unit.removed(line.numel()))[0].split([unit.numel() for unit in units])
+        kept = keep_top(line[None], line.numel() - pattern.removed(line.numel()))[0].split([unit.numel() for unit in units])
         for name, unit, scores, mask in zip(self._targets, units, lines, kept):
-            mask = mask.view(unit.shape)
-            self.masks[name] = pattern.spread(mask, scores.shape) if isinstance(pattern, Block) else mask.clone()
+            self.masks[name] = pattern.spread(mask.view(unit.shape), scores.shape).clone()
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

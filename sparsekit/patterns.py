@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 
@@ -47,6 +47,7 @@ class Pattern:
         raise SparsekitError(f"a pattern must be {_KNOWN}, got {text!r}")
 
     sparsity: float  # the share of weights removed, tails aside
+    columns: int  # neighbours that are chosen from together, so that no block of columns may cut between them
 
     def partway(self, share: float) -> Pattern:
         """The pattern with that share, 0 to 1, of its removals: what a schedule passes through. At 1 it is this pattern."""
@@ -84,6 +85,10 @@ class NM(Pattern):
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
+    @property
+    def columns(self) -> int:
+        return self.m
+
     def partway(self, share: float) -> NM:
         return NM(self.m - int((self.m - self.n) * share), self.m)
 
@@ -119,6 +124,10 @@ class PairNM(Pattern):
     def sparsity(self) -> float:
         return 1 - self.n / self.m
 
+    @property
+    def columns(self) -> int:
+        return self.m
+
     def partway(self, share: float) -> PairNM:
         return PairNM(self.m - 2 * int((self.m - self.n) // 2 * share), self.m)
 
@@ -131,92 +140,100 @@ class PairNM(Pattern):
         return _overfull(pairs, self.n // 2, self.m, weight.shape[1], "pairs with a non-zero")
 
 
-@dataclass(frozen=True)
-class Unstructured(Pattern):
-    """A share of all weights removed, anywhere. The number removed is rounded down."""
+class Share(Pattern):
+    """A share of a weight's units removed, anywhere. A unit is a single weight unless a subclass says otherwise. The number removed
+    is rounded down."""
 
     share: float
+    _what, _line = "zeros", "row"  # what removed units are, and what ``rowwise`` counts within
 
     def __post_init__(self):
-        _check_share(self.share)
-
-    def __str__(self) -> str:
-        return _percent(self.share)
+        if not 0 <= self.share <= 1:
+            raise SparsekitError(f"sparsity must lie in 0% to 100%, got {_percent(self.share)}")
 
     @property
     def sparsity(self) -> float:
         return self.share
 
-    def partway(self, share: float) -> Unstructured:
-        return Unstructured(self.share * share)
+    def partway(self, share: float) -> Share:
+        return replace(self, share=self.share * share)
 
-    def removed(self, numel: int) -> int:
-        """How many of numel weights go, exactly: 0.29 stands for 29/100, and not for the float a hair below it."""
-        return math.floor(numel * Fraction(self.share).limit_denominator(10**9))
+    def removed(self, count: int) -> int:
+        """How many of so many units go, exactly: 0.29 stands for 29/100, and not for the float a hair below it."""
+        return math.floor(count * Fraction(self.share).limit_denominator(10**9))
+
+    def units(self, scores: Tensor) -> Tensor:
+        """The scores of the units (lines, units in a line) that scores (n, k) have. Raises ValueError for NaN, at the latest when
+        they are compared."""
+        return scores
+
+    def spread(self, mask: Tensor, shape: tuple[int, int]) -> Tensor:
+        """A mask of units as the mask of their weights."""
+        return mask
 
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
-        line = scores if rowwise else scores.reshape(1, -1)
-        return keep_top(line, line.shape[-1] - self.removed(line.shape[-1])).view(scores.shape)
+        units = self.units(scores)
+        line = units if rowwise else units.reshape(1, -1)
+        return self.spread(keep_top(line, line.shape[-1] - self.removed(line.shape[-1])).view(units.shape), scores.shape)
 
     def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
-        return self._short(weight == 0, rowwise, "zeros", "row")
-
-    def _short(self, gone: Tensor, rowwise: bool, what: str, row_name: str) -> str | None:
-        """None, or where fewer are gone than asked for, of all or of each row."""
+        gone = self._zero(weight)
         line = gone if rowwise else gone.reshape(1, -1)
         count, wanted = line.sum(-1), self.removed(line.shape[-1])
         if not (count < wanted).any():
             return None
         row = int((count < wanted).nonzero()[0])
-        return f"{f'{row_name} {row}' if rowwise else 'the weight'} has {int(count[row])} {what}, {wanted} are asked for"
+        return f"{f'{self._line} {row}' if rowwise else 'the weight'} has {int(count[row])} {self._what}, {wanted} are asked for"
+
+    def _zero(self, weight: Tensor) -> Tensor:
+        """Which units hold nothing but zeros."""
+        return weight == 0
 
 
 @dataclass(frozen=True)
-class Block(Pattern):
+class Unstructured(Share):
+    """A share of all weights removed, anywhere. The number removed is rounded down."""
+
+    share: float
+    columns = 1
+
+    def __str__(self) -> str:
+        return _percent(self.share)
+
+
+@dataclass(frozen=True)
+class Block(Share):
     """A share of the blocks of rows x cols neighbours removed whole. The number removed is rounded down.
 
-    The score of a block is the sum of its scores. ``rowwise`` counts each line of blocks by itself."""
+    The score of a block is the sum of its scores, in fp64. ``rowwise`` counts each line of blocks by itself."""
 
     rows: int
     cols: int
     share: float
+    _what, _line = "blocks of zeros", "line of blocks"
 
     def __post_init__(self):
         if self.rows < 1 or self.cols < 1:
             raise SparsekitError(f"a block must have at least one row and one column, got {self.rows}x{self.cols}")
-        _check_share(self.share)
+        super().__post_init__()
 
     def __str__(self) -> str:
         return f"block:{self.rows}x{self.cols}@{_percent(self.share)}"
 
     @property
-    def sparsity(self) -> float:
-        return self.share
+    def columns(self) -> int:
+        return self.cols
 
-    def partway(self, share: float) -> Block:
-        return Block(self.rows, self.cols, self.share * share)
-
-    @property
-    def of_blocks(self) -> Unstructured:
-        """The pattern that the blocks, taken one for one, are pruned to."""
-        return Unstructured(self.share)
-
-    def block_scores(self, scores: Tensor) -> Tensor:
-        """The sum over each block, fp64: (lines of blocks, blocks in a line). Raises ValueError for NaN."""
+    def units(self, scores: Tensor) -> Tensor:
         reference.check_no_nan("mask", "scores", scores)
         return self._by_block(scores.float() if scores.element_size() == 1 else scores).sum((1, 3), dtype=torch.float64)
 
     def spread(self, mask: Tensor, shape: tuple[int, int]) -> Tensor:
-        """A mask of blocks as the mask of their weights."""
         n, k = shape
         return mask.repeat_interleave(self.rows, 0)[:n].repeat_interleave(self.cols, 1)[:, :k].contiguous()
 
-    def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
-        return self.spread(self.of_blocks.mask(self.block_scores(scores), rowwise), scores.shape)
-
-    def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
-        gone = ~self._by_block(weight != 0).any(3).any(1)
-        return self.of_blocks._short(gone, rowwise, "blocks of zeros", "line of blocks")
+    def _zero(self, weight: Tensor) -> Tensor:
+        return ~self._by_block(weight != 0).any(3).any(1)
 
     def _by_block(self, t: Tensor) -> Tensor:
         """(lines of blocks, rows, blocks in a line, cols), what is missing at the end as zeros."""
@@ -230,7 +247,7 @@ def check_group(pattern: Pattern | None, group: str, known: tuple[str, ...]) -> 
     """Raises SparsekitError for a comparison group that is not known, and for any where the pattern has groups of its own."""
     if group not in known:
         raise SparsekitError(f"the group must be {listed(known, 'or')}, got {group!r}")
-    if not isinstance(pattern, (Unstructured, Block)):
+    if not isinstance(pattern, Share):
         raise SparsekitError(f"{pattern} compares weights within its own groups, got group = {group!r}; leave it out")
 
 
@@ -240,11 +257,6 @@ def _share(percent: str) -> float:
 
 def _percent(share: float) -> str:
     return f"{Decimal(repr(float(share))).scaleb(2):f}%"  # the point moves, no digit does: parse gives the same share back
-
-
-def _check_share(share: float) -> None:
-    if not 0 <= share <= 1:
-        raise SparsekitError(f"sparsity must lie in 0% to 100%, got {_percent(share)}")
 
 
 def _overfull(members: Tensor, most: int, m: int, k: int, what: str) -> str | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..criteria import Gram
-from ..patterns import NM, Block, PairNM, Pattern, Unstructured, keep_top
+from ..patterns import NM, PairNM, Pattern, keep_top
 from ..timing import Phases
 from .base import PruneResult
 
@@ -67,7 +67,7 @@ class SparseGPT:
             factor = self.statistics.factor
         w = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # not the memory of weight
         w[:, factor.dead] = 0
-        (n, k), width = w.shape, _whole_groups(level, self.BLOCK)
+        (n, k), width = w.shape, math.ceil(self.BLOCK / level.columns) * level.columns  # no group or block is cut in two
         panel = max(self.PANEL // width, 1) * width
         kept, loss = torch.empty_like(w, dtype=torch.bool), w.new_zeros(n, dtype=torch.float64)
         for begin in range(0, k, panel):
@@ -87,27 +87,16 @@ class SparseGPT:
         return w.to(weight.dtype), kept, loss.sum().item() * factor.scale / 2, phases
 
 
-def _whole_groups(level: Pattern, columns: int) -> int:
-    """The columns of a block: at least ``columns``, and no group or block of the pattern cut in two."""
-    group = level.m if isinstance(level, (NM, PairNM)) else level.cols if isinstance(level, Block) else 1
-    return math.ceil(columns / group) * group
-
-
 def _choice(level: Pattern, block: Tensor, diagonal: Tensor, left: int) -> dict:
-    """What ops.obs_block_ is to be told of a block (n, b) that begins at column ``left``: N:M, or the mask."""
+    """What ops.obs_block_ is to be told of a block (n, b) that begins at column ``left``: N:M, or the mask.
+
+    Of a share the mask: after every block the share of all units so far is to be gone."""
     if isinstance(level, NM):
         return {"n": level.n, "m": level.m}
     if isinstance(level, PairNM):
         return {"n": level.n // 2, "m": level.m // 2, "pairs": True}
-    scores, right = (block / diagonal).square(), left + block.shape[1]
-    if isinstance(level, Block):
-        blocks = level.block_scores(scores)  # (lines of blocks, blocks across)
-        gone = _gone(level.of_blocks, blocks.shape[0], left // level.cols, math.ceil(right / level.cols))
-        return {"mask": level.spread(keep_top(blocks.flatten(), blocks.numel() - gone).view(blocks.shape), scores.shape)}
-    gone = _gone(level, scores.shape[0], left, right)
-    return {"mask": keep_top(scores.flatten(), scores.numel() - gone).view(scores.shape)}
-
-
-def _gone(level: Unstructured, n: int, left: int, right: int) -> int:
-    """How many go of columns left to right of n rows, if after every block the share of all columns so far is to be gone."""
-    return level.removed(n * right) - level.removed(n * left)
+    scores = (block / diagonal).square()
+    units, before = level.units(scores), left // level.columns
+    lines, across = units.shape
+    gone = level.removed(lines * (before + across)) - level.removed(lines * before)
+    return {"mask": level.spread(keep_top(units.flatten(), units.numel() - gone).view(units.shape), scores.shape)}
