@@ -164,7 +164,7 @@ def prune(
     from .pruners import method_named
 
     # What is cheap to refuse is refused before the model is read.
-    if method_named(method, Pattern.parse(pattern), group).needs_inputs and calib is None:
+    if method_named(method, Pattern.parse(pattern), group).gathers and calib is None:
         raise SparsekitError(f"--calib must name a text for {method} to calibrate on; magnitude alone needs none")
     if calib_field is not None and calib in (None, data.SELF):
         raise SparsekitError(f"--calib-field belongs to a .jsonl file, got {calib_field!r} with --calib {calib}; leave it out")

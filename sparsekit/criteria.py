@@ -23,18 +23,18 @@ class SquaredNorm:
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x (..., k), any float dtype; summed in fp32."""
         rows = x.reshape(-1, x.shape[-1]).float()
-        self.sum += (rows * rows).sum(0)
+        self.sum += self._of(rows).sum(0)
         self.tokens += rows.shape[0]
+
+    def _of(self, rows: Tensor) -> Tensor:
+        return rows * rows
 
 
 class MeanAbs(SquaredNorm):
-    """Sum of |x_j| over all tokens, and their number. Memory k * 4 bytes."""
+    """Sum of |x_j| of each input feature over all tokens, and their number. Memory k * 4 bytes."""
 
-    def update(self, x: Tensor) -> None:
-        """Adds the tokens of x (..., k), any float dtype; summed in fp32."""
-        rows = x.reshape(-1, x.shape[-1]).float()
-        self.sum += rows.abs().sum(0)
-        self.tokens += rows.shape[0]
+    def _of(self, rows: Tensor) -> Tensor:
+        return rows.abs()
 
 
 @dataclass(frozen=True)

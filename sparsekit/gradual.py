@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import PruningConfig
+from .criteria import CRITERIA
 from .errors import SparsekitError
 from .patterns import Pattern, keep_top
 from .pipeline.blocks import Target, find_blocks, find_targets
@@ -194,7 +195,7 @@ class GradualPruner:
 
     def _scores(self, name: str) -> Tensor:
         """Of each weight, -inf where it is pruned already, so that it stays so."""
-        scores = self._targets[name].weight.float().abs()
+        scores = CRITERIA["magnitude"].scores(self._targets[name].weight)
         if self.config.criterion == "gradient":
             if name not in self._squares:
                 raise SparsekitError(f"the criterion gradient needs a backward pass before each pruning, and {name} has had none")

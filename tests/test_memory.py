@@ -92,7 +92,7 @@ def test_hidden_states_go_to_disk_where_memory_is_short_and_change_nothing(tmp_p
     assert [type(store) for store in stores] == [type(None), OnDisk]
 
 
-@pytest.mark.parametrize("method", ["magnitude", "sparsegpt"])
+@pytest.mark.parametrize("method", ["magnitude", "wanda", "obs", "sparsegpt"])
 def test_a_limit_too_small_says_how_much_is_needed(method, tmp_path, monkeypatch):
     """Before anything is run, and nothing is left; what it says is enough is enough."""
     build("llama").save_pretrained(tmp_path / "model")
@@ -100,7 +100,7 @@ def test_a_limit_too_small_says_how_much_is_needed(method, tmp_path, monkeypatch
     monkeypatch.setattr(memory, "taken", lambda: 300 * MIB)
     with pytest.raises(SparsekitError, match=r"at least \S+, got 1MiB: it takes 300MiB for the program, ") as error:
         prune_folder(tmp_path / "model", tmp_path / "out", batches, method, device="cpu", max_memory="1MiB")
-    assert ("a factor" in str(error.value)) == (method == "sparsegpt")
+    assert ("a factor" in str(error.value)) == (method in ("obs", "sparsegpt"))
     assert os.listdir(tmp_path) == ["model"]
     enough = re.search(r"at least (\S+),", str(error.value))[1]
     prune_folder(tmp_path / "model", tmp_path / "out", batches, method, device="cpu", max_memory=enough)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -79,10 +79,10 @@ def _matrices(module: nn.Module) -> dict[str, Tensor]:
     return {name: getattr(module, name) for name in (["weight"] if is_linear(module) else fused_parameters(module))}
 
 
-def check_finite(targets: list[Target]) -> None:
-    """Raises SparsekitError, naming the first matrix that holds NaN or Inf; what is not in memory yet is not looked at."""
+def check_finite(targets: Iterable[Target]) -> None:
+    """Raises SparsekitError, naming the first matrix that holds NaN or Inf."""
     for target in targets:
-        if not target.weight.is_meta and not torch.isfinite(target.weight).all():
+        if not torch.isfinite(target.weight).all():
             raise SparsekitError(f"weights must be finite, got NaN or Inf in {target.name}")
 
 

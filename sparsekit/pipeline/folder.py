@@ -104,7 +104,7 @@ def prune_folder(
             store = None
             if limit is not None:
                 names = {module: name for name, module in lazy.model.named_modules()}
-                targets, mine = find_targets(lazy.blocks, names, skip), world.part(batches) if kind.needs_inputs else batches
+                targets, mine = find_targets(lazy.blocks, names, skip), world.part(batches) if kind.gathers else batches
                 store = store_within(limit, Path(offload or work.path), lazy, targets, mine, kind)
             source = _Lazy(lazy, work, format, store, world.leads)
             report = run(source, batches, method, pattern, skip, progress, world, group=group)

@@ -97,15 +97,15 @@ def run(
     report.processes = world.size
     progress = progress if world.leads else None
     with world.watched(), eval_mode(model):
-        for matrices in targets:
-            check_finite(matrices)
+        late = {target for matrices in targets for target in matrices if target.weight.is_meta}  # read when their turn comes
+        check_finite(target for matrices in targets for target in matrices if target not in late)
         if world.size > 1:
             batches = list(batches)
             listed = [target.name for matrices in targets for target in matrices]
             settings = {"method": method_text(method), "group": group, "pattern": str(pattern), "linears": listed}
             world.agree(settings | {"the hash of the calibration batches": hash_batches(batches)})
         stream = None
-        if kind.needs_inputs:
+        if kind.gathers:
             with source.capturing():
                 inside = {id(weight) for block in blocks for weight in block.parameters()}
                 check_weights(world, "outside the blocks", (p for p in model.named_parameters() if id(p[1]) not in inside))
@@ -121,7 +121,7 @@ def run(
             check_weights(world, f"of {names[block]}", block.named_parameters())
             told, rows = (BlockReport(names[block]), []) if done is None else done
             if done is None:
-                check_finite(matrices)
+                check_finite(target for target in matrices if target in late)
                 pruners = {target: kind(target.weight.shape[1], pattern, target.weight.device) for target in matrices}
                 origins = dict.fromkeys(matrices, (MAGNITUDE, 0))
                 owners = [world.rank] * len(matrices)  # what needs no inputs is cheap, and comes out the same everywhere
@@ -157,7 +157,7 @@ def run(
 
 def _prune(target: Target, pruner: Pruner, pattern: Pattern, origin: str, tokens: int, source: Source) -> LinearReport:
     weight = target.weight
-    if origin == MAGNITUDE and pruner.needs_inputs:
+    if origin == MAGNITUDE and pruner.gathers:
         pruner = by_magnitude(pruner)
     try:
         result = pruner.prune(weight)

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from ..checkpoint.lazy import LazyModel
+from ..criteria import Gram
 from ..errors import SparsekitError, listed
-from ..pruners import Pruner, SparseGPT
+from ..pruners import Pruner
 from ..timing import peak_memory
 from .blocks import Target
 from .store import OnDisk
@@ -49,19 +50,19 @@ def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequen
 
     On a GPU only what passes through the host's memory counts."""
     host = lazy.device.type == "cpu"
-    tokens = max((_tokens(batch) for batch in batches), default=0) if kind.needs_inputs else 0
-    outside = sum(lazy.nbytes(top) for top in lazy.outside) if kind.needs_inputs else 0
+    tokens = max((_tokens(batch) for batch in batches), default=0) if kind.gathers else 0
+    outside = sum(lazy.nbytes(top) for top in lazy.outside) if kind.gathers else 0
     found: list[dict[str, int]] = []
     for i, group in enumerate(targets):
         shapes = [target.weight.shape for target in group]
         widest = max((max(shape) for shape in shapes), default=0)
         columns = max((k for _, k in shapes), default=0)
-        grams = 4 * sum(k * k if kind is SparseGPT else k for _, k in shapes) if kind.needs_inputs else 0
+        known = 4 * sum(k * k if kind.gathers is Gram else k for _, k in shapes) if kind.gathers else 0
         found.append(
             {
                 "the weights of a block": (lazy.nbytes(i) if host else 0) + lazy.nbytes(i, stored=True),
-                "what is known of its inputs": grams * host,
-                "a factor": 9 * 4 * columns**2 * host * (kind is SparseGPT),
+                "what is known of its inputs": known * host,
+                "a factor": 9 * 4 * columns**2 * host * (kind.gathers is Gram),
                 "a weight at work": 4 * 4 * max((n * k for n, k in shapes), default=0) * host,
                 "a batch at work": tokens * (_width(lazy) * 2 + widest * 5) * max(lazy.dtype.itemsize, 4) * host,
             }
@@ -82,7 +83,7 @@ def store_within(
     if need > limit:
         what = listed(f"{shown_size(size)} for {name}" for name, size in parts.items() if size)
         raise SparsekitError(f"--max-memory must be at least {shown_size(need)}, got {shown_size(limit)}: it takes {what}")
-    hidden = sum(_tokens(batch) for batch in batches) * _width(lazy) * lazy.dtype.itemsize if kind.needs_inputs else 0
+    hidden = sum(_tokens(batch) for batch in batches) * _width(lazy) * lazy.dtype.itemsize if kind.gathers else 0
     return OnDisk(offload) if need + hidden > limit else None
 
 

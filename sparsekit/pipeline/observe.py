@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..criteria import total
+from ..criteria import CRITERIA, total
 from ..errors import SparsekitError
-from ..pruners import Magnitude, Pruner
+from ..pruners import Pruner, scored
 from ..timing import Phases
 from .blocks import Target, holders_of_experts, is_transposed
 
@@ -217,8 +217,6 @@ def settle(pruners: dict[Target, Pruner], entering: set[Role]) -> dict[Target, t
     return origins
 
 
-def by_magnitude(pruner: Pruner) -> Magnitude:
+def by_magnitude(pruner: Pruner) -> Pruner:
     """A pruner by magnitude that counts as the given one does."""
-    instead = Magnitude(0, pruner.pattern)
-    instead.rowwise = pruner.rowwise
-    return instead
+    return scored(CRITERIA["magnitude"], pruner.rowwise)(0, pruner.pattern)

@@ -36,7 +36,7 @@ class Pruner(Protocol):
 
     statistics: Gram | SquaredNorm | None
     rowwise: bool  # whether an unstructured pattern is counted per output row
-    needs_inputs: bool
+    gathers: type | None  # the class of its statistics; None where it needs no inputs
 
     def __init__(self, columns: int, pattern: Pattern, device: torch.device | str = "cpu"): ...
 

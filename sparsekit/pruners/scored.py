@@ -17,21 +17,21 @@ class Scored:
 
     criterion: Criterion
     rowwise: bool
-    needs_inputs: bool
+    gathers: type | None
 
     def __init__(self, columns: int, pattern: Pattern, device: torch.device | str = "cpu"):
         self.pattern = pattern
-        self.statistics = self.criterion.statistics(columns, device) if self.needs_inputs else None
+        self.statistics = self.gathers(columns, device) if self.gathers else None
 
     def observe(self, x: Tensor) -> None:
         """Takes the tokens x (..., columns); a criterion that looks at weights alone ignores them."""
-        if self.needs_inputs:
+        if self.gathers:
             self.statistics.update(x)
 
     def prune(self, weight: Tensor) -> PruneResult:
-        if self.needs_inputs and self.statistics.tokens == 0:
+        if self.gathers and self.statistics.tokens == 0:
             raise ValueError(f"{self.criterion.name} needs the linear's inputs, and observed none")
-        if self.needs_inputs and not torch.isfinite(self.statistics.sum).all():
+        if self.gathers and not torch.isfinite(self.statistics.sum).all():
             raise ValueError("its inputs hold NaN or Inf")
         mask = self.pattern.mask(self.criterion.scores(weight, self.statistics), rowwise=self.rowwise)
         pruned = torch.where(mask, weight, 0)
@@ -48,7 +48,7 @@ def scored(criterion: Criterion, rowwise: bool | None = None) -> type[Pruner]:
 
 @cache
 def _scored(criterion: Criterion, rowwise: bool) -> type[Pruner]:
-    members = {"criterion": criterion, "rowwise": rowwise, "needs_inputs": criterion.statistics is not None}
+    members = {"criterion": criterion, "rowwise": rowwise, "gathers": criterion.statistics}
     return type(type(criterion).__name__, (Scored,), {**members, "__doc__": type(criterion).__doc__})
 
 

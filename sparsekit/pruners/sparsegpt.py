@@ -26,7 +26,7 @@ class SparseGPT:
     An N:M group chooses its mask when its first column is reached, on the weights as updated by then. A pattern that counts over
     the whole weight chooses once a block of columns, over all rows: after each block exactly the share asked for is gone."""
 
-    needs_inputs, rowwise = True, False
+    gathers, rowwise = Gram, False
 
     BLOCK = 128  # columns that one call of ops.obs_block_ prunes; rounded up to whole groups
     PANEL = 512  # columns that are brought up to date after each block; those after the panel once, by one large product
