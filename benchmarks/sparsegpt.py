@@ -17,11 +17,9 @@ rest, two runs of each block over all tokens. On a CPU --blocks must say how man
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import time
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -29,8 +27,7 @@ from torch import Tensor
 import sparsekit
 from benchmarks.measure import write
 from sparsekit.patterns import NM, PairNM, Pattern, Unstructured
-from sparsekit.pruners import METHODS, PruneResult, SparseGPT
-from sparsekit.timing import Phases
+from sparsekit.pruners import SparseGPT
 
 LAYERS = {  # (rows, cols): the linears of the models that they are named for
     "square 1024": (1024, 1024),
@@ -120,23 +117,6 @@ def row(name: str, rows: int, cols: int, text: str, tokens: int, device: str, re
     }
 
 
-class Recorded(SparseGPT):
-    """Notes what each phase takes, over all linears."""
-
-    seconds: dict[str, float]
-    gram: Phases
-
-    def observe(self, x: Tensor) -> None:
-        with self.gram("gram"):
-            super().observe(x)
-
-    def prune(self, weight: Tensor) -> PruneResult:
-        result = super().prune(weight)
-        for phase, spent in result.seconds.items():
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + spent
-        return result
-
-
 def model_row(name: str, text: str, device: str, blocks: int | None, samples: int, seq_len: int, **shape) -> dict:
     """Phases of a whole model; shape: what differs from the named one's configuration, for a test."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -148,13 +128,10 @@ def model_row(name: str, text: str, device: str, blocks: int | None, samples: in
     with torch.device(device):
         model = LlamaForCausalLM(config).to(dtype)
         batches = [torch.randint(0, config.vocab_size, (1, seq_len)) for _ in range(samples)]
-    Recorded.seconds, Recorded.gram = {}, Phases(torch.device(device))
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    with patch.dict(METHODS, sparsegpt=Recorded):
-        ms, report = timed_ms(lambda: sparsekit.prune(model, batches, method="sparsegpt", pattern=text), device)
-    phases = Recorded.gram.seconds() | Recorded.seconds
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    ms, report = timed_ms(lambda: sparsekit.prune(model, batches, method="sparsegpt", pattern=text), device)
+    phases = {phase: spent for phase, spent in report.phases.items() if phase not in ("read", "forward", "write")}
     return {
         "model": name,
         "blocks": config.num_hidden_layers,
@@ -163,7 +140,7 @@ def model_row(name: str, text: str, device: str, blocks: int | None, samples: in
         "forward_s": round(ms / 1e3 - sum(phases.values()), 3),
         **{f"{phase}_s": round(spent, 3) for phase, spent in phases.items()},
         "total_s": round(ms / 1e3, 3),
-        "peak_gib": round(peak / 2**30, 2),
+        "peak_gib": round(report.peak_memory / 2**30, 2),
         "output_error": float(f"{statistics.median(linear.output_error for linear in report.linears):.4g}"),
     }
 
