@@ -6,15 +6,20 @@ from torch import Tensor
 from sparsekit import reference
 
 
-def problem(rows: int, b: int, device="cpu", batch: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """w ([batch,] rows, b) and U ([batch,] b, b) fp32, U'U the inverse Hessian of correlated inputs."""
+def problem64(rows: int, b: int, seed: int = 0, batch: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
+    """w (*batch, rows, b) fp32, H (*batch, b, b) fp64 of correlated inputs, and U fp64 with H^-1 = U'U."""
     g = torch.Generator().manual_seed(seed)
-    lead = () if batch is None else (batch,)
-    x = torch.randn(*lead, 2 * b + 8, b, generator=g, dtype=torch.float64)
+    x = torch.randn(*batch, 2 * b + 8, b, generator=g, dtype=torch.float64)
     x = x @ (torch.eye(b) + 0.3 * torch.randn(b, b, generator=g) / b**0.5).double()
     h = 2 / x.shape[-2] * x.mT @ x + 0.05 * torch.eye(b).double()
-    upper = torch.linalg.cholesky(torch.linalg.inv(h)).mT.float().contiguous()
-    return torch.randn(*lead, rows, b, generator=g).to(device), upper.to(device)
+    upper = torch.linalg.cholesky(torch.linalg.inv(h)).mT.contiguous()
+    return torch.randn(*batch, rows, b, generator=g), h, upper
+
+
+def problem(rows: int, b: int, device="cpu", batch: int | None = None, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """w ([batch,] rows, b) and U ([batch,] b, b) of problem64, both fp32."""
+    w, _, upper = problem64(rows, b, seed, () if batch is None else (batch,))
+    return w.to(device), upper.float().to(device)
 
 
 def check(

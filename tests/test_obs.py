@@ -3,6 +3,7 @@
 import pytest
 import torch
 from format24_cpu import CHOSEN, PATHS
+from obs_problems import problem64 as problem
 from torch import Tensor
 
 from sparsekit import _C, ops, reference
@@ -34,17 +35,6 @@ def isa(request):
     _C.set_cpu_isa(request.param)
     yield request.param
     _C.set_cpu_isa(CHOSEN)
-
-
-def problem(rows: int, b: int, seed: int = 0, batch: tuple[int, ...] = ()) -> tuple[Tensor, Tensor, Tensor]:
-    """w fp32, H fp64 and U fp64 with H^-1 = U'U, of correlated inputs."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(*batch, 3 * b + 8, b, generator=generator, dtype=torch.float64)
-    h = x.mT @ (x @ (torch.eye(b) + 0.3 * torch.randn(b, b, generator=generator)).double())
-    h = (h + h.mT) / 2
-    h = h @ h.mT / h.diagonal(dim1=-2, dim2=-1).mean() ** 2 + 0.05 * torch.eye(b).double()
-    upper = torch.linalg.cholesky(torch.linalg.inv(h)).mT.contiguous()
-    return torch.randn(*batch, rows, b, generator=generator), h, upper
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
