@@ -13,10 +13,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from .checkpoint.reading import open_weights
+from .checkpoint.writing import save_file, write_whole
 from .config import PruningConfig
 from .criteria import CRITERIA
 from .errors import SparsekitError
@@ -156,14 +156,14 @@ class GradualPruner:
         self.apply()
 
     def save(self, path: str | Path) -> None:
-        """The state as a safetensors file."""
+        """The state as a safetensors file, which appears whole or not at all."""
         state = self.state_dict()
         tensors = {f"{kind}.{name}": t.contiguous() for kind in ("masks", "squares") for name, t in state.pop(kind).items()}
-        save_file(tensors, path, {"sparsekit_pruner": json.dumps(state)})
+        write_whole(Path(path), lambda part: save_file(tensors, part, {"sparsekit_pruner": json.dumps(state)}))
 
     def load(self, path: str | Path) -> None:
-        """Goes on where ``save`` was called. Raises as ``load_state_dict`` does."""
-        with safe_open(path, framework="pt") as tensors:
+        """Goes on where ``save`` was called. Raises as ``load_state_dict`` does, and SparsekitError for a file that is not one."""
+        with open_weights(Path(path)) as tensors:
             state = json.loads((tensors.metadata() or {}).get("sparsekit_pruner", "{}"))
             if not state:
                 raise SparsekitError(f"{path} must hold a pruner's state, and its metadata has none")

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from models import build, token_batches
+from safetensors.torch import save_file
 from torch import nn
 
 from sparsekit import PruningConfig, SparsekitError
@@ -141,8 +142,16 @@ def test_a_run_that_goes_on_from_a_saved_state_is_the_same_run(criterion, tmp_pa
     assert all(torch.equal(pruner.masks[name], again_pruner.masks[name]) for name in pruner.masks)
 
 
-def test_a_state_of_something_else_is_refused():
+def test_a_state_of_something_else_is_refused(tmp_path):
     pruner = GradualPruner(build("llama"), PruningConfig("50%"))
+    whole = tmp_path / "state.safetensors"
+    pruner.save(whole)
+    whole.write_bytes(whole.read_bytes()[:-40])
+    with pytest.raises(SparsekitError, match="is not a whole safetensors file"):
+        pruner.load(whole)
+    save_file({}, whole)
+    with pytest.raises(SparsekitError, match="must hold a pruner's state, and its metadata has none"):
+        pruner.load(whole)
     with pytest.raises(SparsekitError, match="same settings, got pattern = '60%' for '50%'"):
         pruner.load_state_dict(GradualPruner(build("llama"), PruningConfig("60%")).state_dict())
     with pytest.raises(SparsekitError, match=r"same model, and differs in model\.layers\.0\.mlp\.gate_proj"):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import SparsekitError
-from .writing import check_new_folder, remove_folder, replace_folder, save_file, shard_name, sync, write_json
+from .writing import check_new_folder, remove_folder, replace_folder, save_file, shard_name, sync, write_json, write_whole
 
 
 class Unfinished:
@@ -37,8 +37,8 @@ class Unfinished:
         """Writes weight file i, and then what there is to remember of it, which JSON must hold: that makes it finished."""
         for folder in (self.model, self._done):
             folder.mkdir(exist_ok=True)
-        _write_whole(self.shard(i), lambda path: save_file(tensors, path, metadata))
-        _write_whole(self._done / f"{i}.json", lambda path: write_json(path, remember()))
+        write_whole(self.shard(i), lambda path: save_file(tensors, path, metadata))
+        write_whole(self._done / f"{i}.json", lambda path: write_json(path, remember()))
 
     def any(self) -> bool:
         """Whether a weight file is finished."""
@@ -93,7 +93,7 @@ def unfinished(
                 shutil.rmtree(path, ignore_errors=True)
         try:
             if not (begun and resume):
-                _write_whole(work.path / "run.json", lambda path: write_json(path, run))
+                write_whole(work.path / "run.json", lambda path: write_json(path, run))
             yield work
         except BaseException as error:
             if work.any() and ((begun and resume) or not isinstance(error, SparsekitError)):
@@ -117,12 +117,3 @@ def _check_same(path: Path, run: dict[str, Any]) -> None:
             f"--resume goes on with the run that {path} is of, and its {name} differs{values}{others}; give the same, or "
             f"--overwrite without --resume"
         )
-
-
-def _write_whole(path: Path, write) -> None:
-    """The file appears when it is whole and on the disk."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    sync(part)
-    part.rename(path)
-    sync(path.parent)

@@ -226,6 +226,15 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) 
             file.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
 
 
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """The file appears when it is whole and on the disk."""
+    part = path.with_name(f"{path.name}.part")
+    write(part)
+    sync(part)
+    part.rename(path)
+    sync(path.parent)
+
+
 def sync(path: Path) -> None:
     """Brings a file to the disk, or a folder's list of names: a rename in it then outlives a power cut."""
     handle = os.open(path, os.O_RDONLY)
