@@ -8,8 +8,10 @@ Prints the perplexity of the dense, the pruned and the recovered model on the he
 
 import argparse
 import copy
+import datetime
 import json
 import math
+import time
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from rich.progress import track
 
 import sparsekit
 from sparsekit import checkpoint, data
+from sparsekit.demo import machine
 from sparsekit.gradual import GradualPruner, distillation_loss
 
 
@@ -55,6 +58,7 @@ def main() -> None:
     )
     generator = torch.Generator().manual_seed(args.seed)
     model.train()
+    begin = time.perf_counter()
     for _ in track(range(args.steps), description="recovering"):
         starts = torch.randint(0, len(tokens) - args.seq_len + 1, (args.batch, 1), generator=generator)
         ids = tokens[starts + torch.arange(args.seq_len)].to(next(model.parameters()).device)
@@ -66,13 +70,15 @@ def main() -> None:
         pruner.step(optimiser)
         schedule.step()
         optimiser.zero_grad()
+    seconds = time.perf_counter() - begin
     pruner.finish()  # every linear still holds the pattern
     found["recovered"] = sparsekit.perplexity(model.eval(), held_out, args.seq_len)["perplexity"]
 
     share = (found["pruned"] - found["recovered"]) / (found["pruned"] - found["dense"])
     print("  ".join(f"{name} {value:.2f}" for name, value in found.items()), f" of the way back: {share:.0%}")
     if args.json:
-        record = {"pattern": args.pattern, "steps": args.steps, **found, "way_back": share}
+        where = {"machine": machine(), "date": datetime.date.today().isoformat(), "seconds_of_training": round(seconds, 1)}
+        record = {**where, "pattern": args.pattern, "steps": args.steps, **found, "way_back": share}
         args.json.write_text(json.dumps(record, indent=2) + "\n")
     if args.out:
         model.to(checkpoint.stored_dtype(args.model))

@@ -113,6 +113,8 @@ def test_the_cuda_half_of_obs_block(launches):  # noqa: F811
             assert torch.equal(got[0].cpu(), want[0])
             for a, b in zip((ours, *got[1:]), (theirs, *want[1:])):
                 assert a.shape == b.shape and (a.cpu() - b).norm() <= 1e-5 * b.norm()
+    none = _obs_block_cuda(w[:0], upper[:0], None, 20, 40, False)
+    assert [t.shape for t in none] == [(0, 5, 90), (0, 5, 90), (0, 5)]
     w[1, 4, 7] = torch.nan
     with pytest.raises(ValueError, match=r"^obs_block_: w and upper must give no NaN, got one in row 4 of weight 1$"):
         _obs_block_cuda(w, upper, None, 2, 4, False)

@@ -65,7 +65,7 @@ def _obs_block(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pa
 
 def _obs_block_cuda(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pairs: bool) -> tuple[Tensor, Tensor, Tensor]:
     _check(w, upper, mask, n, m, pairs)
-    if mask is None and m > LARGEST_M:  # of no format: column by column, by the library
+    if mask is None and m > LARGEST_M and w.numel():  # of no format: column by column, by the library
         blocks = w if w.dim() == 3 else w[None]
         found = [reference.obs_block(*one, None, n, m, pairs) for one in zip(blocks, upper if w.dim() == 3 else upper[None])]
         new, *rest = (torch.stack(parts).view(*w.shape[:-2], *parts[0].shape) for parts in zip(*found))
