@@ -1,0 +1,1 @@
+"""Heads, neurons, experts and layers taken out of a live model."""
