@@ -1,1 +1,5 @@
 """What a pruning would cost and did cost: sensitivity, allocation, forecast, diagnosis, a page to read."""
+
+from .curves import Curve, error_curves
+
+__all__ = ["Curve", "error_curves"]

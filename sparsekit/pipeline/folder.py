@@ -128,13 +128,13 @@ def _finish(source: _Lazy, outside: list[list[str]], report: PruneReport, tokeni
     work.finish()
 
 
-class _Lazy:
-    """A folder's blocks: read when their turn comes, written when it is over, in memory in between."""
+class Reading:
+    """A folder's blocks, each in memory from ``enter`` to ``leave`` and left as it is."""
 
-    def __init__(self, lazy: LazyModel, work: Unfinished, format: str, store: Store | None, writes: bool = True):
-        self.lazy, self.work, self.format, self.store, self.writes = lazy, work, format, store, writes
-        self.model, self.blocks, self.device = lazy.model, lazy.blocks, lazy.device
-        self._prefix = {block: f"{name}." for name, block in lazy.model.named_modules()}
+    store: Store | None = None
+
+    def __init__(self, lazy: LazyModel):
+        self.lazy, self.model, self.blocks, self.device = lazy, lazy.model, lazy.blocks, lazy.device
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -148,15 +148,30 @@ class _Lazy:
             self.lazy.drop([0, *tops])
 
     def enter(self, i: int) -> tuple[BlockReport, list[LinearReport]] | None:
-        said = self.work.remembered(i)
-        if said is None:
-            self.lazy.fill([i])
-            return None
-        self.lazy.fill_block(i, self.work.shard(i))
-        return BlockReport(**said["block"]), [LinearReport.from_dict(row) for row in said["linears"]]
+        self.lazy.fill([i])
+        return None
 
     def rounded(self, target: Target, weight: Tensor) -> Tensor:
         return weight.to(self.lazy.stored_dtype(target.tensor)).to(weight.dtype)
+
+    def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
+        self.lazy.drop([i])
+
+
+class _Lazy(Reading):
+    """A folder's blocks: read when their turn comes, written when it is over, in memory in between."""
+
+    def __init__(self, lazy: LazyModel, work: Unfinished, format: str, store: Store | None, writes: bool = True):
+        super().__init__(lazy)
+        self.work, self.format, self.store, self.writes = work, format, store, writes
+        self._prefix = {block: f"{name}." for name, block in lazy.model.named_modules()}
+
+    def enter(self, i: int) -> tuple[BlockReport, list[LinearReport]] | None:
+        said = self.work.remembered(i)
+        if said is None:
+            return super().enter(i)
+        self.lazy.fill_block(i, self.work.shard(i))
+        return BlockReport(**said["block"]), [LinearReport.from_dict(row) for row in said["linears"]]
 
     def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
         if self.writes and self.work.remembered(i) is None:
@@ -176,7 +191,7 @@ class _Lazy:
             self._put(i, tensors, {prefix + name: shape for name, shape in compressed_shapes(block).items()}, remember)
             for name in swapped:
                 block.set_submodule(name, dense[name])
-        self.lazy.drop([i])
+        super().leave(i, told, rows)
 
     def write_outside(self, i: int, parts: list[str]) -> None:
         """Makes weight file i of what stands outside the blocks, as it is in the folder."""
