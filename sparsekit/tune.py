@@ -71,12 +71,20 @@ class Table:
         weights = self._weights.get(dtype)
         if not weights:
             return None
-        near = min(sorted(weights), key=lambda size: _ratio(size[0], n) + _ratio(size[1], k))
-        of_m = weights[near]
-        return of_m[min(sorted(of_m), key=lambda measured: _ratio(measured, m))]
+        of_m = weights[_nearest_weight(weights, n, k)]
+        return of_m[_nearest_m(of_m, m)]
 
 
-def _ratio(a: int, b: int) -> float:
+def _nearest_weight(weights: Iterable[tuple[int, int]], n: int, k: int) -> tuple[int, int]:
+    return min(sorted(weights), key=lambda size: ratio(size[0], n) + ratio(size[1], k))
+
+
+def _nearest_m(measured: Iterable[int], m: int) -> int:
+    return min(sorted(measured), key=lambda size: ratio(size, m))
+
+
+def ratio(a: int, b: int) -> float:
+    """How far two sizes lie apart: the logarithm of the larger over the smaller, both at least 1."""
     return abs(math.log(max(a, 1) / max(b, 1)))
 
 
@@ -100,16 +108,45 @@ def rows(device: str) -> list[Row]:
     return [Row(*row) for row in shipped["devices"].get(device.split("; ")[0], {}).get("rows", [])]
 
 
+class Times(NamedTuple):
+    """Microseconds of one product at a measured size y (m, n) = x (m, k) W': of the dense product, and of the fastest kernel for a
+    2:4 weight, "expand" included."""
+
+    m: int
+    n: int
+    k: int
+    dense: float
+    sparse: float
+
+
+def _timed(device: str, dtype: str) -> dict[tuple[int, int], dict[int, Times | None]]:
+    """The times by weight (n, k) and m; None where the dense product or a kernel was not measured."""
+    fastest: dict[tuple[int, int], dict[int, dict[bool, float]]] = {}
+    for row in rows(device):
+        if row.dtype == dtype:
+            best = fastest.setdefault((row.n, row.k), {}).setdefault(row.m, {})
+            best[row.kernel == DENSE] = min(best.get(row.kernel == DENSE, math.inf), row.us)
+    return {
+        (n, k): {m: Times(m, n, k, best[True], best[False]) if len(best) == 2 else None for m, best in of_m.items()}
+        for (n, k), of_m in fastest.items()
+    }
+
+
+def times(device: str, dtype: str, m: int, n: int, k: int) -> Times | None:
+    """What was measured at the nearest weight and, of its rows, the nearest m, sizes compared as ``choose`` compares them; None
+    where that is not both a kernel and the dense product. How near it is, is for the caller to judge."""
+    found = _timed(device, dtype)
+    if not found:
+        return None
+    of_m = found[_nearest_weight(found, n, k)]
+    return of_m[_nearest_m(of_m, m)]
+
+
 def speedups(device: str, dtype: str, m: int) -> dict[tuple[int, int], float]:
     """How many times as fast as the dense product the fastest kernel ran, by weight (n, k), at the measured m nearest to the one
     asked for; weights without a dense row there are left out."""
-    of_weight: dict[tuple[int, int], dict[int, dict[bool, float]]] = {}
-    for row in rows(device):
-        if row.dtype == dtype:
-            best = of_weight.setdefault((row.n, row.k), {}).setdefault(row.m, {})
-            best[row.kernel == DENSE] = min(best.get(row.kernel == DENSE, math.inf), row.us)
-    found = {size: of_m[min(sorted(of_m), key=lambda measured: _ratio(measured, m))] for size, of_m in of_weight.items()}
-    return {size: best[True] / best[False] for size, best in found.items() if len(best) == 2}
+    found = {size: of_m[_nearest_m(of_m, m)] for size, of_m in _timed(device, dtype).items()}
+    return {size: best.dense / best.sparse for size, best in found.items() if best}
 
 
 def forget() -> None:

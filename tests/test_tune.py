@@ -8,7 +8,7 @@ import torch
 
 from sparsekit import SparsekitError, env, ops, tune
 from sparsekit.ops import linear as product
-from sparsekit.tune import EXPAND, Choice, Row, Table
+from sparsekit.tune import DENSE, EXPAND, Choice, Row, Table
 
 DEVICE = "Invented GPU; sm_90; driver 1; CUDA 2"
 
@@ -163,3 +163,13 @@ def test_the_product_does_what_the_rows_say(dtype, bias, activation, cache, monk
     assert torch.allclose(ops.linear24(x, s, b, activation).float(), plain.float(), rtol=2e-2) and len(expanded) == 1
     tune.write(key, [row(3, 6, 24, product.SPARSE_CPU, 1.0, dtype=str(dtype).removeprefix("torch."))])
     assert torch.equal(ops.linear24(x, s, b, activation), plain) and len(expanded) == 1
+
+
+def test_the_times_of_the_nearest_product(cache):
+    tune.write(DEVICE, [*ROWS, row(1, 4096, 4096, DENSE, 8.0), row(64, 4096, 4096, DENSE, 10.0), row(9, 64, 64, DENSE, 1.0)])
+    assert tune.times(DEVICE, "float16", 2, 5000, 4000) == (1, 4096, 4096, 8.0, 4.0)  # of two kernels the faster
+    assert tune.times(DEVICE, "float16", 9, 4096, 4096) == (64, 4096, 4096, 10.0, 11.5)
+    assert tune.times(DEVICE, "float16", 4096, 4096, 4096) is None  # there no dense product was measured
+    assert tune.times(DEVICE, "float16", 9, 64, 64) is None  # nor here a kernel
+    assert tune.times(DEVICE, "bfloat16", 1, 4096, 4096) is None
+    assert tune.speedups(DEVICE, "float16", 9) == {(4096, 4096): 10.0 / 11.5}
