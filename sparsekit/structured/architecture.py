@@ -8,6 +8,7 @@ from torch import nn
 
 from ..errors import SparsekitError, listed
 from ..linear import dense_weight, is_linear
+from .removed import Removed
 
 _ORDERS = ("stacked", "grouped")
 
@@ -91,7 +92,8 @@ class Architecture:
         """What holds the linears of the block's MLP, or its experts: the block itself where mlp_at is ""; None where it has been
         removed."""
         found = submodule(block, self.mlp_at)
-        if found is None or (submodule(found, self.down) is None and not self._has_experts(found)):
+        down = None if found is None else submodule(found, self.down)
+        if found is None or ((down is None or isinstance(down, Removed)) and not self._has_experts(found)):
             return None
         return found
 
