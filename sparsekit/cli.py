@@ -26,11 +26,15 @@ def prune(
     ] = None,
     calib_field: Annotated[str | None, typer.Option(help='Where the texts of a .jsonl file are; "text" by default.')] = None,
     method: Annotated[
-        str, typer.Option("--method", "--criterion", help="sparsegpt, or by scores: wanda, magnitude, activation, obd or obs.")
-    ] = "sparsegpt",
+        str | None,
+        typer.Option(
+            "--method", "--criterion", help="sparsegpt (the default), or by scores: wanda, magnitude, activation, obd or obs."
+        ),
+    ] = None,
     pattern: Annotated[
-        str, typer.Option(help='N kept of M, such as "2:4", the share removed, such as "50%", or "block:32x32@50%".')
-    ] = "2:4",
+        str | None, typer.Option(help='N kept of M, such as "2:4" (the default), the share removed, "50%", or "block:32x32@50%".')
+    ] = None,
+    plan: Annotated[Path | None, typer.Option(help="The pattern of every linear, as `sparsekit plan` writes it.")] = None,
     format: Annotated[
         str, typer.Option(help="compressed, or dense: zeros written out, loads in plain transformers.")
     ] = "compressed",
@@ -58,11 +62,15 @@ def prune(
 ) -> None:
     """Prune a model, check that every linear holds the pattern, and write it."""
     from . import checkpoint, data, evaluate, pipeline
-    from .patterns import Pattern
+    from .plan import Plan, parse, patterns_in
     from .pruners import method_named
 
     # What is cheap to refuse is refused before the model is read.
-    if method_named(method, Pattern.parse(pattern), group).gathers and calib is None:
+    if plan and pattern:
+        raise SparsekitError(f"--plan says the pattern of every linear, got --pattern {pattern} too; leave one of them out")
+    asked = Plan.load(plan) if plan else parse(pattern or "2:4")
+    method = method or (asked.method if plan else None) or "sparsegpt"
+    if method_named(method, patterns_in(asked), group).gathers and calib is None:
         raise SparsekitError(f"--calib must name a text for {method} to calibrate on; magnitude alone needs none")
     if calib_field is not None and calib in (None, data.SELF):
         raise SparsekitError(f"--calib-field belongs to a .jsonl file, got {calib_field!r} with --calib {calib}; leave it out")
@@ -100,13 +108,13 @@ def prune(
             max_memory=max_memory,
             offload=offload,
         )
-        with progress_bar(f"{method} {pattern}", world.leads) as progress:
-            report = pipeline.prune_folder(model_dir, out, batches, method, pattern, **how, progress=progress, world=world)
+        with progress_bar(f"{method} {asked}", world.leads) as progress:
+            report = pipeline.prune_folder(model_dir, out, batches, method, asked, **how, progress=progress, world=world)
     world.close()
     if not world.leads:
         return
     if report.format != format:
-        say(f"no linear holds 2:4 after pruning to {pattern}; the weights are stored dense")
+        say(f"no linear holds 2:4 after pruning to {asked}; the weights are stored dense")
     if json_out:
         print(json.dumps({"out": str(out), **report.to_dict()}))
     else:
@@ -114,7 +122,7 @@ def prune(
         for row in report.linears:
             error = "" if row.output_error is None else f"{row.output_error:.4f}"
             rows.append((row.name, "x".join(map(str, row.shape)), f"{row.sparsity:.1%}", error))
-        show(f"{out}: {method} {pattern}, {report.seconds:.1f} s", ("linear", "shape", "sparsity", "output error"), rows)
+        show(f"{out}: {method} {asked}, {report.seconds:.1f} s", ("linear", "shape", "sparsity", "output error"), rows)
         for name, reason in report.skipped.items():
             print(f"not pruned: {name} ({reason})")
         for row in report.linears:

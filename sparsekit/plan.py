@@ -6,6 +6,8 @@ of each matrix by name, its ``shape`` [out_features, in_features] and its ``patt
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -59,7 +61,9 @@ class Plan:
         return gone / max(sum(sizes.values()), 1)
 
     def __str__(self) -> str:
-        return f"plan of {len(self.patterns)} linears, {self.sparsity:.2%}"
+        """Two plans of the same text ask for the same."""
+        asked = json.dumps(self.to_dict()["linears"], sort_keys=True)
+        return f"plan {hashlib.sha256(asked.encode()).hexdigest()[:12]} ({len(self.patterns)} linears, {self.sparsity:.2%})"
 
     def check(self, matrices: Iterable[Matrix]) -> None:
         """Raises SparsekitError where these are not the matrices that the plan is for, naming the first that differs."""
@@ -121,6 +125,21 @@ class Plan:
         except yaml.YAMLError as error:
             raise SparsekitError(f"the plan {path} must be YAML, got {' '.join(str(error).split())}") from None
         return cls.from_dict(found)
+
+
+def parse(text: str | Pattern | Plan) -> Pattern | Plan:
+    """What is asked of a model: the one pattern of all its linears, or a plan."""
+    return text if isinstance(text, Plan) else Pattern.parse(text)
+
+
+def pattern_of(asked: Pattern | Plan, name: str) -> Pattern | None:
+    """What is asked of the linear of that name, None to leave it as it is."""
+    return asked.patterns[name] if isinstance(asked, Plan) else asked
+
+
+def patterns_in(asked: Pattern | Plan) -> list[Pattern]:
+    """Every pattern that is asked for, once."""
+    return [p for p in dict.fromkeys(asked.patterns.values()) if p is not None] if isinstance(asked, Plan) else [asked]
 
 
 def _shape(name: str, shape: Any) -> tuple[int, int]:

@@ -93,9 +93,9 @@ PATTERNS = [NM(2, 4), NM(1, 8), PairNM(4, 8), Unstructured(0.5), Unstructured(0.
 def test_every_pattern_by_every_criterion_in_every_group(name, pattern, group, dtype):
     if group and isinstance(pattern, (NM, PairNM)):
         with pytest.raises(SparsekitError, match=f"{pattern} compares weights within its own groups, got group = '{group}'"):
-            method_named(name, pattern, group)
+            method_named(name, [pattern], group)
         return
-    kind = method_named(name, pattern, group)
+    kind = method_named(name, [pattern], group)
     rowwise = (name == "wanda") if group is None else group == "row"
     assert kind.rowwise == rowwise
     pruner, w = kind(K, pattern), weight(dtype)
@@ -145,7 +145,7 @@ def test_refused():
         with pytest.raises(SparsekitError, match=f"activation, magnitude, obd, obs, sparsegpt or wanda, got {name!r}"):
             method_named(name)
     with pytest.raises(SparsekitError, match="the group must be row or layer, got 'model'"):
-        method_named("wanda", Unstructured(0.5), "model")
+        method_named("wanda", [Unstructured(0.5)], "model")
     with pytest.raises(SparsekitError, match="sparsegpt counts a pattern in blocks of columns, got group = 'row'"):
-        method_named("sparsegpt", Unstructured(0.5), "row")
+        method_named("sparsegpt", [Unstructured(0.5)], "row")
     assert method_named("sparsegpt") is SparseGPT and method_named("wanda") is scored(CRITERIA["wanda"])

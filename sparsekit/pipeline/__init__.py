@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..criteria import Criterion
 from ..patterns import Pattern
+from ..plan import Plan
 from ..report import PruneReport
 from .blocks import find_blocks
 from .folder import prune_folder
@@ -20,7 +21,7 @@ def prune(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
     method: str | Criterion = "sparsegpt",
-    pattern: str | Pattern = "2:4",
+    pattern: str | Pattern | Plan = "2:4",
     *,
     group: str | None = None,
     skip: Iterable[str] = (),
@@ -34,8 +35,8 @@ def prune(
     batches: token ids (batch, tokens), or dicts of the model's keyword arguments; not needed by "magnitude". Tokens that an
     attention_mask of such a dict leaves out are not calibrated on.
     method: "sparsegpt", the name of a criterion ("magnitude", "wanda", "activation", "obd", "obs"), or one of your own.
-    pattern: a Pattern or its text. group: what an unstructured or block pattern is counted in, a "row" of outputs (of blocks) or a
-    "layer"; by default a row for wanda, else a layer.
+    pattern: a Pattern or its text, or a Plan, which has one for each linear. group: what an unstructured or block pattern is
+    counted in, a "row" of outputs (of blocks) or a "layer"; by default a row for wanda, else a layer.
     skip: names, or shell patterns of names, of modules whose linears to leave alone; embeddings and the output layer always are.
     blocks: the decoder blocks in order; by default the largest ModuleList of the model.
     stored: the dtype that the weights will be stored in, where it is narrower than the model's: pruned weights are rounded to it

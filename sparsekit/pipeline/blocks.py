@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import SparsekitError
 from ..linear import is_conv1d, is_linear
 from ..patterns import Pattern
+from ..plan import Plan, pattern_of
 from ..pruners import Pruner
 
 
@@ -86,9 +87,10 @@ def check_finite(targets: Iterable[Target]) -> None:
             raise SparsekitError(f"weights must be finite, got NaN or Inf in {target.name}")
 
 
-def verify(targets: list[Target], pattern: Pattern, kind: type[Pruner]) -> None:
-    """Raises SparsekitError, naming the first matrix that does not hold the pattern."""
+def verify(targets: list[Target], asked: Pattern | Plan, kind: type[Pruner]) -> None:
+    """Raises SparsekitError, naming the first matrix that does not hold its pattern."""
     for target in targets:
+        pattern = pattern_of(asked, target.name)
         if broken := pattern.check(target.weight, rowwise=kind.rowwise):
             raise SparsekitError(f"every pruned linear must hold {pattern}, got {target.name}, where {broken}")
 
@@ -98,16 +100,23 @@ def _asked(name: str, skip: tuple[str, ...]) -> bool:
     return any(name == text or fnmatchcase(name, text) or fnmatchcase(name, f"{text}.*") for text in skip)
 
 
-def find_targets(blocks: nn.ModuleList, names: dict[nn.Module, str], skip: tuple[str, ...]) -> list[list[Target]]:
-    """The matrices to prune, block by block, in the order of the model's modules."""
+def find_targets(
+    blocks: nn.ModuleList, names: dict[nn.Module, str], skip: tuple[str, ...], asked: Pattern | Plan | None = None
+) -> list[list[Target]]:
+    """The matrices to prune, block by block, in the order of the model's modules.
+
+    asked: what they are pruned to; a plan must name every matrix that could be, skipped ones too, and no other."""
     known = [*names.values(), *(name for block in blocks for t in _all_of(block, names) for name in (t.name, _of_all(t)))]
     unused = [text for text in skip if text not in known and not any(fnmatchcase(name, text) for name in known)]
     if unused:
         raise SparsekitError(f"every skipped name must be a module of the model, got {unused[0]!r}")
     routers = {module for block in blocks for module in _routers(block)}
+    every = [[target for target in _all_of(block, names) if target.module not in routers] for block in blocks]
+    if isinstance(asked, Plan):
+        asked.check(target for group in every for target in group)
+    left = _left_dense(asked)
     targets = [
-        [t for t in _all_of(block, names) if t.module not in routers and not _asked(t.name, skip) and not _asked(_of_all(t), skip)]
-        for block in blocks
+        [t for t in group if t.name not in left and not _asked(t.name, skip) and not _asked(_of_all(t), skip)] for group in every
     ]
     if not any(targets):
         raise SparsekitError("there must be a linear to prune, and every one is skipped")
@@ -118,6 +127,11 @@ def find_targets(blocks: nn.ModuleList, names: dict[nn.Module, str], skip: tuple
             raise SparsekitError(f"the weight of {target.name} must be used once, and another linear or block uses it too; skip it")
         held.add(place)
     return targets
+
+
+def _left_dense(asked: Pattern | Plan | None) -> set[str]:
+    """The names that a plan has no pattern for."""
+    return {name for name, pattern in asked.patterns.items() if pattern is None} if isinstance(asked, Plan) else set()
 
 
 def _all_of(block: nn.Module, names: dict[nn.Module, str]) -> Iterator[Target]:
@@ -172,19 +186,30 @@ def _routers(block: nn.Module) -> Iterator[nn.Module]:
 
 
 def list_skipped(
-    model: nn.Module, blocks: nn.ModuleList, targets: list[list[Target]], names: dict[nn.Module, str], skip: tuple[str, ...]
+    model: nn.Module,
+    blocks: nn.ModuleList,
+    targets: list[list[Target]],
+    names: dict[nn.Module, str],
+    skip: tuple[str, ...],
+    asked: Pattern | Plan | None = None,
 ) -> dict[str, str]:
     """Every module with a weight matrix of its own, and every expert, that will not be pruned, with the reason."""
     pruned = {target.name for group in targets for target in group}
     routers = {module for block in blocks for module in _routers(block)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    skipped = {}
+    skipped, planned = {}, _left_dense(asked)
+
+    def reason(*known: str) -> str:
+        if any(_asked(name, skip) for name in known):
+            return "asked for"
+        return "dense in the plan" if known[0] in planned else "outside the blocks"
+
     for module, name in names.items():
         for parameter in (fused := fused_parameters(module)):
             whole = f"{name}.{parameter}"
             left = [matrix for i in range(module.num_experts) if (matrix := f"{whole}[{i}]") not in pruned]
-            named = [whole] if len(left) == module.num_experts else left
-            skipped |= {each: "asked for" if _asked(each, skip) or _asked(whole, skip) else "outside the blocks" for each in named}
+            alike = len(left) == module.num_experts and len({each in planned for each in left}) == 1
+            skipped |= {whole: reason(left[0], whole)} if alike else {each: reason(each, whole) for each in left}
         if fused or name in pruned or all(weight.dim() < 2 for weight in module.parameters(recurse=False)):
             continue
         if isinstance(module, nn.Embedding):
@@ -196,5 +221,5 @@ def list_skipped(
         elif not is_linear(module):
             skipped[name] = f"{type(module).__name__}, not a linear"
         else:
-            skipped[name] = "asked for" if _asked(name, skip) else "outside the blocks"
+            skipped[name] = reason(name)
     return skipped

@@ -25,6 +25,8 @@ from ..data import hash_batches
 from ..errors import SparsekitError
 from ..linear import compress, is_linear
 from ..patterns import Pattern
+from ..plan import FILE as PLAN_FILE
+from ..plan import Plan, parse, patterns_in
 from ..pruners import method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
 from .blocks import Target, find_blocks, find_targets
@@ -39,7 +41,7 @@ def prune_folder(
     out: str | Path,
     batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
     method: str | Criterion = "sparsegpt",
-    pattern: str | Pattern = "2:4",
+    pattern: str | Pattern | Plan = "2:4",
     *,
     format: str = "compressed",
     skip: Iterable[str] = (),
@@ -56,8 +58,8 @@ def prune_folder(
 ) -> PruneReport:
     """Prunes the model of a Hugging Face folder into the folder ``out``, block by block: for models that do not fit in memory.
 
-    batches, method, pattern, group, skip: as for ``prune``, which this equals bit for bit. format: as for ``save``. device, dtype:
-    where and in what to compute, as for ``load``; every weight is stored in the dtype it had.
+    batches, method, pattern, group, skip: as for ``prune``, which this equals bit for bit; a plan is kept in ``out``.
+    format: as for ``save``. device, dtype: where and in what to compute, as for ``load``; a weight is stored in the dtype it had.
     Each block is a weight file of ``out``, finished in OUT.partial beside it until all are. After an interruption they stay there,
     and the same call with ``resume`` goes on from them, to the same bytes.
     max_memory: what the process may hold, such as "8GiB"; hidden states that would exceed it wait in a file in the folder
@@ -67,8 +69,8 @@ def prune_folder(
     Raises SparsekitError for what cannot be pruned, where max_memory is too little for one block, where ``out`` or OUT.partial
     stand in the way unless ``overwrite``, and for resuming what is another run, naming what differs; then nothing is left that was
     not there."""
-    pattern, skip, batches = Pattern.parse(pattern), tuple(skip), list(batches)
-    kind, limit = method_named(method, pattern, group), None if max_memory is None else parse_size(max_memory)
+    pattern, skip, batches = parse(pattern), tuple(skip), list(batches)
+    kind, limit = method_named(method, patterns_in(pattern), group), None if max_memory is None else parse_size(max_memory)
     if offload is not None and limit is None:
         raise SparsekitError(f"--offload is where --max-memory puts hidden states, got {offload} without it; leave it out")
     if offload is not None and not Path(offload).is_dir():
@@ -104,12 +106,14 @@ def prune_folder(
             store = None
             if limit is not None:
                 names = {module: name for name, module in lazy.model.named_modules()}
-                targets, mine = find_targets(lazy.blocks, names, skip), world.part(batches) if kind.gathers else batches
+                targets, mine = find_targets(lazy.blocks, names, skip, pattern), world.part(batches) if kind.gathers else batches
                 store = store_within(limit, Path(offload or work.path), lazy, targets, mine, kind)
             source = _Lazy(lazy, work, format, store, world.leads)
             report = run(source, batches, method, pattern, skip, progress, world, group=group)
             report.fingerprint = this
             if world.leads:
+                if isinstance(pattern, Plan):
+                    pattern.save(work.model / PLAN_FILE)
                 _finish(source, outside, report, tokenizer)
             report.format = world.gather(report.format)[0]
     return report

@@ -16,6 +16,7 @@ from ..errors import SparsekitError
 from ..evaluate import eval_mode
 from ..linear import SparseLinear
 from ..patterns import Pattern
+from ..plan import Plan, parse, pattern_of, patterns_in
 from ..pruners import Pruner, method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
 from ..timing import Phases, peak_memory
@@ -79,20 +80,21 @@ def run(
     source: Source,
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     method: str | Criterion,
-    pattern: str | Pattern,
+    pattern: str | Pattern | Plan,
     skip: Iterable[str] = (),
     progress: Progress | None = None,
     world: World | None = None,
     group: str | None = None,
 ) -> PruneReport:
     """Prunes the blocks of the source in their order; arguments, result and errors are those of ``sparsekit.prune``."""
-    pattern, skip = Pattern.parse(pattern), tuple(skip)
-    kind = method_named(method, pattern, group)
+    pattern, skip = parse(pattern), tuple(skip)
+    kind = method_named(method, patterns_in(pattern), group)
     begin = time.perf_counter()
     model, blocks = source.model, source.blocks
     names = {module: name for name, module in model.named_modules()}
-    targets = find_targets(blocks, names, skip)
-    report = PruneReport(method_text(method), str(pattern), group=group, skipped=list_skipped(model, blocks, targets, names, skip))
+    targets = find_targets(blocks, names, skip, pattern)
+    skipped = list_skipped(model, blocks, targets, names, skip, pattern)
+    report = PruneReport(method_text(method), str(pattern), group=group, skipped=skipped)
     world = World() if world is None else world
     report.processes = world.size
     progress = progress if world.leads else None
@@ -122,7 +124,7 @@ def run(
             told, rows = (BlockReport(names[block]), []) if done is None else done
             if done is None:
                 check_finite(target for target in matrices if target in late)
-                pruners = {target: kind(target.weight.shape[1], pattern, target.weight.device) for target in matrices}
+                pruners = {t: kind(t.weight.shape[1], pattern_of(pattern, t.name), t.weight.device) for t in matrices}
                 origins = dict.fromkeys(matrices, (MAGNITUDE, 0))
                 owners = [world.rank] * len(matrices)  # what needs no inputs is cheap, and comes out the same everywhere
                 if stream:
@@ -133,7 +135,7 @@ def run(
                 for target, owner in zip(matrices, owners):
                     world.look()
                     pruner = pruners.pop(target)
-                    rows.append(_prune(target, pruner, pattern, *origins[target], source) if owner == world.rank else None)
+                    rows.append(_prune(target, pruner, *origins[target], source) if owner == world.rank else None)
                     if progress and rows[-1] and rows[-1].output_error is not None:
                         progress(f"{target.name}, error {rows[-1].output_error:.4f}", i, len(blocks))
                 if stream:
@@ -155,7 +157,7 @@ def run(
     return report
 
 
-def _prune(target: Target, pruner: Pruner, pattern: Pattern, origin: str, tokens: int, source: Source) -> LinearReport:
+def _prune(target: Target, pruner: Pruner, origin: str, tokens: int, source: Source) -> LinearReport:
     weight = target.weight
     if origin == MAGNITUDE and pruner.gathers:
         pruner = by_magnitude(pruner)
@@ -166,4 +168,4 @@ def _prune(target: Target, pruner: Pruner, pattern: Pattern, origin: str, tokens
     weight.copy_(source.rounded(target, result.weight)).add_(0.0)  # -0.0 counts as zero, and is stored as 0.0
     zeros = (weight == 0).sum().item() / max(weight.numel(), 1)
     errors = result.output_error, result.output_error_masked, result.loss, result.damping
-    return LinearReport(target.name, tuple(weight.shape), str(pattern), zeros, *errors, result.seconds, origin, tokens)
+    return LinearReport(target.name, tuple(weight.shape), str(pruner.pattern), zeros, *errors, result.seconds, origin, tokens)

@@ -1,5 +1,7 @@
 """Pruners, by name. Each observes the inputs of one linear, a batch at a time, and then prunes its weight."""
 
+from collections.abc import Iterable
+
 from ..criteria import CRITERIA, Criterion
 from ..errors import SparsekitError, listed
 from ..patterns import Pattern, check_group
@@ -13,15 +15,16 @@ METHODS: dict[str, type[Pruner]] = {
 }
 
 
-def method_named(name: str | Criterion, pattern: Pattern | None = None, group: str | None = None) -> type[Pruner]:
-    """The pruner of that name, or of a criterion. group: what an unstructured pattern is counted in, a "row" or a "layer"; by
-    default what the method prefers.
+def method_named(name: str | Criterion, patterns: Iterable[Pattern] = (), group: str | None = None) -> type[Pruner]:
+    """The pruner of that name, or of a criterion, for those patterns. group: what an unstructured pattern is counted in, a "row" or
+    a "layer"; by default what the method prefers.
 
     Raises SparsekitError, listing the known ones, for any other name, and for a group that means nothing to method or pattern."""
     if isinstance(name, str) and name not in METHODS:
         raise SparsekitError(f"the method must be {listed(METHODS, 'or')}, got {name!r}")
     if group is not None:
-        check_group(pattern, group, ("row", "layer"))
+        for pattern in patterns:
+            check_group(pattern, group, ("row", "layer"))
         if name == "sparsegpt":
             raise SparsekitError(f"sparsegpt counts a pattern in blocks of columns, got group = {group!r}; leave it out")
     if isinstance(name, str) and group is None:

@@ -34,6 +34,7 @@ class PruneResult:
 class Pruner(Protocol):
     """One linear's pruner. Two linears with the same input may share ``statistics``: observe one, assign it to the other."""
 
+    pattern: Pattern
     statistics: Gram | SquaredNorm | None
     rowwise: bool  # whether an unstructured pattern is counted per output row
     gathers: type | None  # the class of its statistics; None where it needs no inputs
