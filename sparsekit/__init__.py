@@ -12,6 +12,7 @@ _LAZY = {
     "GradualPruner": "gradual",
     "NM": "patterns",
     "PairNM": "patterns",
+    "Plan": "plan",
     "Pattern": "patterns",
     "PruningConfig": "config",
     "Schedule": "schedules",
