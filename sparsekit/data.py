@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -168,6 +169,23 @@ def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
         raise SparsekitError(
             f"token ids must be below the model's vocabulary of {count}, got {int(ids.max())}; use the model's own tokenizer"
         )
+
+
+def model_call(
+    model: nn.Module, batch: Tensor | Mapping[str, Any], device: torch.device
+) -> tuple[tuple, dict[str, Any], Tensor | None]:
+    """What to call the model with for a batch, on the device: arguments and keyword arguments; and which of its tokens count, as the
+    batch's attention_mask has it, (batch * tokens,) bool, or None for all.
+
+    batch: token ids (batch, tokens), or a dict of the model's keyword arguments. Raises SparsekitError for ids that the model does
+    not know."""
+    args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch.to(device),), {})
+    kwargs = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
+    if (ids := args[0] if args else kwargs.get("input_ids")) is not None:
+        check_vocabulary(ids, model)
+    mask = kwargs.get("attention_mask")
+    padded = mask is not None and mask.dim() == 2 and not mask.bool().all()
+    return args, kwargs, mask.bool().flatten() if padded else None
 
 
 def check_sampling(samples: int, seq_len: int, seed: int) -> None:

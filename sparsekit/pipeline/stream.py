@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import check_vocabulary
+from ..data import model_call
 from ..errors import SparsekitError
 from ..pruners import Pruner
 from ..timing import Phases
@@ -44,18 +44,13 @@ class Stream:
         self._index = {block: i for i, block in enumerate(blocks)}
         held: dict[tuple, list[Tensor]] = {}  # of the blocks' other arguments, the last few of each kind
         for batch in batches:
-            args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch.to(device),), {})
-            kwargs = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
-            if (ids := args[0] if args else kwargs.get("input_ids")) is not None:
-                check_vocabulary(ids, model)
+            args, kwargs, mask = model_call(model, batch, device)
             hidden, calls = _capture(model, blocks, args, kwargs)
-            mask = kwargs.get("attention_mask")
-            padded = mask is not None and mask.dim() == 2 and not mask.bool().all()
-            self.masks.append(mask.bool().flatten() if padded else None)
+            self.masks.append(mask)
             self.hidden.append(hidden)
             met: dict[int, Tensor] = {}
             self.calls.append([_shared(call, held, met) for call in calls])
-            self.tokens += int(mask.count_nonzero()) if padded else hidden.shape[:-1].numel()
+            self.tokens += hidden.shape[:-1].numel() if mask is None else int(mask.count_nonzero())
         if not len(self.hidden):
             raise SparsekitError("this method needs calibration batches, got none")
 
