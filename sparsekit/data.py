@@ -174,8 +174,8 @@ def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
 def model_call(
     model: nn.Module, batch: Tensor | Mapping[str, Any], device: torch.device
 ) -> tuple[tuple, dict[str, Any], Tensor | None]:
-    """What to call the model with for a batch, on the device: arguments and keyword arguments; and which of its tokens count, as the
-    batch's attention_mask has it, (batch * tokens,) bool, or None for all.
+    """What to call the model with for a batch, on the device: arguments and keyword arguments; and which of its tokens count, as
+    the batch's attention_mask has it, (batch * tokens,) bool, or None for all.
 
     batch: token ids (batch, tokens), or a dict of the model's keyword arguments. Raises SparsekitError for ids that the model does
     not know."""
