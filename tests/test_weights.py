@@ -1,0 +1,80 @@
+"""What an error of each matrix costs, against gradients taken one batch and one parameter at a time by torch.autograd.grad."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from models import build, token_batches, weight_of
+
+from sparsekit import SparsekitError
+from sparsekit.analysis.weights import gradient_weights
+
+
+def truth(model, batches, name):
+    """mean(w^2) / 2 times the squared gradients of each batch's summed loss, a token."""
+    path, _, index = name.partition("[")
+    parameter = model.get_parameter(path if index else f"{path}.weight")
+    total, tokens = 0.0, 0
+    for ids in batches:
+        logits = model(input_ids=ids).logits.double()
+        loss = -logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).sum()
+        (gradient,) = torch.autograd.grad(loss, parameter, allow_unused=True)
+        gradient = torch.zeros_like(parameter) if gradient is None else gradient
+        total += (gradient[int(index[:-1])] if index else gradient).double().square().sum().item()
+        tokens += ids[:, 1:].numel()
+    return total / tokens * weight_of(model, name).double().square().mean().item() / 2
+
+
+# llama: the plain case; gpt2: weights transposed, tied; qwen3_moe: many matrices in one parameter, of which some see no token.
+@pytest.mark.parametrize("name", ["llama", "gpt2", "qwen3_moe"])
+def test_by_autograd(name):
+    model, batches = build(name), token_batches((2, 9), (1, 5))
+    before = copy.deepcopy(model.state_dict())
+    model.requires_grad_(False)
+    next(model.parameters()).requires_grad_(True)
+    asked = [parameter.requires_grad for parameter in model.parameters()]
+    found = gradient_weights(model, batches)
+    assert [parameter.requires_grad for parameter in model.parameters()] == asked
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    model.requires_grad_(True)
+    for matrix in [*found][:: 1 if name != "qwen3_moe" else 5]:
+        assert found[matrix] == pytest.approx(truth(model, batches, matrix), rel=1e-4), matrix
+
+
+def test_gradients_that_were_there_stay():
+    model = build("llama")
+    parameter = model.get_parameter("model.layers.0.mlp.up_proj.weight")
+    parameter.grad = torch.ones_like(parameter)
+    gradient_weights(model, token_batches((2, 9)))
+    assert torch.equal(parameter.grad, torch.ones_like(parameter))
+
+
+def test_what_no_output_depends_on_weighs_nothing():
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+    found = gradient_weights(model, token_batches((2, 9)))
+    assert all(found[f"model.layers.1.self_attn.{name}_proj"] == 0 for name in "qkvo")  # o_proj: an error of nothing is nothing
+    assert all(found[f"model.layers.0.self_attn.{name}_proj"] > 0 for name in "qkvo")
+
+
+def test_padding_is_not_predicted():
+    model, (ids,) = build("llama"), token_batches((1, 9))
+    padded = {"input_ids": F.pad(ids, (0, 3)), "attention_mask": F.pad(torch.ones_like(ids), (0, 3))}
+    alone, with_padding = gradient_weights(model, [ids]), gradient_weights(model, [padded])
+    assert all(with_padding[name] == pytest.approx(alone[name], rel=1e-4) for name in alone)
+
+
+@pytest.mark.parametrize(
+    "batches, says", [([], "needs calibration batches, got none"), (token_batches((3, 1)), "two tokens in a row to be predicted")]
+)
+def test_refused(batches, says):
+    with pytest.raises(SparsekitError, match=says):
+        gradient_weights(build("llama"), batches)
+    model = build("llama")
+    with torch.no_grad():
+        model.lm_head.weight[5] = torch.inf
+    with pytest.raises(SparsekitError, match="loss of a batch must be finite"):
+        gradient_weights(model, token_batches((2, 9)))
