@@ -43,17 +43,20 @@ def compress24_kernel(
         report(status_ptr, nan, row0, col0 // 4, blocks * 2, BLOCK_ROWS, BLOCK_COLS // 4)
 
 
-def compress24(w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def compress24(
+    w: torch.Tensor, out: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """2:4 weight (rows, cols) -> values (rows, kp / 2), meta (rows, kp / 8) uint8, status (2,) int64; kp: cols rounded up to 8.
 
+    out: the values and meta to write to, contiguous; new ones by default.
     w: fp32, fp16, bf16, fp8 or int8, any strides; nothing is copied, nothing waits for the device. A group keeps its non-zeros,
     then its lowest free columns. status[0] is the flat index (row * kp / 4 + group) of the first group with a NaN, status[1] that
     of the first group with more than two non-zeros; tiles.NOTHING where there is none. Such a group's output has no meaning.
     """
     rows, cols = w.shape
     blocks = triton.cdiv(cols, 8)
-    values = torch.empty((rows, blocks * 4), dtype=w.dtype, device=w.device)
-    meta = torch.empty((rows, blocks), dtype=torch.uint8, device=w.device)
+    values = torch.empty((rows, blocks * 4), dtype=w.dtype, device=w.device) if out is None else out[0]
+    meta = torch.empty((rows, blocks), dtype=torch.uint8, device=w.device) if out is None else out[1]
     status = new_status(2, w.device)
     if rows == 0 or cols == 0:
         return values, meta, status

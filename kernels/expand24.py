@@ -36,13 +36,14 @@ def expand24_kernel(
     tl.store(w_ptr + row * cols + col, w, mask=(row < rows) & (col < cols))
 
 
-def expand24(values: torch.Tensor, meta: torch.Tensor, cols: int | None = None) -> torch.Tensor:
+def expand24(values: torch.Tensor, meta: torch.Tensor, cols: int | None = None, out: torch.Tensor | None = None) -> torch.Tensor:
     """values (rows, kp / 2), meta (rows, kp / 8) uint8 -> dense (rows, cols) in the dtype of values; cols <= kp, kp by default.
 
-    Both contiguous; meta holds valid nibbles only (4, 8, 9, C, D, E). Any dtype of 1, 2 or 4 bytes."""
+    All contiguous; out is written to where it is given. meta holds valid nibbles only (4, 8, 9, C, D, E). Any dtype of 1, 2 or 4
+    bytes."""
     rows, blocks = meta.shape
     cols = blocks * 8 if cols is None else cols
-    w = torch.empty((rows, cols), dtype=values.dtype, device=values.device)
+    w = torch.empty((rows, cols), dtype=values.dtype, device=values.device) if out is None else out
     if rows == 0 or cols == 0:
         return w
     tile = tiling(1, rows * cols, w) if cols == blocks * 8 else tiling(rows, cols, w)

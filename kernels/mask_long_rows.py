@@ -115,10 +115,10 @@ def keep_above_kernel(
         room -= tl.sum(tie)
 
 
-def mask_long_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_long_rows(scores: torch.Tensor, k: int, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """What mask_rows gives for scores (rows, cols) of at least one column: mask (rows, cols) bool, status (1,) int64."""
     rows, cols = scores.shape
-    mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device)
+    mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device) if out is None else out
     status = new_status(1, scores.device)
     if rows == 0:
         return mask, status

@@ -82,17 +82,20 @@ def mask_nm_kernel(
     report(status_ptr, bad, row0, group0, groups, BLOCK_ROWS, GROUPS)
 
 
-def mask_nm(scores: torch.Tensor, n: int, m: int, pairs: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_nm(
+    scores: torch.Tensor, n: int, m: int, pairs: bool = False, out: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """scores (rows, cols) -> mask (rows, cols) bool, status (1,) int64. Keeps exactly n of each m columns; 0 <= n <= m <= 32.
 
     scores: fp64, fp32, fp16, bf16, fp8 or int8, any strides; the higher score is kept, a tie goes to the lower column.
     pairs: a group is m pairs of columns, n kept whole; the score of a pair is the sum of its two in fp32 (fp64 for fp64).
     Where m is no power of two, a row-major matrix is read and written in narrow accesses: see the head of this file.
+    out: the mask to write to, contiguous; a new one by default.
     A last group that is not full keeps min(n, what it has). status[0] is the flat index (row * groups a row + group) of the first
     group with a NaN (or with a pair whose sum is one), tiles.NOTHING where there is none.
     """
     rows, cols = scores.shape
-    mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device)
+    mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device) if out is None else out
     status = new_status(1, scores.device)
     if rows == 0 or cols == 0:
         return mask, status

@@ -78,16 +78,17 @@ def mask_rows_kernel(
     report(status_ptr, bad, row0, 0, 1, BLOCK_ROWS, 1)
 
 
-def mask_rows(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+def mask_rows(scores: torch.Tensor, k: int, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """scores (rows, cols) -> mask (rows, cols) bool, status (1,) int64. Keeps exactly k columns of each row; 0 <= k <= cols.
 
     scores: fp64, fp32, fp16, bf16, fp8 or int8, any strides, rows of any length; the higher score is kept, a tie goes to the lower
-    column. status[0] is the first row with a NaN, tiles.NOTHING where there is none.
+    column. out: the mask to write to, contiguous; a new one by default. status[0] is the first row with a NaN, tiles.NOTHING where
+    there is none.
     """
     rows, cols = scores.shape
     if cols > _RESIDENT_COLS and rows < _ENOUGH_ROWS:
-        return mask_long_rows(scores, k)
-    mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device)
+        return mask_long_rows(scores, k, out)
+    mask = torch.empty((rows, cols), dtype=torch.bool, device=scores.device) if out is None else out
     status = new_status(1, scores.device)
     if rows == 0 or cols == 0:
         return mask, status

@@ -38,13 +38,13 @@ def prune24_kernel(
 
 
 def prune24(
-    w: torch.Tensor, scores: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    w: torch.Tensor, scores: torch.Tensor | None = None, mask: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weight (rows, cols) -> out (rows, cols) in its dtype, contiguous, and status (2,) int64.
+    """Weight (rows, cols) -> out (rows, cols) in its dtype, contiguous, new unless given, and status (2,) int64.
 
     Arguments, choice and status are those of prune_compress24. What is dropped is +0, and so is a kept -0.0."""
     rows, cols = w.shape
-    out = torch.empty((rows, cols), dtype=w.dtype, device=w.device)
+    out = torch.empty((rows, cols), dtype=w.dtype, device=w.device) if out is None else out
     status = new_status(2, w.device)
     if rows == 0 or cols == 0:
         return out, status

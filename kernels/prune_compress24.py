@@ -37,20 +37,24 @@ def prune_compress24_kernel(
 
 
 def prune_compress24(
-    w: torch.Tensor, scores: torch.Tensor | None = None, mask: torch.Tensor | None = None
+    w: torch.Tensor,
+    scores: torch.Tensor | None = None,
+    mask: torch.Tensor | None = None,
+    out: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Weight (rows, cols) -> values (rows, kp / 2), meta (rows, kp / 8) uint8, status (2,) int64; kp: cols rounded up to 8.
 
     w: fp32, fp16, bf16, fp8 or int8. The two weights of a group with the largest |w| are kept, or those with the highest `scores`
     (rows, cols; any float dtype), or those that `mask` (rows, cols; bool, uint8 or int8) keeps; ties and free places go to the
     lower column. At most one of scores and mask. Any strides; nothing is copied, nothing waits for the device.
+    out: the values and meta to write to, contiguous; new ones by default.
     status[0] is the flat index (row * kp / 4 + group) of the first group with a NaN in w or in scores, status[1] that of the first
     group in which the mask keeps more than two; tiles.NOTHING where there is none. Such a group's output has no meaning.
     """
     rows, cols = w.shape
     blocks = triton.cdiv(cols, 8)
-    values = torch.empty((rows, blocks * 4), dtype=w.dtype, device=w.device)
-    meta = torch.empty((rows, blocks), dtype=torch.uint8, device=w.device)
+    values = torch.empty((rows, blocks * 4), dtype=w.dtype, device=w.device) if out is None else out[0]
+    meta = torch.empty((rows, blocks), dtype=torch.uint8, device=w.device) if out is None else out[1]
     status = new_status(2, w.device)
     if rows == 0 or cols == 0:
         return values, meta, status

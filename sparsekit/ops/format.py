@@ -3,6 +3,10 @@
 A kernel that reads a user's weights or scores returns, beside its result, the first place where they are not what they must be;
 the reference then runs on the row of that place and raises, naming it. Gradients: a kept place has that of the value which it went
 to or came from, every other none, and the choice of places none.
+
+``out``: a tensor (a Sparse24) of the result's sizes, contiguous, to write to and return. A new one costs a CPU as much again as the
+op: its memory has to be given and cleared by the system first. It shares no memory with what is read; no gradients go through it;
+where the op raises for what the input holds, ``out`` holds nothing of use.
 """
 
 from __future__ import annotations
@@ -13,11 +17,12 @@ from torch import Tensor
 from .. import reference
 from ..errors import listed
 from ..format import DTYPES, Fragments24, Sparse24, check_fragments, check_layout, check_shape, from_fragments, padded_columns
-from .registry import _C, DTYPE_CODE, define, launch, threads
+from .registry import _C, DTYPE_CODE, define, launch, outputs, threads
 
 LARGEST_M = 32  # columns (or pairs) a group of a mask may have
 _MASK_DTYPES = (torch.bool, torch.uint8, torch.int8)
 _BY_WEIGHT, _BY_SCORES, _BY_MASK = 0, 1, 2  # csrc/launch.h
+_Out = tuple[Tensor, ...] | None  # tensors to write to
 _NOTHING = torch.iinfo(torch.int64).max  # a kernel's status word where it found nothing wrong
 
 
@@ -38,10 +43,30 @@ def _new_status(like: Tensor, words: int) -> Tensor:
     return torch.empty(words, dtype=torch.int64, device=like.device)
 
 
-def _new_packed(w: Tensor) -> tuple[Tensor, Tensor]:
-    """Unwritten values and meta for a weight (n, k)."""
+def _packed(op: str, w: Tensor, out: _Out) -> tuple[Tensor, Tensor]:
+    """The values and meta to write for a weight (n, k)."""
     n, kp = w.shape[0], padded_columns(w.shape[1])
-    return w.new_empty(n, kp // 2), w.new_empty(n, kp // 8, dtype=torch.uint8)
+    values, meta = outputs(op, out, w, ((n, kp // 2), w.dtype), ((n, kp // 8), torch.uint8))
+    return values, meta
+
+
+def _to_sparse24(op: str, k: int, out: Sparse24 | None, *args) -> Sparse24:
+    """What an op on a weight of k columns packs: new, or written to ``out``."""
+    if out is None:
+        values, meta = getattr(torch.ops.sparsekit, op).default(*args)
+        return Sparse24(values, meta, (values.shape[0], k))
+    if out.shape != args[0].shape:
+        raise ValueError(f"{op}: out must be of a weight {tuple(args[0].shape)} as w is, got one of {tuple(out.shape)}")
+    getattr(torch.ops.sparsekit, f"{op}_out").default(*args, out.values, out.meta)
+    return out
+
+
+def _to_dense(op: str, out: Tensor | None, *args) -> Tensor:
+    """What an op gives: new, or written to ``out``."""
+    if out is None:
+        return getattr(torch.ops.sparsekit, op).default(*args)
+    getattr(torch.ops.sparsekit, f"{op}_out").default(*args, out)
+    return out
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int, int, int]:
@@ -52,21 +77,20 @@ def _matrix(t: Tensor) -> tuple[int, int, int, int, int]:
 # ---- compress24 and expand24 ----
 
 
-def compress24(w: Tensor) -> Sparse24:
+def compress24(w: Tensor, *, out: Sparse24 | None = None) -> Sparse24:
     """Stores a weight that holds 2:4 already: two values and one nibble for each group of four columns.
 
     w (n, k), any strides, fp32, fp16, bf16, fp8 e4m3 or int8; any n and k, columns past k count as zeros.
     Raises TypeError for another dtype, ValueError for another rank, for NaN and for a group with three or more non-zeros, naming
     the first. Layout: sparsekit/format.py. Source: Mishra et al. 2021, arXiv:2104.08378."""
-    values, meta = torch.ops.sparsekit.compress24.default(w)
-    return Sparse24(values, meta, (w.shape[0], w.shape[1]))
+    return _to_sparse24("compress24", w.shape[-1], out, w)
 
 
-def expand24(s: Sparse24) -> Tensor:
+def expand24(s: Sparse24, *, out: Tensor | None = None) -> Tensor:
     """The dense weight (n, k) of a Sparse24, in its dtype. Raises TypeError or ValueError for other dtypes and sizes; what the
     nibbles are is not looked at, validate24 does that."""
     _check_rows("expand24", s)
-    return torch.ops.sparsekit.expand24.default(s.values, s.meta, s.shape[1])
+    return _to_dense("expand24", out, s.values, s.meta, s.shape[1])
 
 
 def _check_dense(op: str, w: Tensor) -> None:
@@ -76,41 +100,38 @@ def _check_dense(op: str, w: Tensor) -> None:
         raise ValueError(f"{op}: w must be (out_features, in_features), got shape {tuple(w.shape)}")
 
 
-def _compress24(w: Tensor) -> tuple[Tensor, Tensor]:
-    _check_dense("compress24", w)
-    (values, meta), status = _new_packed(w), _new_status(w, 2)
+def _compress24(w: Tensor, out: _Out = None) -> tuple[Tensor, Tensor]:
+    (values, meta), status = _compress24_fake(w, out), _new_status(w, 2)
     _C.compress24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], values.data_ptr(), meta.data_ptr(), status.data_ptr(), threads())
     _check_status(reference.compress24, status, 2 * meta.shape[1], w)
     return values, meta
 
 
-def _compress24_cuda(w: Tensor) -> tuple[Tensor, Tensor]:
-    _check_dense("compress24", w)
-    values, meta, status = launch("compress24", w)
+def _compress24_cuda(w: Tensor, out: _Out = None) -> tuple[Tensor, Tensor]:
+    values, meta, status = launch("compress24", w, _compress24_fake(w, out))
     _check_status(reference.compress24, status, 2 * meta.shape[1], w)
     return values, meta
 
 
-def _compress24_fake(w: Tensor) -> tuple[Tensor, Tensor]:
+def _compress24_fake(w: Tensor, out: _Out = None) -> tuple[Tensor, Tensor]:
     _check_dense("compress24", w)
-    return _new_packed(w)
+    return _packed("compress24", w, out)
 
 
-def _expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
-    check_layout("expand24", values, meta, k)
-    values, meta, w = values.contiguous(), meta.contiguous(), values.new_empty(values.shape[0], k)
+def _expand24(values: Tensor, meta: Tensor, k: int, out: _Out = None) -> Tensor:
+    w, values, meta = _expand24_fake(values, meta, k, out), values.contiguous(), meta.contiguous()
     _C.expand24_cpu(values.data_ptr(), meta.data_ptr(), values.element_size(), *w.shape, w.data_ptr(), threads())
     return w
 
 
-def _expand24_cuda(values: Tensor, meta: Tensor, k: int) -> Tensor:
-    check_layout("expand24", values, meta, k)
-    return launch("expand24", values.contiguous(), meta.contiguous(), k)
+def _expand24_cuda(values: Tensor, meta: Tensor, k: int, out: _Out = None) -> Tensor:
+    w = _expand24_fake(values, meta, k, out)
+    return launch("expand24", values.contiguous(), meta.contiguous(), k, w)
 
 
-def _expand24_fake(values: Tensor, meta: Tensor, k: int) -> Tensor:
+def _expand24_fake(values: Tensor, meta: Tensor, k: int, out: _Out = None) -> Tensor:
     check_layout("expand24", values, meta, k)
-    return values.new_empty(values.shape[0], k)
+    return outputs("expand24", out, values, ((values.shape[0], k), values.dtype))[0]
 
 
 # The dense weight (n, k) of a Fragments24, in one pass on a GPU.
@@ -155,6 +176,7 @@ define(
     _compress24_cuda,
     _compress24_fake,
     (_compress24_backward, _compress24_save),
+    into=2,
 )
 define(
     "expand24(Tensor values, Tensor meta, SymInt k) -> Tensor",
@@ -162,6 +184,7 @@ define(
     _expand24_cuda,
     _expand24_fake,
     (_expand24_backward, _expand24_save),
+    into=1,
 )
 define(
     "expand_fragments(Tensor values, Tensor meta, SymInt n, SymInt k) -> Tensor",
@@ -174,7 +197,9 @@ define(
 # ---- prune_compress24 and prune24 ----
 
 
-def prune_compress24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None) -> Sparse24:
+def prune_compress24(
+    w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None, *, out: Sparse24 | None = None
+) -> Sparse24:
     """Prunes to 2:4 and stores the result, in one pass over the weight.
 
     w (n, k), any strides, fp32, fp16, bf16, fp8 e4m3 or int8; any n and k. Of every four columns two are kept: those with the
@@ -183,15 +208,14 @@ def prune_compress24(w: Tensor, scores: Tensor | None = None, mask: Tensor | Non
     one of scores and mask, of any strides. Bit for bit compress24 of prune24, unless scores or a mask keep a zero.
     Raises TypeError for another dtype, ValueError for another shape or device, for NaN in w or scores and for a group of which the
     mask keeps more than two, naming the first. Source: Mishra et al. 2021, arXiv:2104.08378."""
-    values, meta = torch.ops.sparsekit.prune_compress24.default(w, scores, mask)
-    return Sparse24(values, meta, (w.shape[0], w.shape[1]))
+    return _to_sparse24("prune_compress24", w.shape[-1], out, w, scores, mask)
 
 
-def prune24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+def prune24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
     """The weight (n, k) with two of every four columns kept and zeros elsewhere: expand24 of prune_compress24, in one pass.
 
     Takes what prune_compress24 takes, refuses what it refuses, and returns a contiguous tensor in w's dtype. -0.0 becomes 0.0."""
-    return torch.ops.sparsekit.prune24.default(w, scores, mask)
+    return _to_dense("prune24", out, w, scores, mask)
 
 
 def _check_scores(op: str, scores: Tensor) -> None:
@@ -220,9 +244,8 @@ def _rank(scores: Tensor | None, mask: Tensor | None) -> tuple[int, int, int, in
     return rank.data_ptr(), kind, DTYPE_CODE.get(rank.dtype, 0), *rank.stride()
 
 
-def _prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check_prune("prune_compress24", w, scores, mask)
-    (values, meta), status = _new_packed(w), _new_status(w, 2)
+def _prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None, out: _Out = None) -> tuple[Tensor, Tensor]:
+    (values, meta), status = _prune_compress24_fake(w, scores, mask, out), _new_status(w, 2)
     _C.prune_compress24_cpu(
         *_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), values.data_ptr(), meta.data_ptr(), status.data_ptr(), threads()
     )
@@ -230,35 +253,33 @@ def _prune_compress24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> 
     return values, meta
 
 
-def _prune_compress24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
-    _check_prune("prune_compress24", w, scores, mask)
-    values, meta, status = launch("prune_compress24", w, scores, mask)
+def _prune_compress24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None, out: _Out = None) -> tuple[Tensor, Tensor]:
+    values, meta, status = launch("prune_compress24", w, scores, mask, _prune_compress24_fake(w, scores, mask, out))
     _check_status(reference.prune_compress24, status, 2 * meta.shape[1], w, scores, mask)
     return values, meta
 
 
-def _prune_compress24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+def _prune_compress24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None, out: _Out = None) -> tuple[Tensor, Tensor]:
     _check_prune("prune_compress24", w, scores, mask)
-    return _new_packed(w)
+    return _packed("prune_compress24", w, out)
 
 
-def _prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
-    out, status = _prune24_fake(w, scores, mask), _new_status(w, 2)
-    _C.prune24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), out.data_ptr(), status.data_ptr(), threads())
+def _prune24(w: Tensor, scores: Tensor | None, mask: Tensor | None, out: _Out = None) -> Tensor:
+    pruned, status = _prune24_fake(w, scores, mask, out), _new_status(w, 2)
+    _C.prune24_cpu(*_matrix(w), DTYPE_CODE[w.dtype], *_rank(scores, mask), pruned.data_ptr(), status.data_ptr(), threads())
     _check_status(reference.prune24, status, padded_columns(w.shape[1]) // 4, w, scores, mask)
-    return out
+    return pruned
 
 
-def _prune24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
-    _check_prune("prune24", w, scores, mask)
-    out, status = launch("prune24", w, scores, mask)
+def _prune24_cuda(w: Tensor, scores: Tensor | None, mask: Tensor | None, out: _Out = None) -> Tensor:
+    pruned, status = launch("prune24", w, scores, mask, _prune24_fake(w, scores, mask, out))
     _check_status(reference.prune24, status, padded_columns(w.shape[1]) // 4, w, scores, mask)
-    return out
+    return pruned
 
 
-def _prune24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None) -> Tensor:
+def _prune24_fake(w: Tensor, scores: Tensor | None, mask: Tensor | None, out: _Out = None) -> Tensor:
     _check_prune("prune24", w, scores, mask)
-    return w.new_empty(w.shape)
+    return outputs("prune24", out, w, (w.shape, w.dtype))[0]
 
 
 def _prune_compress24_save(ctx, inputs, output) -> None:
@@ -292,6 +313,7 @@ define(
     _prune_compress24_cuda,
     _prune_compress24_fake,
     (_prune_compress24_backward, _prune_compress24_save),
+    into=2,
 )
 define(
     "prune24(Tensor w, Tensor? scores, Tensor? mask) -> Tensor",
@@ -299,6 +321,7 @@ define(
     _prune24_cuda,
     _prune24_fake,
     (_prune24_backward, _prune24_save),
+    into=1,
 )
 
 
@@ -349,22 +372,22 @@ define("validate24(Tensor values, Tensor meta, SymInt k) -> Tensor", _validate24
 # ---- masks ----
 
 
-def mask_nm(scores: Tensor, n: int, m: int, pairs: bool = False) -> Tensor:
+def mask_nm(scores: Tensor, n: int, m: int, pairs: bool = False, *, out: Tensor | None = None) -> Tensor:
     """The mask (rows, k) bool of an N:M pattern: of every m neighbours of a row the n with the highest scores are kept, exactly.
 
     scores (rows, k), any strides, fp64, fp32, fp16, bf16, fp8 e4m3, fp8 e5m2 or int8; 0 <= n <= m <= 32. A tie goes to the lower
     column. A last group of t < m keeps min(n, t). ``pairs``: the neighbours are pairs of columns, kept or dropped whole; the score
     of a pair is the sum of its two, in fp32 (fp64 for fp64), a column past k adding nothing.
     Raises TypeError for another dtype, ValueError for another rank, n or m, and for NaN, naming the first."""
-    return torch.ops.sparsekit.mask_nm.default(scores, n, m, pairs)
+    return _to_dense("mask_nm", out, scores, n, m, pairs)
 
 
-def mask_rows(scores: Tensor, kept: int) -> Tensor:
+def mask_rows(scores: Tensor, kept: int, *, out: Tensor | None = None) -> Tensor:
     """The mask (rows, k) bool that keeps exactly ``kept`` columns of each row: those with the highest scores.
 
     scores (rows, k) as for mask_nm; 0 <= kept <= k. A tie goes to the lower column.
     Raises TypeError for another dtype, ValueError for another rank or count, and for NaN, naming the first."""
-    return torch.ops.sparsekit.mask_rows.default(scores, kept)
+    return _to_dense("mask_rows", out, scores, kept)
 
 
 def _check_mask_nm(scores: Tensor, n: int, m: int) -> None:
@@ -375,8 +398,8 @@ def _check_mask_nm(scores: Tensor, n: int, m: int) -> None:
         raise ValueError(f"mask_nm: n of m must be kept with 0 <= n <= m and 1 <= m <= {LARGEST_M}, got n = {n}, m = {m}")
 
 
-def _mask_nm(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
-    mask, status = _mask_nm_fake(scores, n, m, pairs), _new_status(scores, 1)
+def _mask_nm(scores: Tensor, n: int, m: int, pairs: bool, out: _Out = None) -> Tensor:
+    mask, status = _mask_nm_fake(scores, n, m, pairs, out), _new_status(scores, 1)
     code = DTYPE_CODE[scores.dtype]
     _C.mask_nm_cpu(*_matrix(scores), code, n, m, pairs, mask.data_ptr(), status.data_ptr(), threads())
     _check_status(reference.mask_nm, status, _groups(scores, m, pairs), scores, n, m, pairs)
@@ -387,16 +410,15 @@ def _groups(scores: Tensor, m: int, pairs: bool) -> int:
     return -(-scores.shape[1] // (2 * m if pairs else m))
 
 
-def _mask_nm_cuda(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
-    _check_mask_nm(scores, n, m)
-    mask, status = launch("mask_nm", scores, n, m, pairs)
+def _mask_nm_cuda(scores: Tensor, n: int, m: int, pairs: bool, out: _Out = None) -> Tensor:
+    mask, status = launch("mask_nm", scores, n, m, pairs, _mask_nm_fake(scores, n, m, pairs, out))
     _check_status(reference.mask_nm, status, _groups(scores, m, pairs), scores, n, m, pairs)
     return mask
 
 
-def _mask_nm_fake(scores: Tensor, n: int, m: int, pairs: bool) -> Tensor:
+def _mask_nm_fake(scores: Tensor, n: int, m: int, pairs: bool, out: _Out = None) -> Tensor:
     _check_mask_nm(scores, n, m)
-    return scores.new_empty(scores.shape, dtype=torch.bool)
+    return outputs("mask_nm", out, scores, (scores.shape, torch.bool))[0]
 
 
 def _check_mask_rows(scores: Tensor, kept: int) -> None:
@@ -407,24 +429,23 @@ def _check_mask_rows(scores: Tensor, kept: int) -> None:
         raise ValueError(f"mask_rows: kept must be from 0 to the {scores.shape[1]} columns of scores, got {kept}")
 
 
-def _mask_rows(scores: Tensor, kept: int) -> Tensor:
-    mask, status = _mask_rows_fake(scores, kept), _new_status(scores, 1)
+def _mask_rows(scores: Tensor, kept: int, out: _Out = None) -> Tensor:
+    mask, status = _mask_rows_fake(scores, kept, out), _new_status(scores, 1)
     _C.mask_rows_cpu(*_matrix(scores), DTYPE_CODE[scores.dtype], kept, mask.data_ptr(), status.data_ptr(), threads())
     _check_status(reference.mask_rows, status, 1, scores, kept)
     return mask
 
 
-def _mask_rows_cuda(scores: Tensor, kept: int) -> Tensor:
-    _check_mask_rows(scores, kept)
-    mask, status = launch("mask_rows", scores, kept)
+def _mask_rows_cuda(scores: Tensor, kept: int, out: _Out = None) -> Tensor:
+    mask, status = launch("mask_rows", scores, kept, _mask_rows_fake(scores, kept, out))
     _check_status(reference.mask_rows, status, 1, scores, kept)
     return mask
 
 
-def _mask_rows_fake(scores: Tensor, kept: int) -> Tensor:
+def _mask_rows_fake(scores: Tensor, kept: int, out: _Out = None) -> Tensor:
     _check_mask_rows(scores, kept)
-    return scores.new_empty(scores.shape, dtype=torch.bool)
+    return outputs("mask_rows", out, scores, (scores.shape, torch.bool))[0]
 
 
-define("mask_nm(Tensor scores, int n, int m, bool pairs) -> Tensor", _mask_nm, _mask_nm_cuda, _mask_nm_fake)
-define("mask_rows(Tensor scores, SymInt kept) -> Tensor", _mask_rows, _mask_rows_cuda, _mask_rows_fake)
+define("mask_nm(Tensor scores, int n, int m, bool pairs) -> Tensor", _mask_nm, _mask_nm_cuda, _mask_nm_fake, into=1)
+define("mask_rows(Tensor scores, SymInt kept) -> Tensor", _mask_rows, _mask_rows_cuda, _mask_rows_fake, into=1)

@@ -33,9 +33,12 @@ DTYPE_CODE = {
 }
 
 
-def define(schema: str, cpu, cuda, fake, gradient=None) -> None:
+def define(schema: str, cpu, cuda, fake, gradient=None, into: int = 0) -> None:
     """Registers an op; gradient: its backward and what that saves, in this order. No schema has defaults: the dispatcher would not
-    pass on an argument that equals its default."""
+    pass on an argument that equals its default.
+
+    into: how many tensors it gives, where it can also write to tensors that are there: then NAME_out takes them last and gives
+    nothing, and the three functions take them as ``out``, a tuple, and hand it to ``outputs``."""
     name = schema[: schema.index("(")]
     lib.define(schema)
     lib.impl(name, cpu, "CPU")
@@ -44,6 +47,52 @@ def define(schema: str, cpu, cuda, fake, gradient=None) -> None:
     if gradient:
         backward, save = gradient
         torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=save, lib=lib)
+    if into:
+        given = ", ".join(f"Tensor({letter}!) out_{letter}" for letter in "ab"[:into])
+        lib.define(f"{name}_out{schema[len(name) : schema.index(') ->')]}, {given}) -> ()")
+        lib.impl(f"{name}_out", _writing(name, cpu, into), "CPU")
+        lib.impl(f"{name}_out", _writing(name, cuda, into), "CUDA")
+        torch.library.register_fake(f"sparsekit::{name}_out", _writing(name, fake, into, apart=False), lib=lib)
+
+
+def _writing(name: str, function, into: int, apart: bool = True):
+    """The function on tensors to read and, last, tensors to write; apart: which are seen to share no memory."""
+
+    def write(*args) -> None:
+        written, read = args[-into:], [a for a in args[:-into] if isinstance(a, Tensor)]
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (*read, *written)):
+            raise ValueError(f"{name}: with out= no tensor may require a gradient, got one that does; use torch.no_grad()")
+        for i, t in enumerate(written):
+            if apart and any(_overlap(t, other) for other in (*read, *written[:i])):
+                raise ValueError(f"{name}: out must share no memory with what is read or also written, got a tensor that does")
+        function(*args[:-into], out=written)
+
+    return write
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    if not a.numel() or not b.numel() or a.device != b.device:
+        return False
+    begin, end = zip(*((t.data_ptr(), t.data_ptr() + _extent(t)) for t in (a, b)), strict=True)
+    return max(begin) < min(end)
+
+
+def _extent(t: Tensor) -> int:
+    """Bytes from its first element to behind its last."""
+    return (1 + sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True))) * t.element_size()
+
+
+def outputs(op: str, out: tuple[Tensor, ...] | None, like: Tensor, *wanted: tuple[tuple[int, ...], torch.dtype]) -> list[Tensor]:
+    """The tensors that an op writes, of these shapes and dtypes on the device of ``like``: unwritten ones, or those given."""
+    if out is None:
+        return [like.new_empty(shape, dtype=dtype) for shape, dtype in wanted]
+    for t, (shape, dtype) in zip(out, wanted, strict=True):
+        if t.dtype != dtype:
+            raise TypeError(f"{op}: out must be {dtype}, got {t.dtype}")
+        if t.shape != shape or t.device != like.device or not t.is_contiguous():
+            got = f"{tuple(t.shape)} on {t.device}{'' if t.is_contiguous() else ', strided'}"
+            raise ValueError(f"{op}: out must be {tuple(shape)} on {like.device}, contiguous, got {got}")
+    return list(out)
 
 
 def threads() -> int:
@@ -78,4 +127,4 @@ def say_once(text: str) -> None:
     warnings.warn(text, stacklevel=5)
 
 
-__all__ = ["DTYPE_CODE", "_C", "define", "launch", "lib", "raw_stream", "say_once", "threads"]
+__all__ = ["DTYPE_CODE", "_C", "define", "launch", "lib", "outputs", "raw_stream", "say_once", "threads"]
