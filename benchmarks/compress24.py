@@ -6,6 +6,8 @@ to_sparse_semi_structured calls, and on a GPU that call itself.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
@@ -22,7 +24,7 @@ def problem(w: torch.Tensor) -> Problem:
         if w.is_cuda:
             rivals["torch_semi_structured"] = lambda: torch.sparse.to_sparse_semi_structured(held)
     nbytes = w.nbytes + nbytes24(*w.shape, w.dtype)
-    return Problem(nbytes, lambda: ops.compress24(held), lambda: kernel_of("compress24")(held), rivals)
+    return Problem(nbytes, partial(ops.compress24, held), lambda: kernel_of("compress24")(held), rivals)
 
 
 def test_compress24(benchmark):

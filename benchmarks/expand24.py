@@ -5,6 +5,8 @@ python -m benchmarks.expand24 [--device cpu|cuda] [--layers LAYER ...] [--json] 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
@@ -20,7 +22,7 @@ def problem(w: torch.Tensor) -> Problem:
         theirs = to_torch_cutlass(s)
         rivals["torch_to_dense"] = lambda: sparse_semi_structured_to_dense_cutlass(*theirs)
     kernel = lambda: kernel_of("expand24")(s.values, s.meta, s.shape[1])  # noqa: E731
-    return Problem(s.nbytes + w.nbytes, lambda: ops.expand24(s), kernel, rivals)
+    return Problem(s.nbytes + w.nbytes, partial(ops.expand24, s), kernel, rivals)
 
 
 def test_expand24(benchmark):

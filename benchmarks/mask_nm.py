@@ -6,6 +6,7 @@ python -m benchmarks.mask_nm [--pattern 2:4] [--pairs] [--device cpu|cuda] [--la
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def problem(scores: torch.Tensor, n: int = 2, m: int = 4, pairs: bool = False) -
     if scores.dtype in (torch.float32, torch.float16, torch.bfloat16) and not pairs and scores.shape[1] % m == 0:
         rivals["torch_sort"] = lambda: sorted_mask(scores, n, m)
     kernel = lambda: kernel_of("mask_nm")(scores, n, m, pairs)  # noqa: E731
-    return Problem(scores.nbytes + scores.numel(), lambda: ops.mask_nm(scores, n, m, pairs), kernel, rivals)
+    return Problem(scores.nbytes + scores.numel(), partial(ops.mask_nm, scores, n, m, pairs), kernel, rivals)
 
 
 @pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (16, 32)], ids=["2:4", "4:8", "16:32"])

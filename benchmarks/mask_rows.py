@@ -5,6 +5,8 @@ python -m benchmarks.mask_rows [--device cpu|cuda] [--layers LAYER ...] [--json]
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks.memory_bound import PYTEST_SHAPE, Problem, kernel_of, main, weight
@@ -18,7 +20,7 @@ def problem(scores: torch.Tensor) -> Problem:
         blank = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
         rivals["torch_topk"] = lambda: blank.scatter(1, scores.topk(kept, dim=1, sorted=False).indices, True)
     kernel = lambda: kernel_of("mask_rows")(scores, kept)  # noqa: E731
-    return Problem(scores.nbytes + scores.numel(), lambda: ops.mask_rows(scores, kept), kernel, rivals)
+    return Problem(scores.nbytes + scores.numel(), partial(ops.mask_rows, scores, kept), kernel, rivals)
 
 
 def test_mask_rows(benchmark):

@@ -5,6 +5,8 @@ python -m benchmarks.prune24 [--device cpu|cuda] [--layers LAYER ...] [--json] [
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from benchmarks.memory_bound import PYTEST_SHAPE, Problem, kernel_of, main, sorted_mask, weight
@@ -15,7 +17,7 @@ def problem(w: torch.Tensor) -> Problem:
     rivals = {}
     if w.dtype in (torch.float32, torch.float16, torch.bfloat16):
         rivals["torch_sort"] = lambda: w * sorted_mask(w.abs(), 2, 4)
-    return Problem(2 * w.nbytes, lambda: ops.prune24(w), lambda: kernel_of("prune24")(w), rivals)
+    return Problem(2 * w.nbytes, partial(ops.prune24, w), lambda: kernel_of("prune24")(w), rivals)
 
 
 def test_prune24(benchmark):

@@ -6,6 +6,8 @@ conversion to the CUTLASS layout.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch.sparse._semi_structured_conversions import sparse_semi_structured_from_dense_cutlass
 
@@ -19,7 +21,7 @@ def problem(w: torch.Tensor) -> Problem:
     if w.dtype in (torch.float16, torch.bfloat16) and w.is_contiguous():
         rivals["torch_sort_from_dense"] = lambda: sparse_semi_structured_from_dense_cutlass(w * sorted_mask(w.abs(), 2, 4))
     nbytes = w.nbytes + nbytes24(*w.shape, w.dtype)
-    return Problem(nbytes, lambda: ops.prune_compress24(w), lambda: kernel_of("prune_compress24")(w), rivals)
+    return Problem(nbytes, partial(ops.prune_compress24, w), lambda: kernel_of("prune_compress24")(w), rivals)
 
 
 def test_prune_compress24(benchmark):
