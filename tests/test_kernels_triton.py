@@ -6,6 +6,7 @@ itself in a process of its own; TRITON_INTERPRET=1 in the environment runs the t
 
 import functools
 import importlib
+import operator
 import random
 
 import definition24
@@ -505,6 +506,25 @@ def test_the_cuda_halves_refuse(ops, how):
     ):
         with pytest.raises(ValueError, match=f"^{error}"):
             call()
+
+
+def test_the_cuda_halves_write_to_what_is_given(ops):
+    w = few_values((5, 38), torch.float16).to(DEVICE)
+    values, meta, _ = prune_compress24(w)
+    held = prune24(w)[0]
+    for call, args in (
+        (ops._prune_compress24_cuda, (w, None, None)),
+        (ops._compress24_cuda, (held,)),
+        (ops._prune24_cuda, (w, None, None)),
+        (ops._expand24_cuda, (values, meta, 38)),
+        (ops._mask_nm_cuda, (w, 2, 4, False)),
+        (ops._mask_rows_cuda, (w, 7)),
+    ):
+        new = call(*args)
+        out = tuple(torch.full_like(t, 1) for t in (new if isinstance(new, tuple) else (new,)))
+        found = call(*args, out)
+        assert all(map(operator.is_, found if len(out) > 1 else [found], out)), call.__name__
+        assert all_equal([t.cpu() for t in out], [t.cpu() for t in new] if len(out) > 1 else new.cpu()), call.__name__
 
 
 # ---- properties ----

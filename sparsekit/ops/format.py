@@ -50,14 +50,14 @@ def _packed(op: str, w: Tensor, out: _Out) -> tuple[Tensor, Tensor]:
     return values, meta
 
 
-def _to_sparse24(op: str, k: int, out: Sparse24 | None, *args) -> Sparse24:
-    """What an op on a weight of k columns packs: new, or written to ``out``."""
+def _to_sparse24(op: str, out: Sparse24 | None, w: Tensor, *choice) -> Sparse24:
+    """What an op packs of w: new, or written to ``out``."""
     if out is None:
-        values, meta = getattr(torch.ops.sparsekit, op).default(*args)
-        return Sparse24(values, meta, (values.shape[0], k))
-    if out.shape != args[0].shape:
-        raise ValueError(f"{op}: out must be of a weight {tuple(args[0].shape)} as w is, got one of {tuple(out.shape)}")
-    getattr(torch.ops.sparsekit, f"{op}_out").default(*args, out.values, out.meta)
+        values, meta = getattr(torch.ops.sparsekit, op).default(w, *choice)
+        return Sparse24(values, meta, (w.shape[0], w.shape[1]))
+    if out.shape != w.shape:
+        raise ValueError(f"{op}: out must be of a weight {tuple(w.shape)} as w is, got one of {tuple(out.shape)}")
+    getattr(torch.ops.sparsekit, f"{op}_out").default(w, *choice, out.values, out.meta)
     return out
 
 
@@ -83,7 +83,7 @@ def compress24(w: Tensor, *, out: Sparse24 | None = None) -> Sparse24:
     w (n, k), any strides, fp32, fp16, bf16, fp8 e4m3 or int8; any n and k, columns past k count as zeros.
     Raises TypeError for another dtype, ValueError for another rank, for NaN and for a group with three or more non-zeros, naming
     the first. Layout: sparsekit/format.py. Source: Mishra et al. 2021, arXiv:2104.08378."""
-    return _to_sparse24("compress24", w.shape[-1], out, w)
+    return _to_sparse24("compress24", out, w)
 
 
 def expand24(s: Sparse24, *, out: Tensor | None = None) -> Tensor:
@@ -208,7 +208,7 @@ def prune_compress24(
     one of scores and mask, of any strides. Bit for bit compress24 of prune24, unless scores or a mask keep a zero.
     Raises TypeError for another dtype, ValueError for another shape or device, for NaN in w or scores and for a group of which the
     mask keeps more than two, naming the first. Source: Mishra et al. 2021, arXiv:2104.08378."""
-    return _to_sparse24("prune_compress24", w.shape[-1], out, w, scores, mask)
+    return _to_sparse24("prune_compress24", out, w, scores, mask)
 
 
 def prune24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None, *, out: Tensor | None = None) -> Tensor:
