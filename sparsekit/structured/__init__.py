@@ -1,9 +1,12 @@
 """Heads, neurons, experts and layers taken out of a live model."""
 
 from .architecture import ARCHITECTURES, Architecture, BlockShape, architecture_of, register
+from .experts import RemovedExperts, expert_importance, prune_experts, remove_experts, select_experts
+from .layers import RemovedLayers, block_influence, prune_layers, remove_layers, remove_sublayers, select_layers
 from .surgery import keep_experts, keep_heads, keep_neurons, settle_config, shape_model
 
 __all__ = [
-    "ARCHITECTURES", "Architecture", "BlockShape", "architecture_of", "keep_experts", "keep_heads", "keep_neurons", "register",
-    "settle_config", "shape_model",
+    "ARCHITECTURES", "Architecture", "BlockShape", "RemovedExperts", "RemovedLayers", "architecture_of", "block_influence",
+    "expert_importance", "keep_experts", "keep_heads", "keep_neurons", "prune_experts", "prune_layers", "register",
+    "remove_experts", "remove_layers", "remove_sublayers", "select_experts", "select_layers", "settle_config", "shape_model",
 ]  # fmt: skip
