@@ -31,7 +31,10 @@ demo: setup
 	$(BIN)/sparsekit demo --model $(DEMO_MODEL)
 
 $(VENV)/test: pyproject.toml | $(VENV)/installed
-	$(BIN)/pip install --quiet pytest pytest-benchmark hypothesis accelerate triton matplotlib ruff clang-format pybind11 ninja setuptools
+	$(BIN)/pip install --quiet pytest pytest-benchmark hypothesis accelerate triton matplotlib ruff clang-format pybind11 ninja setuptools playwright
+	@# A test looks at the report page in a browser, and fails where there is none.
+	@command -v chromium || command -v google-chrome || ! command -v apt-get || [ "$$(id -u)" != 0 ] || \
+	    { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-liberation; }
 	touch $@
 
 test: $(VENV)/installed $(VENV)/test

@@ -228,7 +228,7 @@ placed = {package: folder for package, folder in PLACED.items() if (ROOT / folde
 setup(
     packages=[*find_packages(include=["sparsekit", "sparsekit.*"]), *placed],
     package_dir=placed,
-    package_data={"sparsekit": ["tune.json"]}
+    package_data={"sparsekit": ["tune.json"], "sparsekit.analysis": ["page.html", "page.js"]}
     | {package: ["*", "**/*"] for package in placed if package.startswith("sparsekit.assets.")},
     ext_modules=[
         Extension(

@@ -119,7 +119,7 @@ class Times(NamedTuple):
     sparse: float
 
 
-def _timed(device: str, dtype: str) -> dict[tuple[int, int], dict[int, Times | None]]:
+def timed(device: str, dtype: str) -> dict[tuple[int, int], dict[int, Times | None]]:
     """The times by weight (n, k) and m; None where the dense product or a kernel was not measured."""
     fastest: dict[tuple[int, int], dict[int, dict[bool, float]]] = {}
     for row in rows(device):
@@ -135,7 +135,7 @@ def _timed(device: str, dtype: str) -> dict[tuple[int, int], dict[int, Times | N
 def times(device: str, dtype: str, m: int, n: int, k: int) -> Times | None:
     """What was measured at the nearest weight and, of its rows, the nearest m, sizes compared as ``choose`` compares them; None
     where that is not both a kernel and the dense product. How near it is, is for the caller to judge."""
-    found = _timed(device, dtype)
+    found = timed(device, dtype)
     if not found:
         return None
     of_m = found[_nearest_weight(found, n, k)]
@@ -145,7 +145,7 @@ def times(device: str, dtype: str, m: int, n: int, k: int) -> Times | None:
 def speedups(device: str, dtype: str, m: int) -> dict[tuple[int, int], float]:
     """How many times as fast as the dense product the fastest kernel ran, by weight (n, k), at the measured m nearest to the one
     asked for; weights without a dense row there are left out."""
-    found = {size: of_m[_nearest_m(of_m, m)] for size, of_m in _timed(device, dtype).items()}
+    found = {size: of_m[_nearest_m(of_m, m)] for size, of_m in timed(device, dtype).items()}
     return {size: best.dense / best.sparse for size, best in found.items() if best}
 
 
