@@ -7,19 +7,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .errors import SparsekitError, listed
-from .patterns import Pattern, check_group
+from .patterns import GROUPS, Pattern, check_group
 from .schedules import Schedule
 
 CRITERIA = ("magnitude", "gradient")
-GROUPS = ("row", "layer", "model")
 
 
 @dataclass(frozen=True)
 class PruningConfig:
     """pattern, schedule: value objects or their text. sparsity: the pattern's own, for one who wants it checked; None takes it.
-    criterion: "magnitude" or "gradient" (Fisher: the sum over backward passes of (g w)^2 since the last pruning).
-    group: what weights are compared within, a "row" (output feature), a "layer" or the whole "model"; it says nothing where the
-    pattern has its own groups (N:M), and must then be "layer".
+    criterion: "magnitude" or "gradient": (g w)^2, summed over the backward passes since the last pruning. A pass of several
+    sequences counts as one sample, the square of their summed gradient: Fisher by the sequence takes batches of one.
+    group: what weights are compared within, a "row" (output feature), a "layer", a decoder "block" or the whole "model"; it says
+    nothing where the pattern has its own groups (N:M), and must then be "layer".
     begin, end, every: prunes after optimiser step ``begin``, then every so many steps, and for the last time after ``end``.
     start: the sparsity before the first pruning. skip: names, or shell patterns of names, of linears to leave alone.
     Raises SparsekitError for what is unknown, contradicts itself or cannot reach the pattern."""
@@ -52,7 +52,7 @@ class PruningConfig:
                 f"end must come a whole number of times every = {self.every} steps after begin = {self.begin}, got {self.end}"
             )
         if self.group != "layer":
-            check_group(self.pattern, self.group, GROUPS)
+            check_group(self.pattern, self.group)
         if self.sparsity is None:
             put(self, "sparsity", self.pattern.sparsity)
         elif self.sparsity != self.pattern.sparsity:

@@ -37,6 +37,21 @@ class MeanAbs(SquaredNorm):
         return rows.abs()
 
 
+class SquaredGradients:
+    """Sum over samples of the square of the loss's gradient by each weight: what Fisher needs. Memory n * k * 4 bytes.
+
+    It comes from backward passes of the whole model, and not from a linear's inputs."""
+
+    def __init__(self, shape: tuple[int, int], device: torch.device | str = "cpu"):
+        self.sum, self.tokens = torch.zeros(shape, dtype=torch.float32, device=device), 0
+
+    def update(self, gradient: Tensor) -> None:
+        """Adds the gradient (n, k) of one sample, any float dtype, squared and summed in fp32; ``tokens`` counts samples here."""
+        gradient = gradient.float()
+        self.sum.addcmul_(gradient, gradient)
+        self.tokens += 1
+
+
 @dataclass(frozen=True)
 class Factor:
     """H^-1 = U' U with U upper triangular; the inputs that never fired; the damping that made H positive definite.
@@ -151,7 +166,8 @@ class Criterion(Protocol):
     """How much each weight of a linear matters. A user's own is a class with these four, handed to ``sparsekit.prune``.
 
     statistics: the class of what has to be known of the linear's inputs (SquaredNorm, MeanAbs, Gram, or one with their ``update``,
-    ``sum`` and ``tokens``), None for nothing. rowwise: whether weights are compared within their row unless asked otherwise."""
+    ``sum`` and ``tokens``) or of its gradients (SquaredGradients), None for nothing. rowwise: whether weights are compared within
+    their row unless asked otherwise."""
 
     name: str
     statistics: type | None
@@ -188,6 +204,17 @@ class Wanda:
         return weight.float().abs() * statistics.sum.sqrt()
 
 
+class Gradient:
+    """The sum over samples of (g w)^2, the empirical Fisher information along w. Source: Molchanov et al. 2019, arXiv:1906.10771.
+
+    Samples cannot cancel, as they do in the square of a summed gradient."""
+
+    name, statistics, rowwise = "gradient", SquaredGradients, False
+
+    def scores(self, weight: Tensor, statistics: SquaredGradients) -> Tensor:
+        return statistics.sum * weight.float().square()
+
+
 class OBD:
     """H_jj w^2 / 2, what removing a weight costs where all others stay. Source: LeCun et al. 1989, Optimal Brain Damage."""
 
@@ -208,4 +235,6 @@ class OBS:
         return (weight.float().square() / inverse * (factor.scale / 2)).masked_fill(factor.dead, 0)
 
 
-CRITERIA: dict[str, Criterion] = {criterion.name: criterion for criterion in (Activation(), Magnitude(), OBD(), OBS(), Wanda())}
+CRITERIA: dict[str, Criterion] = {
+    criterion.name: criterion for criterion in (Activation(), Gradient(), Magnitude(), OBD(), OBS(), Wanda())
+}

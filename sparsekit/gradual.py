@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from .checkpoint.reading import open_weights
 from .checkpoint.writing import save_file, write_whole
 from .config import PruningConfig
-from .criteria import CRITERIA
+from .criteria import CRITERIA, SquaredGradients
 from .errors import SparsekitError
-from .patterns import Pattern, keep_top
-from .pipeline.blocks import Target, find_blocks, find_targets
+from .patterns import JOINT, Pattern
+from .pipeline.blocks import Target, check_together, find_blocks, find_targets
 
 STATE_FILE = "sparsekit_pruner.safetensors"
 
@@ -38,9 +38,10 @@ class GradualPruner:
         self.config, self.steps, self.pruned = config, 0, 0
         names = {module: name for name, module in model.named_modules()}
         targets = find_targets(find_blocks(model) if blocks is None else blocks, names, config.skip)
-        self._targets = {target.name: target for group in targets for target in group}
+        self._blocks = [[target.name for target in block] for block in targets]
+        self._targets = {target.name: target for block in targets for target in block}
         self.masks = {name: torch.ones_like(target.weight, dtype=torch.bool) for name, target in self._targets.items()}
-        self._squares: dict[str, Tensor] = {}  # sum of squared gradients, where the criterion asks for it
+        self._squares: dict[str, SquaredGradients] = {}  # over backward passes, where the criterion asks for it
         self._parameters: dict[nn.Parameter, list[Target]] = {}  # one may hold the matrices of many experts
         for target in self._targets.values():
             self._parameters.setdefault(getattr(target.module, target.parameter), []).append(target)
@@ -99,10 +100,12 @@ class GradualPruner:
         if not self.done:
             raise SparsekitError(f"pruning must be done, {self.config.prunings} times, got {self.pruned}; train on or end earlier")
         self.apply()
-        whole = self.config.group == "model"  # then no layer has its own count
+        if self.config.group in JOINT:  # then no layer has its own count
+            for names in self._together():
+                check_together(self.config.pattern, [self._targets[name] for name in names], self.config.group)
+            return
         for name, target in self._targets.items():
-            broken = None if whole else self.config.pattern.check(target.weight, rowwise=self.config.group == "row")
-            if broken:
+            if broken := self.config.pattern.check(target.weight, rowwise=self.config.group == "row"):
                 raise SparsekitError(f"every pruned linear must hold {self.config.pattern}, got {name}, where {broken}")
 
     def callback(self):
@@ -136,7 +139,7 @@ class GradualPruner:
             "steps": self.steps,
             "pruned": self.pruned,
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
-            "squares": {name: squares.clone() for name, squares in self._squares.items()},
+            "squares": {name: squares.sum.clone() for name, squares in self._squares.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -152,7 +155,10 @@ class GradualPruner:
         self.steps, self.pruned = state["steps"], state["pruned"]
         for name, target in self._targets.items():
             self.masks[name] = state["masks"][name].to(target.weight.device)
-        self._squares = {name: squares.to(self.masks[name].device) for name, squares in state["squares"].items()}
+        self._squares = {}
+        for name, squares in state["squares"].items():
+            self._squares[name] = SquaredGradients(squares.shape, self.masks[name].device)
+            self._squares[name].sum += squares.to(self.masks[name].device)
         self.apply()
 
     def save(self, path: str | Path) -> None:
@@ -185,9 +191,8 @@ class GradualPruner:
             gradient = gradient.clone()
             if self.config.criterion == "gradient" and not self.done:
                 for target in targets:
-                    square = target.of(gradient).float().square()
-                    known = self._squares.get(target.name)
-                    self._squares[target.name] = square if known is None else known.add_(square)
+                    part = target.of(gradient)
+                    self._squares.setdefault(target.name, SquaredGradients(part.shape, part.device)).update(part)
             self._clear(gradient, targets)
             return gradient
 
@@ -195,25 +200,23 @@ class GradualPruner:
 
     def _scores(self, name: str) -> Tensor:
         """Of each weight, -inf where it is pruned already, so that it stays so."""
-        scores = CRITERIA["magnitude"].scores(self._targets[name].weight)
-        if self.config.criterion == "gradient":
-            if name not in self._squares:
-                raise SparsekitError(f"the criterion gradient needs a backward pass before each pruning, and {name} has had none")
-            scores = scores.square() * self._squares[name]
-        return scores.masked_fill(~self.masks[name], -math.inf)
+        criterion, statistics = CRITERIA[self.config.criterion], self._squares.get(name)
+        if criterion.statistics and statistics is None:
+            raise SparsekitError(f"the criterion gradient needs a backward pass before each pruning, and {name} has had none")
+        return criterion.scores(self._targets[name].weight, statistics).masked_fill(~self.masks[name], -math.inf)
+
+    def _together(self) -> list[list[str]]:
+        """The names of the linears that are counted together, group by group."""
+        return self._blocks if self.config.group == "block" else [list(self._targets)]
 
     def _prune(self, pattern: Pattern) -> None:
-        if self.config.group != "model":
+        if self.config.group not in JOINT:
             for name in self._targets:
                 self.masks[name] = pattern.mask(self._scores(name), rowwise=self.config.group == "row")
             return
-        # One line of all units, the first linear's first.
-        lines = [self._scores(name) for name in self._targets]
-        units = [pattern.units(line) for line in lines]
-        line = torch.cat([unit.flatten() for unit in units])
-        kept = keep_top(line[None], line.numel() - pattern.removed(line.numel()))[0].split([unit.numel() for unit in units])
-        for name, unit, scores, mask in zip(self._targets, units, lines, kept):
-            self.masks[name] = pattern.spread(mask.view(unit.shape), scores.shape).clone()
+        for names in self._together():
+            units = [pattern.units(self._scores(name)) for name in names]
+            self.masks |= zip(names, pattern.masks(units, [self.masks[name].shape for name in names]))
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ _KNOWN = (
     'N:M with N kept of M, such as "2:4", "4:8" or "1:4", the same in whole pairs, such as "4:8 pairs", '
     'the share removed, such as "50%", or the same in whole blocks of rows x columns, such as "block:32x32@50%"'
 )
+GROUPS = ("row", "layer", "block", "model")  # what a share can be counted in; a block is a decoder block
+JOINT = ("block", "model")  # those that hold several matrices
 _SHARE = r"(-?\d+(?:\.\d*)?|-?\.\d+)\s*%"
 
 
@@ -171,6 +175,22 @@ class Share(Pattern):
         """A mask of units as the mask of their weights."""
         return mask
 
+    def count(self, shape: tuple[int, int]) -> int:
+        """How many units a weight (n, k) has."""
+        return shape[0] * shape[1]
+
+    def gone(self, weight: Tensor) -> int:
+        """How many units of the weight hold nothing but zeros."""
+        return int(self._zero(weight).sum())
+
+    def masks(self, units: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+        """The masks of several weights (n, k) of which the share goes exactly, counted over all of them together.
+
+        units: of each what ``units`` makes of its scores, read as ``keep_top_of_all`` reads lines. One mask is made at a time."""
+        count = sum(map(self.count, shapes))
+        for kept, shape in zip(keep_top_of_all(units, count - self.removed(count)), shapes):
+            yield self.spread(kept, shape)
+
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
         units = self.units(scores)
         line = units if rowwise else units.reshape(1, -1)
@@ -186,7 +206,7 @@ class Share(Pattern):
         return f"{f'{self._line} {row}' if rowwise else 'the weight'} has {int(count[row])} {self._what}, {wanted} are asked for"
 
     def _zero(self, weight: Tensor) -> Tensor:
-        """Which units hold nothing but zeros."""
+        """Which units (lines, units in a line) hold nothing but zeros."""
         return weight == 0
 
 
@@ -224,6 +244,9 @@ class Block(Share):
     def columns(self) -> int:
         return self.cols
 
+    def count(self, shape: tuple[int, int]) -> int:
+        return -(-shape[0] // self.rows) * -(-shape[1] // self.cols)
+
     def units(self, scores: Tensor) -> Tensor:
         reference.check_no_nan("mask", "scores", scores)
         return self._by_block(scores.float() if scores.element_size() == 1 else scores).sum((1, 3), dtype=torch.float64)
@@ -243,7 +266,7 @@ class Block(Share):
         return full.view(lines, self.rows, across, self.cols)
 
 
-def check_group(pattern: Pattern | None, group: str, known: tuple[str, ...]) -> None:
+def check_group(pattern: Pattern | None, group: str, known: tuple[str, ...] = GROUPS) -> None:
     """Raises SparsekitError for a comparison group that is not known, and for any where the pattern has groups of its own."""
     if group not in known:
         raise SparsekitError(f"the group must be {listed(known, 'or')}, got {group!r}")
@@ -274,3 +297,44 @@ def keep_top(scores: Tensor, kept: int) -> Tensor:
     scores (..., k) of a dtype that ops.mask_rows takes, 0 <= kept <= k. Raises what mask_rows raises, rows counted over all the
     leading dimensions."""
     return ops.mask_rows(scores.reshape(scores.shape[:-1].numel(), scores.shape[-1]), kept).view(scores.shape)
+
+
+def keep_top_of_all(lines: Iterable[Tensor], kept: int) -> Iterator[Tensor]:
+    """The bool masks of the ``kept`` highest scores of all the lines together, exactly, a line at a time; a tie goes to the earlier
+    line, and within it to the lower index.
+
+    lines: float tensors of any shapes and one dtype, gone through once for every 16 bits of it (of fp32 at least) and once for the
+    masks: they may come from a disk, one is held at a time. Raises ValueError for NaN and for fewer scores than kept."""
+    threshold, left = None, kept  # of the key of the last one kept: its leading bits; how many are still to be kept below them
+    wide = any(line.element_size() == 8 for line in islice(lines, 1))
+    for shift in range(48 if wide else 16, -1, -16):
+        counts = torch.zeros(1 << 16, dtype=torch.int64)
+        for key in (key for line in lines for key in _keys(line, wide)):
+            if threshold is not None:
+                key = key[key >> (shift + 16) == threshold]
+            digit = (key >> shift) + (1 << 15) if threshold is None else (key >> shift) & 0xFFFF  # the first one has the sign
+            counts += torch.bincount(digit, minlength=1 << 16).cpu()
+        at_least = counts.flip(0).cumsum(0)  # [i]: of the i + 1 highest digits
+        if left > at_least[-1]:
+            raise ValueError(f"there must be {kept} scores to keep, got {int(at_least[-1])}")
+        highest = int(torch.searchsorted(at_least, left))
+        left -= int(at_least[highest - 1]) if highest else 0
+        threshold = (1 << 15) - 1 - highest if threshold is None else (threshold << 16) + (1 << 16) - 1 - highest
+    for line in lines:
+        masks = []
+        for key in _keys(line, wide):
+            mask, tied = key > threshold, (key == threshold).nonzero()[:left]
+            mask[tied] = True
+            left -= len(tied)
+            masks.append(mask)
+        yield torch.cat(masks).view(line.shape)
+
+
+def _keys(line: Tensor, wide: bool) -> Iterator[Tensor]:
+    """Integers (count,) in the order of the scores, as wide as fp64 or fp32; some at a time."""
+    whole, held = (torch.int64, torch.float64) if wide else (torch.int32, torch.float32)
+    for scores in line.flatten().split(1 << 22):
+        if scores.isnan().any():
+            raise ValueError("mask: scores must hold no NaN, got one")
+        bits = (scores.to(held) + 0.0).view(whole)  # -0.0 is 0.0
+        yield torch.where(bits < 0, bits ^ torch.iinfo(whole).max, bits)

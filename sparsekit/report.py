@@ -12,7 +12,7 @@ class LinearReport:
     and seconds (by phase) as in PruneResult.
 
     statistics: what is known of its inputs, "own", or of an expert that saw too few tokens "layer", those of all experts, or
-    "magnitude", none. tokens: how many it saw itself."""
+    "magnitude", none. tokens: how many it saw itself; of gradients, how many sequences reached it."""
 
     name: str
     shape: tuple[int, int]

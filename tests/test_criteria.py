@@ -8,7 +8,7 @@ import torch
 from models import build, token_batches
 
 from sparsekit import NM, PairNM, Pattern, SparsekitError, prune
-from sparsekit.criteria import CRITERIA, OBS, Gram
+from sparsekit.criteria import CRITERIA, OBS, Gram, SquaredGradients
 from sparsekit.patterns import Block, Unstructured
 from sparsekit.pruners import METHODS, method_named, scored
 from sparsekit.pruners.sparsegpt import SparseGPT
@@ -36,6 +36,7 @@ def damped(x: torch.Tensor) -> torch.Tensor:
 
 FORMULAS = {
     "magnitude": lambda w, x: w.abs(),
+    "gradient": lambda w, x: sum((g * w) ** 2 for g in gradients(x)),
     "activation": lambda w, x: w.abs() * x.abs().mean(0),
     "wanda": lambda w, x: w.abs() * x.norm(dim=0),
     "obd": lambda w, x: hessian(x).diagonal() * w**2 / 2,
@@ -43,10 +44,16 @@ FORMULAS = {
 }
 
 
+def gradients(x: torch.Tensor) -> list[torch.Tensor]:
+    """Of the three samples that the tokens x are taken for here; the third undoes the first."""
+    first, second, _ = x.view(3, TOKENS // 3, K)[:, :N]
+    return [first, second, -first]
+
+
 def gathered(name: str, *batches: torch.Tensor):
     kind = CRITERIA[name].statistics
-    statistics = kind and kind(K)
-    for batch in batches if kind else ():
+    statistics = kind and kind((N, K) if kind is SquaredGradients else K)
+    for batch in gradients(torch.cat(batches)) if kind is SquaredGradients else batches if kind else ():
         statistics.update(batch)
     return statistics
 
@@ -100,6 +107,7 @@ def test_every_pattern_by_every_criterion_in_every_group(name, pattern, group, d
     assert kind.rowwise == rowwise
     pruner, w = kind(K, pattern), weight(dtype)
     pruner.observe(inputs(dtype))
+    pruner.statistics = gathered(name, inputs(dtype)) if name == "gradient" else pruner.statistics
     result = pruner.prune(w)
     assert torch.equal(result.weight, torch.where(result.mask, w, 0)) and result.weight.dtype == dtype
     assert torch.equal(result.mask, pattern.mask(CRITERIA[name].scores(w, pruner.statistics), rowwise))
@@ -142,7 +150,7 @@ def test_a_criterion_of_ones_own():
 
 def test_refused():
     for name in ("gptq", ""):
-        with pytest.raises(SparsekitError, match=f"activation, magnitude, obd, obs, sparsegpt or wanda, got {name!r}"):
+        with pytest.raises(SparsekitError, match=f"activation, gradient, magnitude, obd, obs, sparsegpt or wanda, got {name!r}"):
             method_named(name)
     with pytest.raises(SparsekitError, match="the group must be row or layer, got 'model'"):
         method_named("wanda", [Unstructured(0.5)], "model")

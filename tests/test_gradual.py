@@ -109,8 +109,8 @@ def test_gradients_that_cancel_do_not_cancel_the_score():
     linear = model.model.layers[0].mlp.up_proj
     for sign in (1, -1):
         (model(input_ids=IDS[0], use_cache=False).logits.sum() * sign).backward()
-    assert linear.weight.grad.abs().max() < 1e-3 * pruner._squares["model.layers.0.mlp.up_proj"].sqrt().max()
-    assert pruner._squares["model.layers.0.mlp.up_proj"].min() > 0
+    assert linear.weight.grad.abs().max() < 1e-3 * pruner._squares["model.layers.0.mlp.up_proj"].sum.sqrt().max()
+    assert pruner._squares["model.layers.0.mlp.up_proj"].sum.min() > 0
 
 
 def test_without_a_backward_pass_the_gradient_criterion_says_so():
@@ -252,7 +252,7 @@ def test_the_patterns_on_the_way():
         (dict(pattern="half"), "a pattern must be"),
         (dict(schedule="square"), "a schedule must be"),
         (dict(criterion="wanda"), "the criterion must be magnitude or gradient, got 'wanda'"),
-        (dict(pattern="50%", group="column"), "the group must be row, layer or model, got 'column'"),
+        (dict(pattern="50%", group="column"), "the group must be row, layer, block or model, got 'column'"),
         (dict(pattern="2:4", sparsity=0.7), "the sparsity of 2:4 is 0.5, got 0.7"),
         (dict(pattern="2:4", group="row"), "2:4 compares weights within its own groups, got group = 'row'"),
         (dict(begin=-1), "begin must be a whole number of at least 0, got -1"),

@@ -25,7 +25,8 @@ from torch.utils._pytree import tree_leaves
 from sparsekit import SparsekitError, compress
 from sparsekit.patterns import NM, Pattern, Unstructured
 from sparsekit.pipeline import find_blocks, prune
-from sparsekit.pipeline.loop import Resident, run
+from sparsekit.pipeline.loop import run
+from sparsekit.pipeline.source import Resident
 from sparsekit.pipeline.store import InMemory, OnDisk
 from sparsekit.pipeline.stream import Stream
 from sparsekit.pruners import METHODS, Magnitude, SparseGPT, Wanda

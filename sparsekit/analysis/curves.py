@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..criteria import CRITERIA, Gram
 from ..errors import SparsekitError
 from ..patterns import Pattern
-from ..pipeline.loop import Progress
 from ..pipeline.observe import MAGNITUDE
+from ..pipeline.source import Progress
 from ..pruners import SparseGPT
 from .dense import dense_blocks, source_of
 

@@ -15,8 +15,8 @@ from ..evaluate import eval_mode
 from ..patterns import Pattern
 from ..pipeline.blocks import Target, check_finite, find_blocks, find_targets
 from ..pipeline.folder import Reading
-from ..pipeline.loop import Progress, Resident, Source
 from ..pipeline.observe import settle
+from ..pipeline.source import Progress, Resident, Source
 from ..pipeline.stream import Stream
 from ..pruners import Pruner
 from ..report import BlockReport

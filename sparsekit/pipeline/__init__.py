@@ -13,7 +13,8 @@ from ..plan import Plan
 from ..report import PruneReport
 from .blocks import find_blocks
 from .folder import prune_folder
-from .loop import Progress, Resident, run
+from .loop import run
+from .source import Progress, Resident
 from .world import World
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import SparsekitError
 from ..linear import is_conv1d, is_linear
-from ..patterns import Pattern
+from ..patterns import Pattern, Share
 from ..plan import Plan, pattern_of
 from ..pruners import Pruner
 
@@ -93,6 +93,17 @@ def verify(targets: list[Target], asked: Pattern | Plan, kind: type[Pruner]) -> 
         pattern = pattern_of(asked, target.name)
         if broken := pattern.check(target.weight, rowwise=kind.rowwise):
             raise SparsekitError(f"every pruned linear must hold {pattern}, got {target.name}, where {broken}")
+
+
+def check_together(pattern: Share, targets: Sequence[Target], group: str, gone: int | None = None) -> None:
+    """Raises SparsekitError where fewer of the units of all the targets, a ``group``, are gone than the pattern asks for.
+
+    gone: how many are, where that is counted already."""
+    gone = sum(pattern.gone(target.weight) for target in targets) if gone is None else gone
+    wanted = pattern.removed(sum(pattern.count(target.weight.shape) for target in targets))
+    if gone < wanted:
+        where = f"the {len(targets)} linears from {targets[0].name} on"
+        raise SparsekitError(f"each {group} must hold {pattern}, {wanted} gone, got {gone} in {where}")
 
 
 def _asked(name: str, skip: tuple[str, ...]) -> bool:

@@ -30,8 +30,9 @@ from ..plan import Plan, parse, patterns_in
 from ..pruners import method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
 from .blocks import Target, find_blocks, find_targets
-from .loop import Progress, run
+from .loop import run
 from .memory import parse_size, store_within
+from .source import Progress
 from .store import Store
 from .world import World
 
@@ -150,6 +151,17 @@ class Reading:
             yield
         finally:
             self.lazy.drop([0, *tops])
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        parts = [*range(len(self.blocks)), *self.lazy.outside]
+        try:
+            for i in range(len(self.blocks)):  # one at a time: a part is there twice while it is read
+                self.lazy.fill([i])
+            self.lazy.fill(self.lazy.outside)
+            yield
+        finally:
+            self.lazy.drop(parts)
 
     def enter(self, i: int) -> tuple[BlockReport, list[LinearReport]] | None:
         self.lazy.fill([i])

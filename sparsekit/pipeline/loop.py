@@ -3,76 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from collections.abc import Iterable, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..criteria import Criterion
 from ..data import hash_batches
 from ..errors import SparsekitError
 from ..evaluate import eval_mode
-from ..linear import SparseLinear
 from ..patterns import Pattern
 from ..plan import Plan, parse, pattern_of, patterns_in
 from ..pruners import Pruner, method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
 from ..timing import Phases, peak_memory
-from .blocks import Target, check_finite, find_blocks, find_targets, list_skipped, verify
-from .observe import MAGNITUDE, by_magnitude, settle
-from .store import Store
-from .stream import Stream
-from .world import World, check_weights, collect, spread, unite
-
-Progress = Callable[[str, int, int], None]  # what is under way, blocks done, blocks in all
-
-
-class Source(Protocol):
-    """Where the weights of a model's blocks come from and where they go. Outside ``enter(i)`` to ``leave(i)`` a block's parameters
-    may be on the meta device."""
-
-    model: nn.Module
-    blocks: nn.ModuleList
-    device: torch.device
-    store: Store | None  # where hidden states wait; None is in memory
-
-    def capturing(self) -> AbstractContextManager:
-        """Inside, the model can run up to the end of its first block."""
-
-    def enter(self, i: int) -> tuple[BlockReport, list[LinearReport]] | None:
-        """Brings the weights of block i. Returns what was reported of it where it is pruned already, by an earlier run."""
-
-    def rounded(self, target: Target, weight: Tensor) -> Tensor:
-        """The pruned weight of the target as it will be read back, in the dtype it has: later blocks are calibrated on that."""
-
-    def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
-        """Ends the work on block i, of which ``told`` reports, and of its matrices ``rows``."""
-
-
-class Resident:
-    """A model that is in memory as a whole, and is changed there. stored: dtype that its weights are to be rounded to."""
-
-    store = None
-
-    def __init__(self, model: nn.Module, blocks: nn.ModuleList | None = None, stored: torch.dtype | None = None):
-        if any(isinstance(module, SparseLinear) for module in model.modules()):
-            raise SparsekitError("the model must be dense, got one that is compressed already; prune the model it was made from")
-        self.model, self.blocks, self.stored = model, find_blocks(model) if blocks is None else blocks, stored
-        self.device = next(model.parameters()).device
-
-    def capturing(self) -> AbstractContextManager:
-        return nullcontext()
-
-    def enter(self, i: int) -> None:
-        return None
-
-    def rounded(self, target: Target, weight: Tensor) -> Tensor:
-        return weight if self.stored is None else weight.to(self.stored).to(weight.dtype)
-
-    def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
-        pass
+from .blocks import Target, check_finite, find_targets, list_skipped, verify
+from .known import Known
+from .observe import MAGNITUDE, by_magnitude
+from .source import Progress, Source
+from .world import World, check_weights, spread
 
 
 @torch.no_grad()
@@ -106,13 +55,8 @@ def run(
             listed = [target.name for matrices in targets for target in matrices]
             settings = {"method": method_text(method), "group": group, "pattern": str(pattern), "linears": listed}
             world.agree(settings | {"the hash of the calibration batches": hash_batches(batches)})
-        stream = None
-        if kind.gathers:
-            with source.capturing():
-                inside = {id(weight) for block in blocks for weight in block.parameters()}
-                check_weights(world, "outside the blocks", (p for p in model.named_parameters() if id(p[1]) not in inside))
-                stream = Stream(model, blocks, world.part(batches), device=source.device, store=source.store)
-            report.tokens = sum(world.gather(stream.tokens))
+        known = Known(source, kind, targets, batches, world)
+        report.tokens = known.tokens
         for i, (block, matrices) in enumerate(zip(blocks, targets)):
             if progress:
                 progress(names[block], i, len(blocks))
@@ -125,28 +69,21 @@ def run(
             if done is None:
                 check_finite(target for target in matrices if target in late)
                 pruners = {t: kind(t.weight.shape[1], pattern_of(pattern, t.name), t.weight.device) for t in matrices}
-                origins = dict.fromkeys(matrices, (MAGNITUDE, 0))
-                owners = [world.rank] * len(matrices)  # what needs no inputs is cheap, and comes out the same everywhere
-                if stream:
-                    entering = stream.observe(block, pruners, phases)
-                    unite(world, pruners)
-                    origins = settle(pruners, {(layer, role) for found in world.gather(sorted(entering)) for layer, role in found})
-                    owners = collect(world, pruners)
+                origins, owners = known.show(block, pruners, phases)
                 for target, owner in zip(matrices, owners):
                     world.look()
                     pruner = pruners.pop(target)
                     rows.append(_prune(target, pruner, *origins[target], source) if owner == world.rank else None)
                     if progress and rows[-1] and rows[-1].output_error is not None:
                         progress(f"{target.name}, error {rows[-1].output_error:.4f}", i, len(blocks))
-                if stream:
+                if kind.gathers:
                     rows = spread(world, owners, [target.weight for target in matrices], rows)
                 verify(matrices, pattern, kind)
-            if stream and i + 1 < len(blocks):
-                with phases("forward"):
-                    stream.advance(block)
+            if i + 1 < len(blocks):
+                known.advance(block, phases)
             if done is None:
                 told.seconds, told.peak_memory = phases.seconds(), peak_memory(source.device)
-                if stream:
+                if "forward" in told.seconds:
                     told.seconds["forward"] -= told.seconds.get("gram", 0)
             source.leave(i, told, rows)
             report.linears += rows

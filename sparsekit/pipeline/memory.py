@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint.lazy import LazyModel
 from ..criteria import Gram
 from ..errors import SparsekitError, listed
-from ..pruners import Pruner
+from ..pruners import Pruner, by_gradient
 from ..timing import peak_memory
 from .blocks import Target
 from .store import OnDisk
@@ -50,6 +50,8 @@ def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequen
 
     On a GPU only what passes through the host's memory counts."""
     host = lazy.device.type == "cpu"
+    if by_gradient(kind):
+        return _whole(lazy, targets, batches)
     tokens = max((_tokens(batch) for batch in batches), default=0) if kind.gathers else 0
     outside = sum(lazy.nbytes(top) for top in lazy.outside) if kind.gathers else 0
     found: list[dict[str, int]] = []
@@ -72,6 +74,26 @@ def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequen
     return largest | ({"embeddings": capture} if capture > 0 else {})
 
 
+def _whole(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequence[Any]) -> dict[str, int]:
+    """What gradients take: a backward pass of the whole model, a sequence at a time."""
+    config = lazy.model.config.get_text_config()
+    matrices = [target for group in targets for target in group]
+    held = {id(p): p for target in matrices if (p := getattr(target.module, target.parameter)) is not None}
+    largest = max((p.numel() for p in held.values()), default=0)
+    length = max((_length(batch) for batch in batches), default=0)
+    features = sum(sum(target.weight.shape) for target in matrices if target.expert is None or target.expert[1] == 0)
+    heads = getattr(config, "num_attention_heads", 1) * (len(targets) if config._attn_implementation == "eager" else 1)
+    itemsize = max(lazy.dtype.itemsize, 4)
+    parts = [*range(len(lazy.blocks)), *lazy.outside]
+    found = {
+        "the weights of the whole model": sum(map(lazy.nbytes, parts)) + max(lazy.nbytes(part, stored=True) for part in parts),
+        "its squared gradients": 4 * sum(target.weight.numel() for target in matrices),
+        "a gradient at work": 4 * 4 * largest,
+        "a sequence at work": itemsize * length * (2 * features + heads * length + 5 * config.vocab_size),
+    }
+    return found if lazy.device.type == "cpu" else {"the weights of a block": max(lazy.nbytes(p, stored=True) for p in parts)}
+
+
 def store_within(
     limit: int, offload: Path, lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequence[Any], kind: type[Pruner]
 ) -> OnDisk | None:
@@ -83,12 +105,19 @@ def store_within(
     if need > limit:
         what = listed(f"{shown_size(size)} for {name}" for name, size in parts.items() if size)
         raise SparsekitError(f"--max-memory must be at least {shown_size(need)}, got {shown_size(limit)}: it takes {what}")
-    hidden = sum(_tokens(batch) for batch in batches) * _width(lazy) * lazy.dtype.itemsize if kind.gathers else 0
+    streams = kind.gathers and not by_gradient(kind)
+    hidden = sum(_tokens(batch) for batch in batches) * _width(lazy) * lazy.dtype.itemsize if streams else 0
     return OnDisk(offload) if need + hidden > limit else None
 
 
 def _width(lazy: LazyModel) -> int:
     return lazy.model.config.get_text_config().hidden_size
+
+
+def _length(batch: Tensor | Mapping[str, Any]) -> int:
+    """The tokens of a batch's sequences, padding among them."""
+    tensors = [t for t in (batch.values() if isinstance(batch, Mapping) else [batch]) if isinstance(t, Tensor) and t.dim() > 1]
+    return max((t.shape[1] for t in tensors), default=0)
 
 
 def _tokens(batch: Tensor | Mapping[str, Any]) -> int:

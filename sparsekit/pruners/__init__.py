@@ -7,7 +7,7 @@ from ..errors import SparsekitError, listed
 from ..patterns import Pattern, check_group
 from .base import Pruner, PruneResult
 from .functional import magnitude_prune, sparsegpt_prune, wanda_prune
-from .scored import Magnitude, Wanda, scored
+from .scored import Magnitude, Wanda, by_gradient, scored
 from .sparsegpt import SparseGPT
 
 METHODS: dict[str, type[Pruner]] = {
@@ -44,6 +44,7 @@ __all__ = [
     "Pruner",
     "SparseGPT",
     "Wanda",
+    "by_gradient",
     "magnitude_prune",
     "method_named",
     "method_text",

@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..criteria import Gram, SquaredNorm
+from ..criteria import Gram, SquaredGradients, SquaredNorm
 from ..patterns import Pattern
 
 
@@ -35,7 +35,7 @@ class Pruner(Protocol):
     """One linear's pruner. Two linears with the same input may share ``statistics``: observe one, assign it to the other."""
 
     pattern: Pattern
-    statistics: Gram | SquaredNorm | None
+    statistics: Gram | SquaredNorm | SquaredGradients | None
     rowwise: bool  # whether an unstructured pattern is counted per output row
     gathers: type | None  # the class of its statistics; None where it needs no inputs
 
@@ -44,5 +44,7 @@ class Pruner(Protocol):
     def observe(self, x: Tensor) -> None:
         """Takes the tokens x (..., columns) that the linear receives."""
 
-    def prune(self, weight: Tensor) -> PruneResult:
-        """Prunes weight (n, columns) to the pattern; the argument is left as it is. Arithmetic in fp32."""
+    def prune(self, weight: Tensor, mask: Tensor | None = None) -> PruneResult:
+        """Prunes weight (n, columns) to the pattern; the argument is left as it is. Arithmetic in fp32.
+
+        mask (n, columns) bool, True where kept: what goes, decided already, in place of the pattern."""

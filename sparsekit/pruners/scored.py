@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ..criteria import CRITERIA, Criterion, Gram
+from ..criteria import CRITERIA, Criterion, Gram, SquaredGradients
 from ..patterns import Pattern
 from .base import Pruner, PruneResult
 
@@ -21,24 +21,35 @@ class Scored:
 
     def __init__(self, columns: int, pattern: Pattern, device: torch.device | str = "cpu"):
         self.pattern = pattern
-        self.statistics = self.gathers(columns, device) if self.gathers else None
+        self.statistics = self.gathers(columns, device) if self.gathers and not by_gradient(self) else None
 
     def observe(self, x: Tensor) -> None:
-        """Takes the tokens x (..., columns); a criterion that looks at weights alone ignores them."""
-        if self.gathers:
+        """Takes the tokens x (..., columns); a criterion that looks at no inputs ignores them."""
+        if self.gathers and not by_gradient(self):
             self.statistics.update(x)
 
-    def prune(self, weight: Tensor) -> PruneResult:
-        if self.gathers and self.statistics.tokens == 0:
-            raise ValueError(f"{self.criterion.name} needs the linear's inputs, and observed none")
+    def scores(self, weight: Tensor) -> Tensor:
+        """Of a weight (n, k), fp32, higher is kept. Raises ValueError where what they need was not observed or is not finite."""
+        what = "gradients" if by_gradient(self) else "inputs"
+        if self.gathers and (self.statistics is None or self.statistics.tokens == 0):
+            raise ValueError(f"{self.criterion.name} needs the linear's {what}, and observed none")
         if self.gathers and not torch.isfinite(self.statistics.sum).all():
-            raise ValueError("its inputs hold NaN or Inf")
-        mask = self.pattern.mask(self.criterion.scores(weight, self.statistics), rowwise=self.rowwise)
+            raise ValueError(f"its {what} hold NaN or Inf")
+        return self.criterion.scores(weight, self.statistics)
+
+    def prune(self, weight: Tensor, mask: Tensor | None = None) -> PruneResult:
+        if mask is None:
+            mask = self.pattern.mask(self.scores(weight), rowwise=self.rowwise)
         pruned = torch.where(mask, weight, 0)
-        if not isinstance(self.statistics, Gram):
+        if not isinstance(self.statistics, Gram) or self.statistics.tokens == 0:
             return PruneResult(pruned, mask)
         error = self.statistics.output_error(weight, pruned)
         return PruneResult(pruned, mask, error, damping=self.statistics.factor.damping)
+
+
+def by_gradient(pruner: Pruner | type[Pruner]) -> bool:
+    """Whether what it gathers are gradients of the whole model, and not the linear's inputs."""
+    return pruner.gathers is not None and issubclass(pruner.gathers, SquaredGradients)
 
 
 def scored(criterion: Criterion, rowwise: bool | None = None) -> type[Pruner]:
