@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..criteria import CRITERIA
 from ..errors import SparsekitError
 from ..patterns import NM
-from ..pipeline.loop import Progress
+from ..pipeline.source import Progress
 from ..plan import Plan
 from ..pruners import Wanda
 from .allocation import read_target, share_plan

@@ -19,8 +19,8 @@ from ..errors import SparsekitError, listed
 from ..evaluate import perplexity
 from ..patterns import Pattern
 from ..pipeline.blocks import Target
-from ..pipeline.loop import Progress, Resident
 from ..pipeline.observe import MAGNITUDE, by_magnitude
+from ..pipeline.source import Progress, Resident
 from ..pruners import SparseGPT
 from .curves import Curve, read_levels
 from .dense import Seen, dense_blocks
