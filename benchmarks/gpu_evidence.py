@@ -24,7 +24,9 @@ import torch
 from benchmarks.measure import machine
 
 ROOT = Path(__file__).resolve().parents[1]
-MEMORY_BOUND = ("prune_compress24", "compress24", "expand24", "prune24", "mask_nm", "mask_rows", "validate24")
+MEMORY_BOUND = (
+    "prune_compress24", "compress24", "expand24", "expand_fragments", "prune24", "mask_nm", "mask_rows", "validate24",
+)  # fmt: skip
 SANITIZED = ("memcheck", "racecheck")
 QUICK_LAYERS = ("Llama-3-8B o", "Llama-2-7B down")
 

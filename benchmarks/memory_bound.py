@@ -90,18 +90,23 @@ def pruned(w: torch.Tensor) -> torch.Tensor:
     return held if w.is_contiguous() else held.t().contiguous().t()
 
 
-def rows(make: Callable[[torch.Tensor], Problem], device: str, layers: list[str]) -> list[dict]:
-    """A row for every layer in bf16, and for the reference shape in every dtype and transposed."""
+Maker = Callable[[torch.Tensor], Problem | None]  # of a dense weight; None where its dtype has no such op
+
+
+def rows(make: Maker, device: str, layers: list[str]) -> list[dict]:
+    """A row for every layer in bf16, and for the reference shape in every dtype that the op has and transposed."""
     cases = [(name, "bf16", False) for name in layers]
     if REFERENCE_SHAPE in layers:
         cases += [(REFERENCE_SHAPE, label, False) for label in DTYPES if label != "bf16"] + [(REFERENCE_SHAPE, "bf16", True)]
-    return [row(make, device, *case) for case in cases]
+    return [found for case in cases if (found := row(make, device, *case))]
 
 
-def row(make: Callable[[torch.Tensor], Problem], device: str, name: str, label: str, transposed: bool) -> dict:
+def row(make: Maker, device: str, name: str, label: str, transposed: bool) -> dict | None:
     (n, k), dtype = SHAPES[name], DTYPES[label]
     w = weight(n, k, dtype, device, transposed)
     problem = make(w)
+    if problem is None:
+        return None
     found = {"layer": name, "n": n, "k": k, "dtype": label, "layout": "transposed" if transposed else "row-major"}
     found["bytes"] = problem.nbytes
     if device == "cpu":
@@ -161,7 +166,7 @@ def fresh_copy_of(nbytes: int) -> Callable[[], object]:
 
 def main(
     doc: str,
-    make: Callable[..., Problem],
+    make: Callable[..., Problem | None],
     parent: argparse.ArgumentParser | None = None,
     settings: Callable[[argparse.Namespace], dict] = lambda args: {},
 ) -> None:

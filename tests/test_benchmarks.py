@@ -12,7 +12,7 @@ import torch
 import sparsekit
 
 ROOT = Path(__file__).resolve().parents[1]
-OPS = ["compress24", "expand24", "mask_nm", "mask_rows", "prune24", "prune_compress24", "validate24"]
+OPS = ["compress24", "expand24", "expand_fragments", "mask_nm", "mask_rows", "prune24", "prune_compress24", "validate24"]
 
 
 def module(op: str):
@@ -27,14 +27,17 @@ def test_rows(op, monkeypatch):
     monkeypatch.setattr(memory_bound, "uncached", lambda nbytes: 2)
     monkeypatch.setattr(memory_bound, "time_us", lambda calls, **_: {name: (call(), 2.0)[1] for name, call in calls.items()})
     rows = memory_bound.rows(module(op).problem, "cpu", ["tiny", memory_bound.REFERENCE_SHAPE])
+    dtypes = [dtype for dtype in ("bf16", "fp16", "fp32", "fp8", "int8") if op != "expand_fragments" or dtype != "fp32"]
     assert [(r["layer"], r["dtype"], r["layout"]) for r in rows] == [
         ("tiny", "bf16", "row-major"),
-        *((memory_bound.REFERENCE_SHAPE, dtype, "row-major") for dtype in ("bf16", "fp16", "fp32", "fp8", "int8")),
+        *((memory_bound.REFERENCE_SHAPE, dtype, "row-major") for dtype in dtypes),
         (memory_bound.REFERENCE_SHAPE, "bf16", "transposed"),
     ]
     for row in rows:
         assert row["us"] == row["copy_us"] == 2 and row["of_copy"] == 1
-        assert op == "validate24" or (row["new_us"] == row["fresh_copy_us"] == 2 and row["of_fresh_copy"] == 1)
+        assert op in ("expand_fragments", "validate24") or (
+            row["new_us"] == row["fresh_copy_us"] == 2 and row["of_fresh_copy"] == 1
+        )
         assert row["gbps"] == row["copy_gbps"] == round(row["bytes"] / 2e3, 2)
 
 
@@ -79,7 +82,9 @@ def test_a_fresh_copy_has_memory_of_its_own():
     assert one.nbytes == 500 and one.data_ptr() != other.data_ptr() and torch.equal(one, other)
 
 
-@pytest.mark.parametrize("op, share", [("compress24", 1 + 9 / 16), ("expand24", 1 + 9 / 16), ("prune_compress24", 1 + 9 / 16),
+@pytest.mark.parametrize("op, share", [("compress24", 1 + 9 / 16), ("expand24", 1 + 9 / 16),
+                                       ("expand_fragments", 1 + 5 / 8),  # 128 columns take the metadata of 256
+                                       ("prune_compress24", 1 + 9 / 16),
                                        ("prune24", 2), ("mask_nm", 1.5), ("mask_rows", 1.5), ("validate24", 1 / 16)])  # fmt: skip
 def test_bytes(op, share):
     from benchmarks.memory_bound import weight
@@ -88,7 +93,9 @@ def test_bytes(op, share):
     assert module(op).problem(w).nbytes == share * w.nbytes
 
 
-@pytest.mark.parametrize("op", ["compress24", "expand24", "mask_nm", "mask_rows", "prune24", "prune_compress24"])
+@pytest.mark.parametrize(
+    "op", ["compress24", "expand24", "expand_fragments", "mask_nm", "mask_rows", "prune24", "prune_compress24"]
+)
 def test_a_rival_gives_the_same(op):
     # The rivals' sorts are not stable: no ties, in a row or in a group of four.
     distinct = torch.randperm(64 * 128, generator=torch.Generator().manual_seed(0)).view(64, 128).float()
@@ -225,7 +232,7 @@ def test_the_steps_of_the_gpu_evidence(tmp_path):
 
     for quick in (False, True):
         steps = gpu_evidence.steps(tmp_path, quick)
-        assert [*steps][:9] == ["tests", *gpu_evidence.MEMORY_BOUND, "linear24"] and set(gpu_evidence.MEMORY_BOUND) == set(OPS)
+        assert [*steps][:10] == ["tests", *gpu_evidence.MEMORY_BOUND, "linear24"] and set(gpu_evidence.MEMORY_BOUND) == set(OPS)
     for name, command in steps.items():  # of the quick run, which has every argument
         if name in ("mask_nm", "linear24", "sparsegpt", "roofline"):  # the others share the first one's arguments
             done = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
