@@ -200,6 +200,7 @@ def test_the_truth_of_the_gelus_is_torchs():
 def test_activation_against_fp64(isa, activation):
     """k = 0 makes y = act(bias): the activation alone, over its range, past the ends of exp and in the tails."""
     v = torch.cat([torch.linspace(-40, 40, 8001), torch.tensor([0.0, 1e-30, -1e-30, 1e-3, -1e-3, 150.0, -150.0, 1e4, -1e4])])
+    v = torch.cat([v, torch.tensor([1e20, 1e30, 3e38]), -torch.tensor([1e20, 1e30, 3e38])])
     values, meta, _ = weight(len(v), 0, torch.float32)
     y = linear24(torch.empty(1, 0), values, meta, 0, v, activation)[0].double()
     truth = ACTIVATIONS[activation][1](v.double())

@@ -69,8 +69,8 @@ inline float exp_clamped(float v) {
 }
 
 // v / (1 + exp(-u)): silu for u = v; gelu_tanh for u = 2 * sqrt(2 / pi) * (v + 0.044715 v^3), as 1 + tanh(w) = 2
-// sigmoid(2w).
-inline float times_sigmoid(float v, float u) { return v / (1.0f + exp_clamped(-u)); }
+// sigmoid(2w). Beyond the range of exp it is zero, however large v is, and NaN for an infinity.
+inline float times_sigmoid(float v, float u) { return u < -88.0f ? v * 0.0f : v / (1.0f + exp_clamped(-u)); }
 
 // v * Phi(v). With z = |v| / sqrt(2) and t = 1 / (1 + 0.3 z), erfc(z) = exp(-z^2) * t * P(t) to 2e-8 relative: a
 // least-squares fit of erfcx(z) / t on 0 <= z <= 9.6, reweighted towards its largest error.
