@@ -198,9 +198,8 @@ def write(device: str, rows: list[Row]) -> Path:
 
 def read(path: Path, device: str) -> list[Row]:
     """The rows in a cache file. Raises FileNotFoundError where there is none, SparsekitError where it is another thing."""
-    text = path.read_text()
     try:
-        found = json.loads(text)
+        found = json.loads(path.read_bytes())
         if found["version"] != FILE_VERSION or found["device"] != device:
             raise ValueError(f"version {found['version']} of {found['device']!r}")
         rows = [Row(*row) for row in found["rows"]]

@@ -115,6 +115,13 @@ def test_a_damaged_file_is_refused(text, cache):
         tune.choose(DEVICE, "float16", 1, 1, 1)
 
 
+def test_a_file_of_other_bytes_is_refused(cache):
+    tune.write(DEVICE, ROWS).write_bytes(b"\xff\xfe\x00rows")
+    tune.forget()
+    with pytest.raises(SparsekitError, match="must hold rows of version 1"):
+        tune.choose(DEVICE, "float16", 1, 1, 1)
+
+
 def test_a_failed_write_leaves_the_old_file(cache, monkeypatch):
     path = tune.write(DEVICE, ROWS)
     before = path.read_text()
