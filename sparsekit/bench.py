@@ -71,8 +71,9 @@ def candidates(device: torch.device, m: int) -> Iterator[Choice]:
     if device.type == "cpu":
         yield Choice(product.SPARSE_CPU)
         return
-    for kernel in product.gpu_kernels(_index(device)):
-        yield from (Choice(kernel, tile, split) for tile, split in product.variants(kernel, m))
+    index = _index(device)
+    for kernel in product.gpu_kernels(index):
+        yield from (Choice(kernel, tile, split) for tile, split in product.variants(kernel, m, index))
 
 
 def _weight(device: torch.device, dtype: torch.dtype, n: int, k: int, seed: int) -> Sparse24:
@@ -98,19 +99,8 @@ def _on_gpu(device: torch.device, dtype: torch.dtype, m: int, n: int, k: int) ->
         def calls(choice: Choice, held: list[Fragments24]):
             return [lambda f=f: product.run_on_gpu(choice, x, f, None, None) for f in held]
 
-        timed = {choice: calls(choice, weights) for choice in candidates(device, m) if _takes(choice, x, weights[0])}
+        timed = {choice: calls(choice, weights) for choice in candidates(device, m)}
         return graph_us({**timed, Choice(DENSE): [lambda w=w: torch.nn.functional.linear(x, w) for w in dense]})
-
-
-def _takes(choice: Choice, x: torch.Tensor, f: Fragments24) -> bool:
-    """Whether the kernel can run in that tile here: a large one may ask for more shared memory than the device has."""
-    try:
-        product.run_on_gpu(choice, x, f, None, None)
-    except RuntimeError as error:
-        if "invalid" not in str(error):
-            raise
-        return False
-    return True
 
 
 def _index(device: torch.device) -> int:

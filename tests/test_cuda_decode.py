@@ -10,11 +10,17 @@ import torch
 from test_cuda_emulated import ACTIVATIONS, DTYPE_CODES, INVALID_VALUE, SUCCESS, Buffer, bits, bound, sparse_weight
 
 from sparsekit.format import Sparse24, to_fragments
+from sparsekit.ops.linear import DECODE_TILES, decode_shared
 
 pytestmark = emulated.pytestmark
 emulator = emulated.emulator
 
 CLASSES = {8: (16, 32, 64, 128), 16: (16, 32, 64, 128), 32: (32, 64, 128, 256), 64: (64, 128, 256)}  # tokens: tiles
+
+
+def class_of(m: int) -> int:
+    """The most tokens of the class of tiles that m tokens have."""
+    return next(most for most in DECODE_TILES if m <= most)
 
 
 def decode(emulator, x, fragments, bias, ldx, activation=0, tile=0, split=0, seed=0, shifts=(0, 0)):
@@ -110,6 +116,13 @@ def test_linear24_decode_every_number_of_tokens(emulator, m):
 def test_linear24_decode_every_tile_and_split(emulator, tokens, tile, split):
     """Two row blocks, the second ragged; seven chunks, so that splits differ in length; 64 splits are cut down to seven."""
     check(emulator, tokens if tokens < 64 else 40, tile + 18, 1600, torch.bfloat16, tile=tile, split=split, seed=tile)
+
+
+@pytest.mark.parametrize("m, tile", [(m, tile) for m in (1, 5, 8, 9, 16, 17, 32, 33, 64) for tile in DECODE_TILES[class_of(m)]])
+def test_linear24_decode_shared_memory(emulator, m, tile):
+    """What is asked of a device before a tile is offered is what the launch takes, at either end of each class of tokens."""
+    check(emulator, m, 20, 72, tile=tile, split=1)
+    assert emulator.emulator_shared_bytes() == decode_shared(m, tile)
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)

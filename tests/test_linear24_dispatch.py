@@ -2,6 +2,8 @@
 under the names that the bindings give them."""
 
 import re
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -73,6 +75,39 @@ def test_every_argument_is_in_its_place(choice, dtype, record):
         assert recorder.calls[0] == (f"{choice.kernel.removesuffix('_sm80')}_workspace", asked)
 
 
+K, normal = 70, partial(torch.randn, dtype=torch.bfloat16)  # a cast would lay the views out anew
+ROWS = {  # x, and whether its rows can be read where they lie
+    "contiguous": (lambda: normal(3, K), True),
+    "apart": (lambda: normal(3, K + 10)[:, :K], True),
+    "one row, of a column": (lambda: normal(K, 1).T, True),
+    "one row, expanded": (lambda: normal(K).expand(1, K), True),
+    "no row": (lambda: normal(0, K), True),
+    "one row seen three times": (lambda: normal(K).expand(3, K), False),
+    "each row a step on": (lambda: normal(K + 2).unfold(0, K, 1), False),
+    "transposed": (lambda: normal(K, 3).T, False),
+    "every second column": (lambda: normal(3, 2 * K)[:, ::2], False),
+    "one number a row": (lambda: normal(3, 1).expand(3, K), False),
+    "three dimensions, a view": (lambda: normal(2, 3, K + 2)[..., :K], True),
+    "three dimensions, expanded": (lambda: normal(1, 3, K).expand(2, 3, K), False),
+}
+
+
+@pytest.mark.parametrize("case", ROWS)
+@pytest.mark.parametrize("kernel", [product.DECODE, product.MMA_SP])
+def test_rows_lie_apart(case, kernel, record):
+    """A launcher refuses rows less than k apart, and torch gives one row and no row any stride."""
+    make, read_in_place = ROWS[case]
+    x, (_, f, bias) = make(), problem(3)
+    recorder = record()
+    product.run_on_gpu(Choice(kernel), x, f, bias, None)
+    given = recorder.calls[-1][1]
+    assert given["ldx"] >= given["k"] == K and given["m"] == x.shape[:-1].numel()
+    rows, ldx = product._rows(x, apart=True)
+    assert ldx == given["ldx"] and torch.equal(rows, x.reshape(-1, K)) and (rows.data_ptr() == x.data_ptr()) == read_in_place
+    if len(rows) > 1:
+        assert rows.stride() == (ldx, 1)
+
+
 @pytest.mark.parametrize("kernel", [product.DECODE, product.HOPPER])
 def test_what_is_not_there_is_a_null(kernel, record):
     x, f, _ = problem(3)
@@ -138,21 +173,59 @@ def test_kernels_by_capability(capability, kernels, monkeypatch):
 
 
 def test_parts_are_measured_where_tiles_are_few():
-    tried = {m: product.variants(product.HOPPER, m) for m in (1, product.HOPPER_SPLIT_TOKENS, product.HOPPER_SPLIT_TOKENS + 1)}
+    tokens = 1, product.HOPPER_SPLIT_TOKENS, product.HOPPER_SPLIT_TOKENS + 1
+    tried = {m: product.variants(product.HOPPER, m, 0) for m in tokens}
     *few, many = tried.values()
     assert many == [(tile, 0) for tile in product.HOPPER_TILES]  # the launcher's own choice of parts
     assert few[0] == few[1] and set(many) < set(few[0]) and len(set(few[0])) == len(few[0])
     assert {split for tile, split in few[0] if tile == 2} == {0, *product.HOPPER_SPLITS}
 
 
+SHARED = {"sm_80": 163 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "untold": None}  # KiB that a block may have
+
+
+@pytest.fixture(params=SHARED)
+def shared(request, monkeypatch) -> int:
+    """A device with that much shared memory a block; an older torch does not tell it, and then it is the least of all."""
+    told = SHARED[request.param]
+    held = SimpleNamespace(**({} if told is None else {"shared_memory_per_block_optin": told}))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: held)
+    product._decode_tiles.cache_clear()
+    yield told or 99 << 10
+    product._decode_tiles.cache_clear()
+
+
+def test_a_tile_that_does_not_fit_is_not_offered(shared):
+    for m in range(1, product.DECODE_TOKENS + 1):
+        tiles = {tile for tile, _ in product.variants(product.DECODE, m, 0)}
+        known = next(tiles for most, tiles in product.DECODE_TILES.items() if m <= most)
+        assert tiles == {tile for tile in known if product.decode_shared(m, tile) <= shared} and known[-1] in tiles
+    offered = {tile for tile, _ in product.variants(product.DECODE, 16, 0)}
+    assert offered == {227 << 10: {16, 32, 64, 128}, 163 << 10: {32, 64, 128}, 99 << 10: {64, 128}}[shared]
+    assert product.variants(product.DECODE, product.DECODE_TOKENS + 1, 0) == []
+
+
+def test_a_tile_measured_for_the_nearest_tokens_becomes_one_that_fits(shared, monkeypatch):
+    """17 tokens are nearest to 16, whose smallest tile they have not; and 5 to 4, whose x is smaller."""
+    monkeypatch.setattr(product, "gpu_key", lambda index: "a GPU")
+    for m in range(1, product.DECODE_TOKENS + 1):
+        offered = {tile for tile, _ in product.variants(product.DECODE, m, None)}
+        for tile in (16, 32, 64, 128, 256):
+            monkeypatch.setattr(product.tune, "choose", lambda *_, tile=tile: Choice(product.DECODE, tile, 4))
+            chosen = product.chosen_on_gpu(torch.empty(m, 64), torch.float16, 64, 64)
+            assert chosen.tile in offered and chosen[::2] == (product.DECODE, 4) and (tile not in offered or chosen.tile == tile)
+    for choice in (Choice(product.DECODE), Choice(product.MMA_SP, 4), Choice(product.HOPPER, 5, 2), Choice(EXPAND)):
+        monkeypatch.setattr(product.tune, "choose", lambda *_, choice=choice: choice)
+        assert product.chosen_on_gpu(torch.empty(17, 64), torch.float16, 64, 64) == choice
+
+
 @pytest.mark.gpu
 def test_variants_are_what_the_launchers_offer():
     for m in (1, 16, 17, 32, 33, 64):
-        offered = product.variants(product.DECODE, m)
-        assert len(set(offered)) == len(offered) >= 12
+        offered = product.variants(product.DECODE, m, 0)
+        assert len(set(offered)) == len(offered) >= 8
         for tile, split in offered:
             assert _C.linear24_decode_workspace(m, 4096, 4096, tile, split, 0) >= 0
-    assert product.variants(product.DECODE, 65) == []
     for m in (1, 256, 257) if product.HOPPER in product.gpu_kernels(0) else ():
-        for tile, split in product.variants(product.HOPPER, m):
+        for tile, split in product.variants(product.HOPPER, m, 0):
             assert _C.linear24_sm90a_workspace(m, 1024, 4096, tile, split, 0) >= 0

@@ -70,7 +70,7 @@ def choices(kernel: str, m: int) -> list[Choice]:
         return [Choice(EXPAND)]
     if kernel not in product.gpu_kernels(index) or (kernel == product.DECODE and m > product.DECODE_TOKENS):
         return []
-    return [*(Choice(kernel, tile, split) for tile, split in product.variants(kernel, m)), Choice(kernel)]
+    return [*(Choice(kernel, tile, split) for tile, split in product.variants(kernel, m, index)), Choice(kernel)]
 
 
 @pytest.mark.sanitize
@@ -109,6 +109,18 @@ def test_rows_of_a_wider_x(kernel, offset, gap):
         view = wide[:, offset : offset + 256]
         for choice in choices(kernel, m)[-1:]:
             check(product.run_on_gpu(choice, view, to_fragments(ops.compress24(w)), bias, None), x, w, bias)
+
+
+@pytest.mark.parametrize("kernel", KERNELS[:3])
+def test_rows_that_overlap_and_a_row_of_any_stride(kernel):
+    """The kernels want rows that lie apart: an expanded x, one row seen from every place, and a column seen as a row."""
+    for m in (1, 3, 130):
+        x, w, bias = problem(m, 96, 256, torch.bfloat16)
+        views = [x[:1].expand(m, 256), torch.cat([x[0], x[0]])[: 255 + m].unfold(0, 256, 1) if m < 256 else x]
+        views += [x.T.contiguous().T] if m > 1 else [x[0, :, None].clone().T]
+        for view in views:
+            for choice in choices(kernel, m)[-1:]:
+                check(product.run_on_gpu(choice, view, to_fragments(ops.compress24(w)), bias, None), view, w, bias)
 
 
 def test_a_thousand_random_shapes():

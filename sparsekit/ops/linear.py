@@ -36,6 +36,8 @@ def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, a
     weight that is used again, as SparseLinear does. A CPU's kernels read Sparse24.
     Returns (..., n) in x's dtype. The result is the same bit for bit from run to run. Gradients: exact in x, in the weight at the
     kept places alone, in the order of its values. The torch ops beneath have none.
+    A pruned place is skipped, so a NaN or Inf of x may reach fewer elements of y than in a dense product, where 0 * Inf is NaN.
+    What the nibbles of s are is not looked at: ops.validate24 does that.
     Raises TypeError for another dtype, ValueError for another shape, device or activation."""
     tensors = (x, s.values) if bias is None else (x, s.values, bias)
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
@@ -86,10 +88,10 @@ class _Product(torch.autograd.Function):
         of_x = of_values = of_bias = None
         if ctx.needs_input_grad[0]:
             of_x = grad @ _dense(held).to(grad.dtype)
-        rows = grad.reshape(-1, grad.shape[-1])
+        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
         if ctx.needs_input_grad[1]:
             s = from_fragments(held) if ctx.kind is Fragments24 else held
-            of_values = reference.take24(rows.T @ x.reshape(-1, x.shape[-1]), s.meta).to(values.dtype)
+            of_values = reference.take24(rows.T @ x.reshape(len(rows), x.shape[-1]), s.meta).to(values.dtype)
             if ctx.kind is Fragments24:
                 of_values = to_fragments(s._replace(values=of_values)).values
         if ctx.needs_input_grad[3]:
@@ -109,10 +111,17 @@ def _check_linear24_fragments(
     _check_product(x, values, n, k, bias, activation)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """x as (m, k) with unit stride along k: a view where one exists, else a copy."""
+def _rows(x: Tensor, apart: bool = False) -> tuple[Tensor, int]:
+    """x as (m, k) with unit stride along k, a view where one exists, else a copy; and the elements from row to row.
+
+    apart: rows must not overlap, as those of an expanded tensor do."""
     rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.dim() != 2 else x
-    return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+    (m, k), (across, along) = rows.shape, rows.stride()
+    if m <= 1:
+        across = max(across, k)  # the stride of a single row says nothing
+    if (along != 1 and k > 1) or (apart and across < k):
+        return rows.clone(memory_format=torch.contiguous_format), k
+    return rows, across
 
 
 def _address(t: Tensor | None) -> int:
@@ -149,7 +158,7 @@ def run_on_cpu(choice: Choice, x: Tensor, s: Sparse24, bias: Tensor | None, acti
     """The product by one kernel."""
     if choice.kernel == tune.EXPAND:
         return _expanded(x, s, bias, activation)
-    rows, (n, k) = _rows(x), s.shape
+    (rows, ldx), (n, k) = _rows(x), s.shape
     values, meta = s.values.contiguous(), s.meta.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
@@ -162,7 +171,7 @@ def run_on_cpu(choice: Choice, x: Tensor, s: Sparse24, bias: Tensor | None, acti
         rows.shape[0],
         n,
         k,
-        rows.stride(0),
+        ldx,
         DTYPE_CODE[x.dtype],
         DTYPE_CODE[values.dtype],
         _ACTIVATION_CODE[activation],
@@ -229,7 +238,10 @@ def _has_kernel(x: Tensor, values: Tensor) -> bool:
 def chosen_on_gpu(x: Tensor, dtype: torch.dtype, n: int, k: int) -> Choice:
     """The kernel that runs this product: by measured rows where there are any."""
     index, m = x.device.index, x.shape[:-1].numel()
-    return tune.choose(gpu_key(index), _DTYPE_NAME[dtype], m, n, k) or default_choice(index, m)
+    choice = tune.choose(gpu_key(index), _DTYPE_NAME[dtype], m, n, k) or default_choice(index, m)
+    if choice.kernel == DECODE and choice.tile and (tiles := _decode_tiles(m, index)):
+        return choice._replace(tile=max(tiles[0], min(choice.tile, tiles[-1])))  # measured for the nearest m, which may have others
+    return choice
 
 
 @cache
@@ -245,13 +257,13 @@ def run_on_gpu(choice: Choice, x: Tensor, s: Sparse24 | Fragments24, bias: Tenso
     if choice.kernel == tune.EXPAND:
         return _expanded(x, s, bias, activation)
     f = s if isinstance(s, Fragments24) else to_fragments(s)
-    rows, (n, k), index = _rows(x), f.shape, x.device.index
+    (rows, ldx), (n, k), index = _rows(x, apart=True), f.shape, x.device.index
     values, meta = f.values.contiguous(), f.meta.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
     m, tile, split = rows.shape[0], choice.tile, choice.split
     operands = rows.data_ptr(), values.data_ptr(), meta.data_ptr(), _address(bias), y.data_ptr()
-    sizes = m, n, k, rows.stride(0), DTYPE_CODE[x.dtype], _ACTIVATION_CODE[activation]
+    sizes = m, n, k, ldx, DTYPE_CODE[x.dtype], _ACTIVATION_CODE[activation]
     where = index, raw_stream(index)
     if choice.kernel == DECODE and m <= DECODE_TOKENS:
         parts = _workspace(_C.linear24_decode_workspace(m, n, k, tile, split, index), x)
@@ -277,11 +289,25 @@ def gpu_kernels(index: int) -> list[str]:
     return [DECODE, *([HOPPER] if hopper else []), MMA_SP]
 
 
-def variants(kernel: str, m: int) -> list[tuple[int, int]]:
-    """The tiles and splits of a kernel that are worth measuring for m tokens."""
+def decode_shared(m: int, tile: int) -> int:
+    """Bytes of shared memory of a block of the decode kernel: four stages of 16 KiB of values and of x, once for each warp that
+    shares a row tile."""
+    return 4 * (16384 + 32768 * m // tile)
+
+
+@cache
+def _decode_tiles(m: int, index: int) -> tuple[int, ...]:
+    """The decode kernel's tiles for m tokens, neighbours in ascending order, that the device has the shared memory for."""
+    properties = torch.cuda.get_device_properties(index)
+    held = getattr(properties, "shared_memory_per_block_optin", 99 << 10)  # an older torch does not tell; the least since sm_80
+    tiles = next((tiles for most, tiles in DECODE_TILES.items() if m <= most), ())
+    return tuple(tile for tile in tiles if decode_shared(m, tile) <= held)
+
+
+def variants(kernel: str, m: int, index: int) -> list[tuple[int, int]]:
+    """The tiles and splits of a kernel that a CUDA device can run for m tokens and that are worth measuring."""
     if kernel == DECODE:
-        tiles = next((tiles for most, tiles in DECODE_TILES.items() if m <= most), ())
-        return [(tile, split) for tile in tiles for split in DECODE_SPLITS]
+        return [(tile, split) for tile in _decode_tiles(m, index) for split in DECODE_SPLITS]
     if kernel == MMA_SP:
         return [(tile, 0) for tile in MMA_SP_TILES]
     splits = HOPPER_SPLITS if m <= HOPPER_SPLIT_TOKENS else ()
