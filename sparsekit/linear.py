@@ -21,13 +21,16 @@ class SparseLinear(nn.Module):
     On a CPU ``values`` (out, kp/2) and ``meta`` (out, kp/8) are the canonical format of sparsekit/format.py; on a CUDA device they
     are its fragment order, the only copy there. The state_dict is canonical everywhere. ``values`` may be narrower than the
     activations: 16-bit storage under fp32 activations is summed in fp32. ``conv1d`` remembers that the layer it replaces was
-    GPT-2's Conv1D, which holds its weight transposed.
+    GPT-2's Conv1D, which holds its weight transposed. Raises ValueError, or TypeError for a dtype, naming the first bad place,
+    where the weight is not in the canonical format; so does load_state_dict, as a RuntimeError.
 
     It trains like an nn.Linear: ``values`` is the parameter, so the gradient and the state of an optimiser are half the dense size,
     and what was pruned stays pruned, since it is stored nowhere. Under autocast it computes in autocast's dtype."""
 
     def __init__(self, weight: Sparse24, bias: Tensor | None = None, conv1d: bool = False, requires_grad: bool = True):
         super().__init__()
+        if not weight.values.is_meta:
+            ops.validate24(weight)
         self.out_features, self.in_features = weight.shape
         trainable = requires_grad and weight.values.dtype in ops.LINEAR_DTYPES
         self.values = nn.Parameter(weight.values, requires_grad=trainable)
@@ -90,20 +93,24 @@ class SparseLinear(nn.Module):
         if isinstance(self._weight(self.values), Fragments24):
             destination[f"{prefix}values"], destination[f"{prefix}meta"], _ = from_fragments(self._weight(self.values.detach()))
 
-    def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args):
-        if not isinstance(self._weight(self.values), Fragments24):
-            super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
-            self._settle()  # assign=True may have brought tensors of another device
-            return
-        given = [state_dict.get(f"{prefix}{name}") for name in ("values", "meta")]
-        if all(isinstance(t, Tensor) and t.dim() == 2 for t in given) and given[0].shape[0] == self.out_features:
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
+        values, meta = (state_dict.get(f"{prefix}{name}") for name in ("values", "meta"))
+        (n, k), kp = (self.out_features, self.in_features), padded_columns(self.in_features)
+        fragments, sizes = isinstance(self._weight(self.values), Fragments24), [(n, kp // 2), (n, kp // 8)]
+        if [isinstance(t, Tensor) and tuple(t.shape) for t in (values, meta)] == sizes:  # else the base class says so
+            given = Sparse24(values.to(self.values.dtype), meta, (n, k))
             try:
-                turned = to_fragments(Sparse24(given[0].to(self.values.dtype), given[1], (self.out_features, self.in_features)))
-            except (ValueError, TypeError):
-                turned = None  # of another size or dtype: the base class says so
-            if turned is not None:
+                if not values.is_meta:
+                    ops.validate24(given)
+            except (ValueError, TypeError) as error:
+                error_msgs.append(f"{prefix or 'the linear'}: {error}")
+                return
+            if fragments:
+                turned = to_fragments(given)
                 state_dict = dict(state_dict) | {f"{prefix}values": turned.values, f"{prefix}meta": turned.meta}
-        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if not fragments:
+            self._settle()  # assign=True may have brought tensors of another device
 
     def to_linear(self) -> nn.Module:
         """The dense layer again, zeros written out: an nn.Linear, or a Conv1D where it came from one."""
@@ -125,7 +132,9 @@ class SparseLinear(nn.Module):
         values, bias = self.values, self.bias
         if not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
-            x, values, bias = x.to(dtype), values.to(dtype), None if bias is None else bias.to(dtype)
+            if x.dtype in ops.LINEAR_DTYPES:  # of another, as of an nn.Linear's, it is an error
+                x = x.to(dtype)
+            values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
         return ops.linear24(x, self._weight(values), bias)
 
     def extra_repr(self) -> str:

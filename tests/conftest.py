@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from torch import nn
 
 import sparsekit
 
@@ -59,5 +60,21 @@ def weight24():
         kept = torch.rand(n, groups, 4, generator=g).argsort(-1) < 2
         dense = torch.randint(-4, 5, (n, groups, 4), generator=g).float() if integers else torch.randn(n, groups, 4, generator=g)
         return (dense * kept).view(n, 4 * groups)[:, :k].to(dtype).contiguous()
+
+    return make
+
+
+@pytest.fixture
+def dense24(weight24):
+    """A function that makes an nn.Linear, or a Conv1D, whose weight holds 2:4."""
+    from transformers.pytorch_utils import Conv1D
+
+    def make(k: int, n: int, bias: bool = True, dtype: torch.dtype = torch.float32, conv1d: bool = False, integers: bool = False):
+        layer = Conv1D(n, k) if conv1d else nn.Linear(k, n, bias=bias)
+        weight = weight24(n, k, dtype, integers=integers)
+        layer.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight)
+        if layer.bias is not None:
+            layer.bias = nn.Parameter(torch.arange(n).sub(2).to(dtype))
+        return layer
 
     return make

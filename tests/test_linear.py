@@ -8,30 +8,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 import sparsekit.linear
-from sparsekit import Sparse24, SparsekitError, SparseLinear, compress, ops
+from sparsekit import Sparse24, SparseLinear, ops
 from sparsekit.format import Fragments24, from_fragments, nbytes24, to_fragments
-from sparsekit.linear import dense_weight, is_conv1d, is_linear
+from sparsekit.linear import dense_weight
 
 SIZES = pytest.mark.parametrize("k, n", [(16, 6), (13, 6), (13, 5), (1, 3)], ids=["even", "ragged k", "odd", "one input"])
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-
-
-@pytest.fixture
-def dense24(weight24):
-    """A function that makes an nn.Linear, or a Conv1D, whose weight holds 2:4."""
-
-    def make(k: int, n: int, bias: bool = True, dtype: torch.dtype = torch.float32, conv1d: bool = False, integers: bool = False):
-        layer = Conv1D(n, k) if conv1d else nn.Linear(k, n, bias=bias)
-        weight = weight24(n, k, dtype, integers=integers)
-        layer.weight = nn.Parameter(weight.T.contiguous() if conv1d else weight)
-        if layer.bias is not None:
-            layer.bias = nn.Parameter(torch.arange(n).sub(2).to(dtype))
-        return layer
-
-    return make
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> torch.Tensor:
@@ -187,6 +171,51 @@ def test_gradients_are_the_dense_ones_at_the_kept_places(kind, k, n, dtype, dens
         assert torch.equal(sparse.bias.grad, layer.bias.grad)
 
 
+@pytest.mark.parametrize(
+    "k, n, shape",
+    [(0, 5, (3,)), (5, 0, (3,)), (0, 0, (2, 2)), (8, 0, ()), (0, 4, ()), (8, 5, ()), (8, 5, (0,)), (8, 5, (2, 0))],
+    ids=[
+        "no inputs",
+        "no outputs",
+        "neither",
+        "no outputs of a vector",
+        "a vector without inputs",
+        "a vector",
+        "no rows",
+        "no rows, 3-D",
+    ],
+)
+def test_gradients_where_a_size_is_zero(k, n, shape, dense24):
+    layer = dense24(k, n, integers=True)
+    sparse = SparseLinear.from_linear(layer)
+    for module in (layer, sparse):
+        x = integers(*shape, k).requires_grad_()
+        y = module(x)
+        y.sum().backward()
+        assert y.shape == (*shape, n) and x.grad.shape == x.shape and torch.equal(x.grad, dense_weight(layer).sum(0).expand_as(x))
+    assert sparse.values.grad.shape == sparse.values.shape and torch.equal(sparse.bias.grad, layer.bias.grad)
+
+
+@pytest.mark.parametrize("lie", ["transposed", "one number", "one a row"])
+def test_an_upstream_gradient_of_any_stride(lie, dense24):
+    layer, x = dense24(24, 8, integers=True), integers(5, 24).requires_grad_()
+    sparse = SparseLinear.from_linear(layer)
+    upstream = {"transposed": integers(8, 5).T, "one number": integers(1).expand(5, 8), "one a row": integers(5, 1).expand(5, 8)}[
+        lie
+    ]
+    found = torch.autograd.grad(sparse(x), [x, sparse.bias, sparse.values], upstream)
+    wanted = torch.autograd.grad(layer(x), [x, layer.bias, layer.weight], upstream)
+    assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+    assert torch.equal(ops.expand24(Sparse24(found[2], sparse.meta, (8, 24))), torch.where(kept(layer), wanted[2], 0))
+
+
+def test_a_second_derivative_is_refused(dense24):
+    sparse, x = SparseLinear.from_linear(dense24(16, 6)), normal(3, 16).requires_grad_()
+    (gradient,) = torch.autograd.grad(sparse(x).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
 @pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
 @pytest.mark.parametrize("trained", ["x", "values", "bias"])
 def test_gradcheck(trained, weight24):
@@ -256,6 +285,15 @@ def test_autocast(stored, dense24):
         assert sparse(x.to(stored)).dtype == stored
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64], ids=str)
+def test_autocast_takes_no_other_input_than_a_dense_layer_does(dtype, dense24):
+    layer = dense24(16, 6)
+    with torch.autocast("cpu", torch.bfloat16):
+        for module, error in ((layer, RuntimeError), (SparseLinear.from_linear(layer), TypeError)):
+            with pytest.raises(error):
+                module(integers(3, 16, dtype=dtype))
+
+
 def test_no_gradient_is_asked_for_and_none_is_kept(dense24):
     sparse, x = SparseLinear.from_linear(dense24(16, 6)), normal(5, 16).requires_grad_()
     with torch.no_grad():
@@ -297,6 +335,38 @@ def test_the_state_dict_is_the_format(dense24):
 def test_a_state_dict_of_another_size_is_refused(dense24):
     with pytest.raises(RuntimeError, match="size mismatch for values"):
         SparseLinear.from_linear(dense24(16, 6)).load_state_dict(SparseLinear.from_linear(dense24(24, 6)).state_dict())
+
+
+def broken(s: Sparse24, how: str) -> Sparse24:
+    """The weight with two kept places in one column, or with a value past the last column."""
+    values, meta = s.values.clone(), s.meta.clone()
+    if how == "a nibble":
+        meta[2, 1] = 0x40
+    else:
+        values[3, -1] = 1
+    return Sparse24(values, meta, s.shape)
+
+
+BROKEN = pytest.mark.parametrize(
+    "how, says", [("a nibble", "got 0 in row 2, group 2"), ("a value past the end", "got a value in row 3, column 1[345]")]
+)
+
+
+@BROKEN
+def test_a_weight_out_of_order_is_refused(how, says, dense24):
+    with pytest.raises(ValueError, match=says):
+        SparseLinear(broken(ops.compress24(dense24(13, 5).weight.detach()), how))
+
+
+@BROKEN
+@pytest.mark.parametrize("assign", [False, True], ids=["copied", "assigned"])
+def test_a_state_dict_out_of_order_is_refused_and_changes_nothing(how, says, assign, dense24):
+    model = nn.Sequential(SparseLinear.from_linear(dense24(13, 5)))
+    before = copy.deepcopy(model.state_dict())
+    values, meta, _ = broken(model[0].weight24, how)
+    with pytest.raises(RuntimeError, match=rf"0\.: .*{says}"):
+        model.load_state_dict({"0.values": values, "0.meta": meta, "0.bias": torch.zeros(5)}, assign=assign)
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
 
 
 @pytest.mark.parametrize("cast", [lambda m: m.to(torch.bfloat16), lambda m: m.bfloat16()], ids=["to", "bfloat16"])
@@ -389,6 +459,16 @@ def test_fragment_order_reads_and_writes_canonical_files(dense24, accelerator):
         other.load_state_dict({"bias": sparse.bias})
 
 
+@BROKEN
+def test_fragment_order_refuses_what_is_out_of_order(how, says, dense24, accelerator):
+    sparse = SparseLinear.from_linear(dense24(13, 5, dtype=torch.float16).to(accelerator))
+    before = sparse.values.clone()
+    values, meta, _ = broken(sparse.weight24, how)
+    with pytest.raises(RuntimeError, match=says):
+        sparse.load_state_dict({"values": values, "meta": meta, "bias": sparse.bias})
+    assert torch.equal(sparse.values, before)
+
+
 def test_a_cast_out_of_fragment_order_and_back(dense24, accelerator):
     layer = dense24(70, 20, dtype=torch.float16, integers=True).to(accelerator)
     sparse = SparseLinear.from_linear(layer)
@@ -436,98 +516,3 @@ def test_memory_in_fragment_order(dense24, accelerator):
     sparse = SparseLinear.from_linear(layer.to(accelerator))
     held = sum(t.untyped_storage().nbytes() for t in (*sparse.parameters(), *sparse.buffers()) if t is not sparse.bias)
     assert held * 16 == layer.weight.nbytes * 9
-
-
-# ---- compress ----
-
-
-class Model(nn.Module):
-    def __init__(self, dense24):
-        super().__init__()
-        self.embed = nn.Embedding(6, 16)
-        self.body = nn.ModuleList([nn.ModuleDict({"up": dense24(16, 8), "down": dense24(8, 16)}) for _ in range(2)])
-        self.head = nn.Linear(16, 6, bias=False)
-
-    def forward(self, ids):
-        x = self.embed(ids)
-        for block in self.body:
-            x = x + block["down"](block["up"](x).relu())
-        return self.head(x)
-
-
-def kinds(model: nn.Module) -> dict[str, type]:
-    return {name: type(m) for name, m in model.named_modules() if is_linear(m) or isinstance(m, SparseLinear)}
-
-
-def test_compress_swaps_what_holds_24(dense24):
-    model, ids = Model(dense24).requires_grad_(False), torch.arange(6)
-    with torch.no_grad():
-        model.body[1]["down"].weight[3, 4:8] = 1  # not 2:4 any more
-        before = model(ids)
-    others = dict(model.named_modules())
-    swapped = compress(model)
-    assert swapped == ["body.0.up", "body.0.down", "body.1.up"]
-    assert kinds(model) == dict.fromkeys(swapped, SparseLinear) | {"body.1.down": nn.Linear, "head": nn.Linear}
-    assert all(m is others[name] for name, m in model.named_modules() if name not in swapped)
-    assert torch.allclose(model(ids), before, rtol=1e-5, atol=1e-5)
-    assert compress(model) == []  # nothing is left to swap
-
-
-def test_compress_swaps_conv1d(dense24):
-    model = nn.Sequential(dense24(16, 8, conv1d=True), nn.GELU(), dense24(8, 16, conv1d=True))
-    x = normal(3, 16)
-    with torch.no_grad():
-        before = model(x)
-        assert compress(model) == ["0", "2"] and torch.allclose(model(x), before, rtol=1e-5, atol=1e-5)
-    assert all(model[i].conv1d for i in (0, 2)) and is_conv1d(model[0].to_linear())
-
-
-def test_compress_leaves_a_tied_weight(dense24, weight24):
-    model = Model(dense24)
-    model.embed.weight = nn.Parameter(weight24(6, 16))
-    model.head.weight = model.embed.weight
-    assert "head" not in compress(model) and model.head.weight is model.embed.weight
-
-
-def test_compress_leaves_a_layer_that_stands_in_two_places(dense24):
-    shared = dense24(16, 16)
-    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared), "c": dense24(16, 16)})
-    assert compress(model) == ["c"]
-    assert model["a"] is shared and model["b"][0] is shared
-
-
-def test_compress_leaves_two_layers_with_one_weight(dense24):
-    model = nn.Sequential(dense24(16, 16), dense24(16, 16), dense24(16, 16))
-    model[2].weight = model[0].weight
-    assert compress(model) == ["1"]
-
-
-@pytest.mark.parametrize(
-    "k, dtype, saves", [(4, torch.float32, False), (5, torch.float32, True), (4, torch.float16, False), (5, torch.float16, True)]
-)
-def test_compress_leaves_what_would_grow(k, dtype, saves, dense24):
-    # Eight columns are the least that is stored: 4 values and a byte of metadata, 17 bytes in fp32, 9 in 16 bits.
-    with torch.no_grad():
-        layer = dense24(k, 6, dtype=dtype)
-        layer.weight[:, 2:] = 0
-    assert (nbytes24(6, k, dtype) < layer.weight.nbytes) == saves
-    assert compress(nn.Sequential(layer)) == (["0"] if saves else [])
-
-
-def test_compress_leaves_subclasses(dense24):
-    class Quantised(nn.Linear):
-        pass
-
-    layer = Quantised(16, 8)
-    layer.weight = dense24(16, 8).weight
-    assert compress(nn.Sequential(layer)) == [] and not is_linear(layer)
-
-
-@pytest.mark.parametrize("conv1d", [False, True], ids=["linear", "conv1d"])
-def test_compress_cannot_replace_the_model_itself(conv1d, dense24):
-    layer = dense24(16, 8, conv1d=conv1d)
-    with pytest.raises(
-        SparsekitError, match=f"a model that holds linears, got a {type(layer).__name__}; use SparseLinear.from_linear"
-    ):
-        compress(layer)
-    assert list(layer.named_children()) == []
