@@ -15,7 +15,7 @@ void emulator_allow(const void *pointer, size_t bytes, int writable) {
 size_t emulator_bytes_read(int range) { return machine.ranges[range].bytes_read; } // numbered as they were allowed
 long emulator_bank_conflicts() { return std::exchange(machine.bank_conflicts, 0); }
 int emulator_blocks() { return static_cast<int>(machine.grid_dim.x); } // of the last launch
-size_t emulator_shared_bytes() { return machine.shared_bytes(); }              // of a block of it
+size_t emulator_shared_bytes() { return machine.shared_bytes(); }      // of a block of it
 void emulator_multiprocessors(int count) { emulator::multiprocessors = count; }
 const char *emulator_error() { return machine.error.c_str(); }
 
