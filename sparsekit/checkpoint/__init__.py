@@ -5,6 +5,9 @@ format of sparsekit/format.py) in place of ``P.weight``. Its ``__metadata__`` ca
 ``{"version": 1, "linears": {P: [out_features, in_features], ...}}``, and config.json names the quantisation method "sparsekit".
 To transformers an unknown method is worth a warning, and a missing weight a random one. So ``P.weight`` is there too, of shape
 (0,): a loader that does not know the format stops at it.
+
+A model that parts were taken out of is an ordinary folder where its blocks are alike. Where they differ, config.json says how
+(sparsekit/structured/entries.py), and a sub-layer that is gone leaves an empty weight of the same kind behind.
 """
 
 from .reading import (

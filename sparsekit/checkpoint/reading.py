@@ -16,6 +16,8 @@ from .. import ops
 from ..errors import SparsekitError
 from ..format import FORMAT_VERSION, Sparse24
 from ..linear import SparseLinear, dense_weight, is_linear
+from ..structured.entries import Entry, entries_of
+from ..structured.surgery import shape_model
 
 SAFETENSORS_DTYPE = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -28,8 +30,10 @@ def load(folder: str | Path, *, device: str | torch.device = "auto", dtype: torc
     Raises SparsekitError where the folder, its config or its weights are missing, broken or of a newer format."""
     folder = check_model_folder(folder)
     linears = compressed_linears(folder)
+    if linears is None and _entries(folder, read_config(folder)):
+        linears = {}  # transformers builds blocks that are alike
     device = resolve_device(device)
-    model = _load_compressed(folder, linears, dtype) if linears is not None else _load_dense(folder, dtype)
+    model = _load_as_is(folder, linears, dtype) if linears is not None else _load_dense(folder, dtype)
     return model.to(device).eval()
 
 
@@ -168,7 +172,8 @@ def _load_dense(folder: Path, dtype: torch.dtype | str) -> nn.Module:
     return model
 
 
-def _load_compressed(folder: Path, linears: dict[str, tuple[int, int]], dtype: torch.dtype | str) -> nn.Module:
+def _load_as_is(folder: Path, linears: dict[str, tuple[int, int]], dtype: torch.dtype | str) -> nn.Module:
+    """The model of a folder that sparsekit wrote, each tensor under its own name; ``linears`` of them are compressed."""
     model = skeleton(folder, dtype)
     dtype = model.dtype
     for name, shape in linears.items():
@@ -214,6 +219,14 @@ def read_config(folder: Path):
         raise SparsekitError(f"the config in {folder} must name a causal language model: {first_sentence(error)}") from error
 
 
+def _entries(folder: Path, config) -> list[Entry] | None:
+    """What the folder's config says of blocks that differ."""
+    try:
+        return entries_of(config)
+    except SparsekitError as error:
+        raise SparsekitError(f"the config in {folder} cannot be followed: {error}") from None
+
+
 def skeleton(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     """The model of a folder's config with every parameter on the meta device: names and shapes, no weights."""
     from transformers import AutoModelForCausalLM
@@ -223,9 +236,14 @@ def skeleton(folder: Path, dtype: torch.dtype | str = "auto") -> nn.Module:
     dtype = (config.dtype or torch.float32) if dtype == "auto" else dtype
     try:
         with quiet_transformers(), _parameters_on_meta():
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise SparsekitError(f"the config in {folder} must name a causal language model: {first_sentence(error)}") from error
+    try:
+        shape_model(model, _entries(folder, config))
+    except SparsekitError as error:
+        raise SparsekitError(f"the config in {folder} must be that of a model that can be built: {error}") from None
+    return model
 
 
 def linear_shapes(folder: Path) -> tuple[tuple[int, int], ...]:
