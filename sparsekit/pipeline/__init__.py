@@ -14,6 +14,7 @@ from ..report import PruneReport
 from .blocks import find_blocks
 from .folder import prune_folder
 from .loop import run
+from .narrow import Narrowed, prune_heads, prune_neurons
 from .source import Progress, Resident
 from .world import World
 
@@ -49,4 +50,4 @@ def prune(
     return run(Resident(model, blocks, stored), batches, method, pattern, skip, progress, world, group)
 
 
-__all__ = ["Progress", "World", "find_blocks", "prune", "prune_folder"]
+__all__ = ["Narrowed", "Progress", "World", "find_blocks", "prune", "prune_folder", "prune_heads", "prune_neurons"]

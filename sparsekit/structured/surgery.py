@@ -43,7 +43,7 @@ def keep_heads(architecture: Architecture, block: nn.Module, groups: Iterable[in
     Raises SparsekitError, and changes nothing, for a number that the block does not have, or for none."""
     shape, linears = architecture.shape(block), architecture.projections(block)
     kept = _kept(groups, shape.num_key_value_heads, "key-value heads")
-    queries, keys = (_features(kept, width) for width in group_widths(shape))
+    queries, keys = group_features(shape, kept), _features(kept, shape.head_dim)
     if "qkv" not in linears:
         slice_linear(linears["q"], rows=queries)
         slice_linear(linears["k"], rows=keys)
@@ -206,6 +206,11 @@ def _agree(wanted: Sequence[tuple], found: Sequence[BlockShape] | None, sizes: I
 def group_widths(shape: BlockShape) -> tuple[int, int]:
     """Features of the queries, and of the keys, that belong to one key-value head."""
     return shape.num_attention_heads // shape.num_key_value_heads * shape.head_dim, shape.head_dim
+
+
+def group_features(shape: BlockShape, groups: Iterable[int]) -> list[int]:
+    """The output projection's inputs that come from these key-value heads."""
+    return _features(groups, group_widths(shape)[0])
 
 
 def group_parameters(architecture: Architecture, block: nn.Module) -> int:
