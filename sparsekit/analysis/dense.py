@@ -48,6 +48,13 @@ def source_of(
     return Reading(LazyModel(check_model_folder(model), find_blocks, dtype, resolve_device(device)))
 
 
+def blocks_of(source: Source, skip: Iterable[str] = ()) -> dict[str, str]:
+    """The name of the block of every matrix that ``prune`` would prune, by the matrix's name."""
+    names = {module: name for name, module in source.model.named_modules()}
+    targets = find_targets(source.blocks, names, tuple(skip))
+    return {target.name: names[block] for block, matrices in zip(source.blocks, targets) for target in matrices}
+
+
 @torch.no_grad()
 def dense_blocks(
     source: Source,

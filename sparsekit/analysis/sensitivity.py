@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,9 @@ from ..pipeline.blocks import Target
 from ..pipeline.observe import MAGNITUDE, by_magnitude
 from ..pipeline.source import Progress, Resident
 from ..pruners import SparseGPT
-from .curves import Curve, read_levels
-from .dense import Seen, dense_blocks
+from .curves import Curve, error_curves, read_levels
+from .dense import Seen, blocks_of, dense_blocks, source_of
+from .weights import gradient_weights
 
 UNITS = ("linear", "block")
 
@@ -39,12 +40,14 @@ class Loss:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """tokens: calibrated on. curves: of every linear. weights: of ``gradient_weights``, by linear. losses: at each level of every
-    unit ("linear" or "block"), with dense_loss that of the whole model; where none were measured, unit and dense_loss are None.
-    spearman: the rank correlation of the losses with the errors of the curves, as ``rank_correlation`` says."""
+    """tokens: calibrated on. curves: of every linear. blocks: the block of each, by name. weights: those of ``gradient_weights``,
+    empty where they were not taken. losses: at each level of every unit ("linear" or "block"), dense_loss that of the dense model;
+    where none were measured, unit and dense_loss are None. spearman: the rank correlation of the rises of the loss with the errors
+    of the curves, as ``rank_correlation`` says."""
 
     tokens: int
     curves: list[Curve]
+    blocks: dict[str, str] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
     unit: str | None = None
     losses: list[Loss] = field(default_factory=list)
@@ -77,6 +80,59 @@ class Sensitivity:
             raise SparsekitError(f"{path} must be what sparsekit sensitivity wrote, got {said}; measure anew") from None
 
 
+def measure_sensitivity(
+    model: nn.Module | str | Path,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    levels: Iterable[str | Pattern],
+    *,
+    evaluation: Tensor | None = None,
+    seq_len: int = 2048,
+    max_tokens: int | None = None,
+    unit: str | None = None,
+    loss_levels: Iterable[str | Pattern] = ("60%",),
+    skip: Iterable[str] = (),
+    progress: Progress | None = None,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str = "auto",
+) -> Sensitivity:
+    """The error curves of all linears at the levels, their gradient weights, and, where a unit ("linear" or "block") is given, the
+    losses with each of them alone pruned to the loss_levels, on the tokens ``evaluation`` in windows of seq_len.
+
+    model: one in memory, or the folder of one that need not fit there: of that the curves alone. The other arguments are those of
+    ``error_curves``, the errors those of ``error_curves``, ``gradient_weights`` and ``losses_alone``."""
+    batches, skip, loss_levels = list(batches), tuple(skip), read_levels(loss_levels) if unit else []
+    if unit is not None:
+        check_unit(unit)
+        if evaluation is None or not isinstance(model, nn.Module):
+            raise SparsekitError(f"losses by {unit} need a model in memory and an evaluation text, got one of them missing")
+    held = dict(skip=skip, progress=progress)
+    curves = error_curves(model, batches, levels, **held, device=device, dtype=dtype)
+    names = blocks_of(source_of(model, None, device, dtype), skip)
+    found = Sensitivity(_count(batches), curves, names)
+    if not isinstance(model, nn.Module):
+        return found
+    found = replace(found, weights=gradient_weights(model, batches, **held))
+    if unit is None:
+        return found
+    how = dict(unit=unit, max_tokens=max_tokens, **held)
+    dense, losses = losses_alone(model, batches, evaluation, seq_len, loss_levels, **how)
+    rho = rank_correlation(curves, losses, dense, names if unit == "block" else None)
+    return replace(found, unit=unit, losses=losses, dense_loss=dense, spearman=rho)
+
+
+def check_unit(unit: str) -> None:
+    """Raises SparsekitError, listing the known ones, for a unit that losses are not measured of."""
+    if unit not in UNITS:
+        raise SparsekitError(f"the unit must be {listed(UNITS, 'or')}, got {unit!r}")
+
+
+def _count(batches: Iterable[Tensor | Mapping[str, Tensor]]) -> int:
+    """The tokens of the batches that count."""
+    masks = [batch.get("attention_mask") if isinstance(batch, Mapping) else None for batch in batches]
+    ids = [batch["input_ids"] if isinstance(batch, Mapping) else batch for batch in batches]
+    return sum(one.numel() if mask is None else int(mask.count_nonzero()) for one, mask in zip(ids, masks))
+
+
 @torch.no_grad()
 def losses_alone(
     model: nn.Module,
@@ -97,8 +153,7 @@ def losses_alone(
     unit: what is pruned at a time, "linear" or "block", calibrated on what the dense model feeds it. The model must be in memory.
     It is restored after each, which is checked by a hash of every bit; where anything fails it is restored too.
     batches, skip, blocks: as for ``prune``. Raises SparsekitError as ``prune`` and ``perplexity`` do."""
-    if unit not in UNITS:
-        raise SparsekitError(f"the unit must be {listed(UNITS, 'or')}, got {unit!r}")
+    check_unit(unit)
     source, patterns, found = Resident(model, blocks), read_levels(levels), []
 
     def loss() -> float:
@@ -170,7 +225,7 @@ def rank_correlation(
     found = []
     for level in dict.fromkeys(loss.level for loss in losses):
         errors = {
-            name: sum(error * size for error, size in rows) / max(sum(size for _, size in rows), 1)
+            name: sum(error * (size / max(sum(size for _, size in rows), 1)) for error, size in rows)
             for name, rows in _by_unit(curves, level, groups or {}).items()
         }
         pairs = [(errors[one.name], one.loss - dense_loss) for one in losses if one.level == level and one.name in errors]
