@@ -3,14 +3,13 @@
 import math
 
 import pytest
+import shipped
 import torch
 import torch.nn.functional as F
 from models import BLOCKS, WIDTH, build, token_batches
 from torch import nn
 
-from sparsekit import SparsekitError, checkpoint, data
-from sparsekit.assets import asset
-from sparsekit.evaluate import perplexity
+from sparsekit import SparsekitError
 from sparsekit.structured import architecture_of, block_influence, prune_layers, remove_layers, remove_sublayers, select_layers
 from sparsekit.structured.removed import Removed
 
@@ -258,6 +257,8 @@ def test_what_is_not_there_is_refused_and_nothing_changed():
         block_influence(model, [IDS], "head")
     with pytest.raises(SparsekitError, match="calibration batches, got none"):
         block_influence(model, [])
+    with pytest.raises(SparsekitError, match="the attention_mask of every batch leaves all out"):
+        block_influence(model, [{"input_ids": IDS, "attention_mask": IDS * 0}])
     with pytest.raises(SparsekitError, match=r"structured pruning knows .*, got bloom; register"):
         prune_layers(build("bloom"), [IDS], 1)
     assert torch.equal(logits(model), before)
@@ -285,17 +286,15 @@ def test_a_stand_in_holds_no_weights_but_the_sign_that_it_is_one():
 def test_of_all_choices_the_least_influence_loses_least():
     # A random one loses the mean of them in expectation.
     def loss(remove) -> float:
-        model = checkpoint.load(asset("kjv1m"), device="cpu", dtype=torch.float32)
+        model = shipped.load()
         remove(model)
-        return math.log(perplexity(model, tokens, 128, 16 * 128)["perplexity"])
+        return math.log(shipped.lost(model, 16 * 128))
 
-    tokenizer = checkpoint.load_tokenizer(asset("kjv1m"))
-    tokens = data.read_tokens(asset("text", "kjv.test.txt"), tokenizer)
-    calibration = data.calibration_batches(data.read_tokens(asset("text", "kjv.calib.txt"), tokenizer), 8, 128)
     for kind in ("block", "attention", "mlp"):
 
         def take(model, i, kind=kind) -> None:
             remove_layers(model, [i]) if kind == "block" else remove_sublayers(model, kind, [i])
 
         every = [loss(lambda model, i=i, take=take: take(model, i)) for i in range(4)]
-        assert loss(lambda model, kind=kind: prune_layers(model, calibration, 1, kind)) == min(every) < sum(every) / 4 - 0.1
+        assert loss(lambda model, kind=kind: prune_layers(model, shipped.calibration(8), 1, kind)) == min(every)
+        assert min(every) < sum(every) / 4 - 0.1

@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import model_call
 from ..errors import SparsekitError
-from ..evaluate import eval_mode
 from .architecture import Architecture, architecture_of
-from .layers import Batches, Progress
 from .surgery import keep_experts, settle_config
+from .watching import Batches, Progress, calls
 
 
 @dataclass(frozen=True)
@@ -32,12 +30,10 @@ def expert_importance(model: nn.Module, batches: Batches, *, progress: Progress 
     (experts,) in fp64 on the CPU.
 
     A token counts for the experts that the router gives it to, and not at all where a batch's attention_mask leaves it out. The
-    sums are streamed; each batch costs the experts' work twice. progress is told (what is under way, batches done, in all).
+    sums are streamed; each batch costs the experts' work twice. progress is told (batches done, batches in all).
     Raises SparsekitError where the model has no experts or keeps them as separate modules, and for no batches."""
-    architecture, batches = architecture_of(model), list(batches)
+    architecture = architecture_of(model)
     layers = _layers(architecture, model)
-    if not batches:
-        raise SparsekitError("the importance of experts is measured on calibration batches, got none")
     totals = {i: torch.zeros(architecture.shape(block).num_experts, dtype=torch.float64) for i, block in layers.items()}
     mask: Tensor | None = None
 
@@ -51,17 +47,14 @@ def expert_importance(model: nn.Module, batches: Batches, *, progress: Progress 
             norms = experts.forward(hidden, chosen, weight).double().norm(dim=-1)
             totals[i].index_add_(0, chosen[:, 0].cpu(), norms.cpu())
 
-    with eval_mode(model), ExitStack() as hooks:
+    with ExitStack() as hooks:
         for i, block in layers.items():
             experts, _ = architecture.expert_parts(block)
             looking = experts.register_forward_pre_hook(lambda *call, i=i: look(i, *call), with_kwargs=True)
             hooks.callback(looking.remove)
-        for done, batch in enumerate(batches, 1):
-            args, kwargs, mask = model_call(model, batch, next(model.parameters()).device)
-            kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
-            getattr(model, "base_model", model)(*args, **{**kwargs, "use_cache": False})
-            if progress:
-                progress("experts", done, len(batches))
+        for args, kwargs, mask in calls(model, batches, progress):  # noqa: B007  the hooks read it
+            kwargs.pop("labels", None)
+            getattr(model, "base_model", model)(*args, **kwargs)  # no logits are needed
     if broken := [i for i, total in totals.items() if not torch.isfinite(total).all()]:
         raise SparsekitError(f"what experts add must be finite, got NaN or Inf in block {broken[0]}")
     return totals

@@ -6,7 +6,7 @@ too."""
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,17 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..data import model_call
 from ..errors import SparsekitError, listed
-from ..evaluate import eval_mode
 from .architecture import Architecture, architecture_of
 from .entries import SUBLAYERS
 from .removed import RemovedAttention, take_out
 from .surgery import settle_config
+from .watching import Batches, Progress, calls
 
 KINDS = ("block", *SUBLAYERS)
-Batches = Iterable[Tensor | Mapping[str, Any]]
-Progress = Callable[[str, int, int], None]  # what is under way, how much is done, of how much
 
 
 @dataclass(frozen=True)
@@ -46,10 +43,10 @@ def block_influence(
     kind: "block", or "attention" or "mlp" for that step alone: from the block's input to what the block makes of it without its
     MLP, and from there to its output. None where the sub-layer is gone already. Every token counts alike, one with a massive
     activation too, but for those that a batch's attention_mask leaves out. 0 where the step changes nothing, up to 2.
-    progress is told (what is under way, batches done, batches in all).
+    progress is told (batches done, batches in all).
     Raises SparsekitError for no batches, an unknown kind or model, and hidden states that are not finite."""
     _check_kind(kind)
-    architecture, batches = architecture_of(model), list(batches)
+    architecture = architecture_of(model)
     blocks = architecture.blocks(model)
     there = [kind == "block" or getattr(architecture, kind)(block) is not None for block in blocks]
     sums, tokens = [0.0] * len(blocks), 0
@@ -65,26 +62,23 @@ def block_influence(
         if i == 0:
             tokens += before.shape[:-1].numel() if mask is None else int(mask.count_nonzero())
         if kind != "block" and there[i]:
-            with without(architecture, block, "mlp"):  # called past its hooks, and the cache is not in use
+            with _without_mlp(architecture, block):  # called past its hooks
                 rest = {name: value for name, value in kwargs.items() if name != "hidden_states"}
                 middle = _hidden(block.forward(before.clone(), *args[1:], **rest))
             before, after = (before, middle) if kind == "attention" else (middle, after)
         if there[i]:
             sums[i] += _change(before, after, mask)
 
-    with eval_mode(model), ExitStack() as hooks:
+    with ExitStack() as hooks:
         for i, block in enumerate(blocks):
             hooks.callback(block.register_forward_pre_hook(enter, with_kwargs=True).remove)
             leaving = block.register_forward_hook(lambda *call, i=i: leave(i, *call), with_kwargs=True)
             hooks.callback(leaving.remove)
-        for done, batch in enumerate(batches, 1):
-            args, kwargs, mask = model_call(model, batch, next(model.parameters()).device)
-            kwargs = {name: value for name, value in kwargs.items() if name != "labels"}
-            getattr(model, "base_model", model)(*args, **{**kwargs, "use_cache": False})
-            if progress:
-                progress(kind, done, len(batches))
+        for args, kwargs, mask in calls(model, batches, progress):  # noqa: B007  the hooks read it
+            kwargs.pop("labels", None)
+            getattr(model, "base_model", model)(*args, **kwargs | {"use_cache": False})  # a step runs twice; no logits are needed
     if not tokens:
-        raise SparsekitError("the influence of layers is measured on calibration batches, got none")
+        raise SparsekitError("the influence of layers is measured on tokens, and the attention_mask of every batch leaves all out")
     if broken := [i for i, total in enumerate(sums) if not math.isfinite(total)]:
         raise SparsekitError(f"hidden states must be finite, got NaN or Inf around block {broken[0]}")
     return [total / tokens if measured else None for total, measured in zip(sums, there)]
@@ -134,7 +128,7 @@ def prune_layers(
     """Takes the ``remove`` blocks, attentions or MLPs of least influence out of the model, in place, one at a time: after each, the
     influence of the others is measured anew.
 
-    progress is told (what is under way, batches done, batches in all), over all removals.
+    progress is told (batches done, batches in all), over all removals.
     Raises SparsekitError where that is more than there are, or all of them; then nothing is changed."""
     _check_kind(kind)
     architecture, batches = architecture_of(model), list(batches)
@@ -146,9 +140,9 @@ def prune_layers(
     numbers, removed, influence = list(range(len(blocks))), [], []
     for step in range(remove):
 
-        def told(what: str, done: int, _: int, step: int = step) -> None:
+        def told(done: int, _: int, step: int = step) -> None:
             if progress:
-                progress(f"{what} {step + 1} of {remove}", step * len(batches) + done, remove * len(batches))
+                progress(step * len(batches) + done, remove * len(batches))
 
         measured = block_influence(model, batches, kind, progress=told)
         (i,) = select_layers(measured, 1)
@@ -164,12 +158,10 @@ def prune_layers(
 
 
 @contextmanager
-def without(architecture: Architecture, block: nn.Module, sublayer: str) -> Iterator[None]:
-    """Inside, the block lacks its "attention" or its "mlp"."""
-    place = {"attention": architecture.attention_at, "mlp": architecture.mlp_at}[sublayer]
-    paths = [place] if place else [getattr(architecture, part) for part in architecture.neurons(block)]
+def _without_mlp(architecture: Architecture, block: nn.Module) -> Iterator[None]:
+    paths = [architecture.mlp_at] if architecture.mlp_at else [getattr(architecture, p) for p in architecture.neurons(block)]
     held = {path: block.get_submodule(path) for path in paths}
-    take_out(architecture, block, sublayer)
+    take_out(architecture, block, "mlp")
     try:
         yield
     finally:

@@ -25,7 +25,7 @@ def watch(
     """Shows each of the linears' watchers its inputs (tokens, in_features), those alone that the attention_mask counts.
 
     Raises SparsekitError where there is no batch."""
-    for args, kwargs, mask in _calls(model, batches, progress):
+    for args, kwargs, mask in calls(model, batches, progress):
         with ExitStack() as stack:
             for linear, see in watched.items():
 
@@ -48,7 +48,7 @@ def gate_gradients(
     Raises SparsekitError where there is no batch, where a sample predicts no token, and where a gradient is not finite."""
     sums = {linear: torch.zeros(count, device=linear.weight.device) for linear, count in gates.items()}
     samples = 0
-    for args, kwargs, mask in _calls(model, batches, progress):
+    for args, kwargs, mask in calls(model, batches, progress):
         ids = args[0] if args else kwargs["input_ids"]
         targets = kwargs.pop("labels", ids)[:, 1:]
         counts = targets != -100
@@ -71,7 +71,7 @@ def gate_gradients(
     return {linear: held / samples for linear, held in sums.items()}
 
 
-def _calls(model: nn.Module, batches: Batches, progress: Progress | None) -> Iterator[tuple[tuple, dict[str, Any], Tensor | None]]:
+def calls(model: nn.Module, batches: Batches, progress: Progress | None) -> Iterator[tuple[tuple, dict[str, Any], Tensor | None]]:
     """What to call the model with, batch by batch, and which of its tokens count."""
     batches, device = list(batches), next(model.parameters()).device
     if not batches:
