@@ -9,7 +9,21 @@ from typing import Annotated
 import typer
 
 from . import cli_analysis  # noqa: F401  its commands are the app's too
-from .console import Device, DType, Json, SeqLen, app, command, compute_dtype, errors, progress_bar, say, sequence_length, show
+from .console import (
+    Device,
+    DType,
+    Json,
+    SeqLen,
+    app,
+    calibration,
+    command,
+    compute_dtype,
+    errors,
+    progress_bar,
+    say,
+    sequence_length,
+    show,
+)  # fmt: skip
 from .errors import SparsekitError
 
 
@@ -61,7 +75,7 @@ def prune(
     json_out: Json = False,
 ) -> None:
     """Prune a model, check that every linear holds the pattern, and write it."""
-    from . import checkpoint, data, evaluate, pipeline
+    from . import checkpoint, data, pipeline
     from .plan import Plan, parse, patterns_in
     from .pruners import method_named
 
@@ -85,17 +99,10 @@ def prune(
             checkpoint.check_new_folder(out, overwrite or resume)
         checkpoint.check_model_folder(model_dir)
         dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
-        tokenizer = checkpoint.load_tokenizer(model_dir)
-        batches, config = (), checkpoint.read_config(model_dir)
-        if source:
-            tokens = data.read_calibration(source, tokenizer, calib_field, getattr(config.get_text_config(), "vocab_size", None))
-            batches = data.calibration_batches(tokens, samples, length, seed)
-        elif calib:
-            data.check_sampling(samples, length, seed)
-            first, model = data.first_token(tokenizer, config), checkpoint.load(model_dir, device=world.device, dtype=dtype)
-            with progress_bar("writing", world.leads) as progress:
-                batches = evaluate.own_text(model, first, samples, length, seed, progress=lambda *now: progress("tokens", *now))
-            del model  # from here on one block is in memory
+        tokenizer, batches = checkpoint.load_tokenizer(model_dir), ()
+        if calib:
+            how = dict(device=world.device, dtype=dtype, shown=world.leads)
+            batches = calibration(model_dir, tokenizer, calib, calib_field, samples, length, seed, **how)
         how = dict(
             format=format,
             group=group,

@@ -114,3 +114,30 @@ def sequence_length(asked: int | None, folder: Path) -> int:
     if asked is not None and not 1 <= asked <= context:
         raise SparsekitError(f"--seq-len must be 1 to the model's context of {context} tokens, got {asked}")
     return min(2048, context) if asked is None else asked
+
+
+def calibration(
+    folder: Path,
+    tokenizer,
+    calib: str,
+    field: str | None,
+    samples: int,
+    length: int,
+    seed: int,
+    *,
+    device,
+    dtype,
+    shown: bool = True,
+) -> list:
+    """The calibration batches of the folder's model: of what ``--calib`` names, or of text that the model writes itself, for which
+    it is loaded to the device in the dtype, and let go."""
+    from . import checkpoint, data, evaluate
+
+    config = checkpoint.read_config(folder)
+    if calib != data.SELF:
+        tokens = data.read_calibration(Path(calib), tokenizer, field, getattr(config.get_text_config(), "vocab_size", None))
+        return data.calibration_batches(tokens, samples, length, seed)
+    data.check_sampling(samples, length, seed)
+    first, model = data.first_token(tokenizer, config), checkpoint.load(folder, device=device, dtype=dtype)
+    with progress_bar("writing", shown) as progress:
+        return evaluate.own_text(model, first, samples, length, seed, progress=lambda *now: progress("tokens", *now))
