@@ -366,7 +366,11 @@ PRUNE = {
         "2:4 compares weights within its own groups, got group = 'row'",
     ),
     "group unknown": (as_it_is, ("--method", "wanda", "--pattern", "50%", "--group", "model"), "must be row or layer, got 'model'"),
-    "method unknown": (as_it_is, ("--method", "gptq"), "must be activation, gradient, magnitude, obd, obs, sparsegpt or wanda, got 'gptq'"),
+    "method unknown": (
+        as_it_is,
+        ("--method", "gptq"),
+        "must be activation, gradient, magnitude, obd, obs, sparsegpt or wanda, got 'gptq'",
+    ),
     "pattern unknown": (as_it_is, ("--pattern", "half"), '"2:4", "4:8" or "1:4", .* "4:8 pairs", .* "50%", .*got \'half\''),
     "pattern above all": (as_it_is, ("--pattern", "120%"), "sparsity must lie in 0% to 100%, got 120%"),
     "pattern below nothing": (as_it_is, ("--pattern", "-5%"), "sparsity must lie in 0% to 100%, got -5%"),

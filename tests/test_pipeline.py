@@ -393,7 +393,12 @@ def refusals():
     yield "compressed already", compressed(), {"batches": batches}, "compressed already"
     yield "no batches", build("llama"), {}, "calibration batches, got none"
     yield "another vocabulary", build("llama"), {"batches": [batches[0] + VOCABULARY]}, f"vocabulary of {VOCABULARY}, got"
-    yield "unknown method", build("llama"), {"method": "gptq"}, "activation, gradient, magnitude, obd, obs, sparsegpt or wanda, got 'gptq'"
+    yield (
+        "unknown method",
+        build("llama"),
+        {"method": "gptq"},
+        "activation, gradient, magnitude, obd, obs, sparsegpt or wanda, got 'gptq'",
+    )
     yield "unknown pattern", build("llama"), {"pattern": "2of4"}, r'"2:4".*"50%".*2of4'
     yield "more than all", build("llama"), {"pattern": "101%"}, "0% to 100%, got 101%"
     yield "less than nothing", build("llama"), {"pattern": "-1%"}, "0% to 100%, got -1%"

@@ -348,7 +348,9 @@ def test_statistics_can_be_shared(kind):
 def test_methods_by_name():
     assert [method_named(name) for name in ("magnitude", "wanda", "sparsegpt")] == [Magnitude, Wanda, SparseGPT]
     for name in ("Wanda", "", "random"):
-        with pytest.raises(SparsekitError, match=f"must be activation, gradient, magnitude, obd, obs, sparsegpt or wanda, got {name!r}"):
+        with pytest.raises(
+            SparsekitError, match=f"must be activation, gradient, magnitude, obd, obs, sparsegpt or wanda, got {name!r}"
+        ):
             method_named(name)
 
 

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,12 +18,12 @@ from typer.testing import CliRunner
 
 import sparsekit
 from sparsekit import SparsekitError, prune_folder
-from sparsekit.checkpoint import unfinished
+from sparsekit.checkpoint import unfinished, writing
 from sparsekit.cli import app
 from sparsekit.pipeline import folder as folders
 from sparsekit.pipeline import loop
 
-KJV = Path(__file__).parent / "data" / "kjv1m"
+KJV, CALIB = Path(__file__).parent / "data" / "kjv1m", Path(__file__).parents[1] / "examples" / "data" / "kjv.calib.txt"
 BATCHES = token_batches((3, 16), (1, 11))
 BLOCKS = 5
 TIMES = {"seconds", "phases", "peak_memory"}
@@ -96,6 +97,71 @@ def test_killed_at_ten_moments_and_resumed(model, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted(["timed", "whole", *(f"killed-{i}" for i in range(10))])
 
 
+REPLACING = """
+import os, signal, sys
+from pathlib import Path
+from sparsekit.checkpoint import writing
+
+rename, left = Path.rename, [int(sys.argv[2])]
+def renaming(self, target):
+    rename(self, target)
+    left[0] -= 1
+    if not left[0]:
+        os.kill(os.getpid(), signal.SIGKILL)
+Path.rename = renaming
+parts = Path(sys.argv[1] + ".partial", "model")
+(parts / "config.json").write_text("new")
+writing.replace_folder(Path(sys.argv[1]), parts)
+"""
+
+
+@pytest.mark.parametrize("renames, stands", [(1, "old"), (2, "new")], ids=["between the renames", "before the old one goes"])
+def test_killed_while_it_replaced_a_folder(renames, stands, tmp_path):
+    """Whoever looks at the folder next finds it whole: the old one where no other has come, the new one alone where one has."""
+    out, other = tmp_path / "out", tmp_path / "out.replaced-by-sparsekit-notes"
+    for folder in (out, tmp_path / "out.partial" / "model", other):
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text("old")
+    beside = {"PYTHONPATH": os.pathsep.join([str(Path(sparsekit.__file__).parents[1]), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-c", REPLACING, out, str(renames)]
+    assert subprocess.run(command, env={**os.environ, **beside}).returncode == -signal.SIGKILL
+    assert len(list(tmp_path.glob("out.replaced-by-sparsekit-[0-9]*"))) == 1 and out.exists() == (stands == "new")
+    with pytest.raises(SparsekitError, match="exists and is not empty"):
+        writing.check_new_folder(out)
+    assert (out / "config.json").read_text() == stands
+    assert list(tmp_path.glob("out.replaced-by-sparsekit-*")) == [other], "another's folder is left alone"
+
+
+def test_what_a_living_process_has_moved_is_left_to_it(tmp_path):
+    (tmp_path / "out.replaced-by-sparsekit-1").mkdir()
+    writing.check_new_folder(tmp_path / "out")
+    assert os.listdir(tmp_path) == ["out.replaced-by-sparsekit-1"]
+
+
+def test_an_overwriting_run_killed_between_the_renames_goes_on(model, whole, tmp_path, monkeypatch):
+    """Nothing of the old folder is lost to a run without --overwrite; with both it is replaced after all."""
+    out, rename = tmp_path / "out", Path.rename
+    run(model, out, method="magnitude")
+    was = tree(out)
+
+    def failing(self, target):
+        if self.name == "model":
+            raise KeyboardInterrupt
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        patch.setattr(writing, "put_right", lambda folder: None)  # as one that is killed there
+        with pytest.raises(KeyboardInterrupt):
+            run(model, out, overwrite=True)
+    assert not out.exists()
+    with pytest.raises(SparsekitError, match="exists and is not empty"):
+        run(model, out, resume=True)
+    assert tree(out) == was
+    run(model, out, overwrite=True, resume=True)
+    assert content(out) == whole and os.listdir(tmp_path) == ["out"]
+
+
 @pytest.mark.parametrize("format", ["compressed", "dense"])
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
 def test_interrupted_in_a_block_it_goes_on_from_there(method, format, model, tmp_path, monkeypatch):
@@ -162,7 +228,29 @@ def test_the_command_says_how_to_go_on(tmp_path, monkeypatch):
     assert json.loads(done.stdout)["linears"] == json.loads((tmp_path / "out" / "report.json").read_text())["linears"]
 
 
+@pytest.mark.parametrize("calib", [CALIB, "self"], ids=["a text", "self"])
+def test_two_runs_of_one_seed_are_the_same_bytes_and_of_another_are_not(calib, tmp_path):
+    """The whole command, from the choice of sequences, or the writing of them, to the files."""
+    made = {}
+    for name, seed in (("first", 3), ("second", 3), ("other", 4)):
+        command = ["prune", KJV, "--out", tmp_path / name, "--calib", calib, "--samples", 4, "--seq-len", 24, "--seed", seed]
+        done = CliRunner().invoke(app, [str(part) for part in command])
+        assert done.exit_code == 0, done.stderr
+        made[name] = content(tmp_path / name)
+    assert made["first"] == made["second"]
+    weights = [name for name in made["first"] if name.endswith(".safetensors")]
+    assert weights and [name for name in weights if made["first"][name] != made["other"][name]]
+
+
 # ---- another run ----
+
+
+@pytest.fixture(scope="module")
+def done(model, tmp_path_factory) -> Path:
+    """A run that is finished."""
+    out = tmp_path_factory.mktemp("done") / "out"
+    run(model, out)
+    return out
 
 
 @pytest.fixture
@@ -263,6 +351,25 @@ def test_a_finished_block_that_was_changed_is_named(model, half):
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(SparsekitError, match=r"model-00002-of-\d+\.safetensors is not a whole safetensors file"):
         run(model, half, resume=True)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_another_run_that_is_finished_is_not_gone_on_with(other, model, done):
+    changes, says = OTHERS[other]
+    was = tree(done.parent)
+    with pytest.raises(SparsekitError, match=rf"the run that {done} is of, and {says}"):
+        run(model, done, **changes, resume=True)
+    assert tree(done.parent) == was
+
+
+def test_a_finished_run_without_a_fingerprint_is_only_in_the_way(model, done, tmp_path):
+    """As save writes it; and as an older version's report might be."""
+    copy = Path(shutil.copytree(done, tmp_path / "out"))
+    report = json.loads((copy / "report.json").read_text())
+    for fingerprint in ({}, None, [], "other"):
+        (copy / "report.json").write_text(json.dumps({**report, "fingerprint": fingerprint}))
+        with pytest.raises(SparsekitError, match="exists and is not empty; give another, or --overwrite"):
+            run(model, copy, resume=True)
 
 
 def test_to_resume_what_is_finished_leaves_another_run_alone(model, tmp_path, monkeypatch):

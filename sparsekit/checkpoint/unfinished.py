@@ -87,7 +87,7 @@ def unfinished(
         except OSError:
             raise SparsekitError(f"one process at a time can write {work.out}, and another is at it; wait for it") from None
         if begun and resume:
-            _check_same(work.path, run)
+            _check_begun(work.path, run)
         else:
             for path in (work.model, work.path / "done"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -104,13 +104,18 @@ def unfinished(
             raise
 
 
-def _check_same(path: Path, run: dict[str, Any]) -> None:
+def _check_begun(path: Path, run: dict[str, Any]) -> None:
     try:
         found = json.loads((path / "run.json").read_text())
     except (OSError, ValueError) as error:
         raise SparsekitError(f"{path / 'run.json'} must say which run is unfinished, and cannot be read: {error}") from None
+    check_same(path, found, run)
+
+
+def check_same(path: Path, found: dict[str, Any], run: dict[str, Any]) -> None:
+    """Raises SparsekitError, naming what differs, unless ``found`` tells of the same run; ``path`` is where it does."""
     if differing := [name for name in run if found.get(name) != run[name]]:
-        name, short = differing[0], not any(name.startswith("hash") for name in differing[:1])
+        name, short = differing[0], not differing[0].startswith("hash")
         values = f": {found.get(name)!r} then, {run[name]!r} now" if short else ""
         others = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
         raise SparsekitError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from ..report import PruneReport
 
 MAX_SHARD_BYTES = 4 << 30
 FORMATS = ("compressed", "dense")
+_REPLACED = ".replaced-by-sparsekit-"  # in the name of a folder whose place another takes, before the process's number
 SAFETENSORS_NAME = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.complex64: "C64",
     torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2",
@@ -76,8 +78,11 @@ def check_format(format: str) -> None:
 
 
 def check_new_folder(folder: str | Path, overwrite: bool = False) -> Path:
-    """The folder's path. Raises SparsekitError where something is there already that may not be replaced."""
+    """The folder's path. Raises SparsekitError where something is there already that may not be replaced.
+
+    What a process that was killed while it replaced the folder has left is put right first."""
     folder = Path(folder)
+    put_right(folder.resolve())
     if folder.exists() and not folder.is_dir():
         raise SparsekitError(f"the output must be a folder, got the file {folder}")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
@@ -109,17 +114,38 @@ def new_folder(folder: str | Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def replace_folder(folder: Path, parts: Path) -> None:
-    """Puts ``parts`` in the place of ``folder``, whatever stands there, in one rename; the old one is back where that fails."""
-    old = folder.with_name(f"{folder.name}.old-{os.getpid()}")
+    """Puts ``parts`` in the place of ``folder``, whatever stands there, in one rename; the old one is back where that fails, and
+    where the process is killed before it, with the next call of ``check_new_folder``."""
+    old = folder.with_name(f"{folder.name}{_REPLACED}{os.getpid()}")
     try:
         if folder.is_dir():
             folder.rename(old)
         parts.rename(folder)
     finally:
-        if folder.exists():
-            shutil.rmtree(old, ignore_errors=True)
-        elif old.is_dir():
+        put_right(folder)
+
+
+def put_right(folder: Path) -> None:
+    """Ends what replace_folder has begun, here or in a process that is gone: the old folder is back where no other came, else it
+    is removed."""
+    for old in sorted(folder.parent.glob(f"{glob.escape(folder.name)}{_REPLACED}*")):
+        pid = old.name.rpartition("-")[2]
+        if not pid.isdecimal() or (int(pid) != os.getpid() and _is_alive(int(pid))):
+            continue
+        if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
             old.rename(folder)
+        elif folder.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # of another user
+        pass
+    return True
 
 
 def remove_folder(folder: Path, parents: list[Path]) -> None:

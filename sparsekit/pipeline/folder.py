@@ -18,8 +18,8 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import check_format, check_model_folder, resolve_device, weight_files
 from ..checkpoint.lazy import LazyModel
-from ..checkpoint.unfinished import Unfinished, partial_folder, unfinished
-from ..checkpoint.writing import compressed_shapes, metadata_of, tensors_of, write_beside, write_index
+from ..checkpoint.unfinished import Unfinished, check_same, partial_folder, unfinished
+from ..checkpoint.writing import compressed_shapes, metadata_of, put_right, tensors_of, write_beside, write_index
 from ..criteria import Criterion
 from ..data import hash_batches
 from ..errors import SparsekitError
@@ -96,7 +96,7 @@ def prune_folder(
         world.agree(this)
         this = {"hash of the weights": _hash_files(folder), **this}  # with their times, which need not be those of another machine
         if resume:
-            finished = _finished(out, this) if world.leads else None
+            finished = _finished(out, this, overwrite) if world.leads else None
             if found := world.gather(finished and finished.to_dict())[0]:
                 return PruneReport.from_dict(found)
         outside = _share_out(lazy)
@@ -252,13 +252,18 @@ def _hash_files(folder: Path) -> str:
     return seen.hexdigest()[:16]
 
 
-def _finished(out: Path, this: dict[str, Any]) -> PruneReport | None:
-    """The report of the folder, where this run has finished it already."""
+def _finished(out: Path, this: dict[str, Any], overwrite: bool) -> PruneReport | None:
+    """The report of the folder, where this run has finished it already. Raises SparsekitError, naming what differs, where another
+    has, unless that is to be overwritten or this one has been begun."""
+    put_right(out.resolve())  # a killed process may have left it beside its place
     try:
         found = json.loads((out / "report.json").read_text())
     except (OSError, ValueError):
         return None
-    if not isinstance(found, dict) or found.get("fingerprint") != this:
+    then = found.get("fingerprint") if isinstance(found, dict) else None
+    if then != this:
+        if then and isinstance(then, dict) and not overwrite and not (partial_folder(out) / "run.json").exists():
+            check_same(out, then, this)
         return None
     if not (partial_folder(out) / "model").exists():  # left by a process that ended just before it would have removed it
         shutil.rmtree(partial_folder(out), ignore_errors=True)
