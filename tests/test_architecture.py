@@ -64,11 +64,12 @@ def test_an_unknown_architecture_is_told_what_a_descriptor_needs():
 
 def test_a_descriptor_of_ones_own(monkeypatch):
     monkeypatch.setattr("sparsekit.structured.architecture.ARCHITECTURES", dict(ARCHITECTURES))
-    model = build("bloom")  # its queries, keys and values lie as GPT-NeoX's do
-    mine = replace(
-        ARCHITECTURES["gpt_neox"], model_types=("bloom",), blocks_at="h", attention_at="self_attention", head_width="head_dim"
+    mine = register(
+        replace(
+            ARCHITECTURES["gpt_neox"], model_types=("bloom",), blocks_at="h", attention_at="self_attention", head_width="head_dim"
+        )
     )
-    register(mine)
+    model = build("bloom")  # its queries, keys and values lie as GPT-NeoX's do
     assert architecture_of(model) is mine
     assert mine.shape(mine.blocks(model)[0]) == BlockShape(4, 4, 8, 128, None)
 
