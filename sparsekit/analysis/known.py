@@ -17,9 +17,12 @@ from ..errors import SparsekitError
 from ..inspection import inspect
 from ..plan import DENSE, FILE, Plan
 from ..report import PruneReport
+from .patient import Check, read_checks
+from .sensitivity import Sensitivity
 
 # What stands beside report.json where the commands were told to put it there: the default of each option.
-SENSITIVITY, FORECAST, EVALUATION, DENSE_EVALUATION = "sensitivity.json", "forecast.json", "eval.json", "eval-dense.json"
+SENSITIVITY, FORECAST, DOCTOR = "sensitivity.json", "forecast.json", "doctor.json"
+EVALUATION, DENSE_EVALUATION = "eval.json", "eval-dense.json"
 
 
 @dataclass
@@ -33,10 +36,11 @@ class Known:
     report: PruneReport | None
     held: dict[str, Any]
     plan: dict[str, tuple[str, float]] | None = None
-    sensitivity: dict[str, Any] | None = None
+    sensitivity: Sensitivity | None = None
     forecast: dict[str, Any] | None = None
     evaluation: dict[str, Any] | None = None
     dense_evaluation: dict[str, Any] | None = None
+    checks: list[Check] | None = None
     speeds: dict[tuple[str, int, int], dict[int, float]] = field(default_factory=dict)
     machine: str = ""
 
@@ -69,6 +73,7 @@ def read(
     forecast: str | Path | None = None,
     evaluation: str | Path | None = None,
     dense_evaluation: str | Path | None = None,
+    doctor: str | Path | None = None,
 ) -> Known:
     """All that is known of a pruned folder; arguments and errors are those of ``make_page``."""
     folder = check_model_folder(folder)
@@ -82,19 +87,23 @@ def read(
     beside = {
         name: _beside(folder, given, name)
         for given, name in (
-            (sensitivity, SENSITIVITY),
             (forecast, FORECAST),
             (evaluation, EVALUATION),
             (dense_evaluation, DENSE_EVALUATION),
+            (doctor, DOCTOR),
         )
     }
     for given, name in ((evaluation, EVALUATION), (dense_evaluation, DENSE_EVALUATION)):
         found = beside[name]
         if found is not None and not isinstance(found.get("perplexity"), int | float):
             raise SparsekitError(f"{given or folder / name} must be what sparsekit eval --json prints, and has no perplexity")
+    path = Path(sensitivity or folder / SENSITIVITY)
+    losses = Sensitivity.load(path) if sensitivity or path.is_file() else None
+    checks = beside.pop(DOCTOR)
+    checks = None if checks is None else read_checks(checks, Path(doctor or folder / DOCTOR))
     held = inspect(folder)
     machine, speeds = measured_speeds(resolve_device("auto"))
-    return Known(folder.resolve().name, raw, report, held, _plan(folder), *beside.values(), speeds, machine)
+    return Known(folder.resolve().name, raw, report, held, _plan(folder), losses, *beside.values(), checks, speeds, machine)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -3,46 +3,60 @@
 from __future__ import annotations
 
 from .charts import bars, lines, ranges
+from .curves import Curve
 from .html import Html, change, faster, join, number, plural, share, size, tag
 from .known import Known, split_name
+from .patient import FINDING, OK
 from .tables import plain, table
 
-MOST_LINES, MOST_PANELS = 20, 12  # of a list of bars; of curves
+MOST_LINES, MOST_PANELS, MOST_CURVES = 20, 12, 128  # of a list of bars; of curves; in one of those
+
+
+def findings(known: Known) -> Html | None:
+    if known.checks is None:
+        return None
+    items = []
+    for check in sorted(known.checks, key=lambda check: (check.result != FINDING, check.result != OK)):
+        mark = check.severity or check.result
+        head = tag("p", tag("b", mark, class_=mark.replace(" ", "-")), f"{check.tree}: {check.name}")
+        said = tag("p", f"Checked {check.checked}: {check.found}.", class_="note")
+        items.append(tag("li", head, said, tag("p", f"To do: {check.do}.") if check.do else None))
+    return tag("ul", *items, class_="checks")
 
 
 def sensitivity(known: Known) -> Html | None:
     found = known.sensitivity
-    if not found:
+    if found is None:
         return None
-    parts, curves = [], found.get("curves") or []
-    blocks = known.blocks
-    if curves:
-        by_role: dict[str, list[dict]] = {}
-        for curve in curves:
-            by_role.setdefault(split_name(curve["name"], blocks)[1], []).append(curve)
-        highest, panels = max(max(curve["errors"], default=0) for curve in curves), []
-        for role, held in list(by_role.items())[:12]:
-            series = [
-                (curve["errors"], 2 + round(6 * i / max(len(held) - 1, 1)), _curve(curve)) for i, curve in enumerate(held[:200])
-            ]
-            panels.append(lines(series, held[0]["levels"], highest, f"Output error of {role} by level of sparsity", role))
-        caption = "Output error after the update at each level, a line for each matrix; the darker, the later its block."
-        left = [f"{len(by_role) - 12} more kinds of matrices are in sensitivity.json."] if len(by_role) > 12 else []
-        parts += [tag("figure", tag("div", *panels, class_="panels"), tag("figcaption", caption, *left))]
-    if losses := found.get("losses"):
-        dense = found.get("dense_loss")
-        ordered = sorted(losses, key=lambda row: -row["loss"])[:MOST_LINES]
-        shown = [(row["name"], max(row["loss"] - (dense or 0), 0), row) for row in ordered]
-        rows = [(name, [(more, "fill", f"at {row['level']}")], f"{row['loss']:.4f} at {row['level']}") for name, more, row in shown]
-        head = "Loss with one alone pruned" + (f", over {dense:.4f} of the dense model" if dense is not None else "")
-        parts += [tag("h3", head), bars(rows)]
-    if (rank := found.get("spearman")) is not None:
-        parts.append(tag("p", f"Rank correlation (Spearman) of the measured losses with the layers' errors: {rank:.2f}."))
+    parts = [_curves(found.curves, known.blocks)] if found.curves else []
+    if found.losses:
+        worst = sorted(found.losses, key=lambda row: -row.loss)[:MOST_LINES]
+        base = found.dense_loss or 0.0
+        rows = [(row.name, [(max(row.loss - base, 0), "fill", "")], f"{row.loss:.4f} at {row.level}") for row in worst]
+        parts += [tag("h3", f"Loss with one alone pruned, over {base:.4f} of the dense model"), bars(rows)]
+    if found.spearman is not None:
+        parts.append(tag("p", f"Rank correlation (Spearman) of the measured losses with the layers' errors: {found.spearman:.2f}."))
     return join(parts)
 
 
-def _curve(curve: dict) -> str:
-    return curve["name"] + "".join(f"\n{level}: {share(error, 2)}" for level, error in zip(curve["levels"], curve["errors"]))
+def _curves(curves: list[Curve], blocks: list[str]) -> Html:
+    """A panel for each kind of matrix."""
+    kinds: dict[str, list[Curve]] = {}
+    for curve in curves:
+        kinds.setdefault(split_name(curve.name, blocks)[1], []).append(curve)
+    highest, panels = max(max(curve.errors, default=0) for curve in curves), []
+    for kind, held in list(kinds.items())[:MOST_PANELS]:
+        shown = held[:: -(-len(held) // MOST_CURVES)]
+        series = [(curve.errors, 2 + round(6 * i / max(len(shown) - 1, 1)), _levels(curve)) for i, curve in enumerate(shown)]
+        panels.append(lines(series, held[0].levels, highest, f"Output error of {kind} by level of sparsity", kind))
+    caption = "Output error after the update at each level, a line for each matrix; the farther from the page's colour, the later."
+    if len(kinds) > MOST_PANELS:
+        caption += f" {len(kinds) - MOST_PANELS} more kinds of matrices are in sensitivity.json."
+    return tag("figure", tag("div", *panels, class_="panels"), tag("figcaption", caption))
+
+
+def _levels(curve: Curve) -> str:
+    return curve.name + "".join(f"\n{level}: {share(error, 2)}" for level, error in zip(curve.levels, curve.errors))
 
 
 def forecast(known: Known) -> Html | None:

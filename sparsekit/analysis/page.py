@@ -13,25 +13,26 @@ from ..checkpoint.writing import write_whole
 from ..errors import SparsekitError
 from . import measured, sections
 from .html import Html, join, tag
-from .known import FORECAST, SENSITIVITY, Known, read
+from .known import FORECAST, Known, read
 
 PAGE = "report.html"
 
-# Key, title, what makes it, and the file of another command's whose fault it is where that fails.
-_SECTIONS: tuple[tuple[str, str, Callable[[Known], Html | None], str | None], ...] = (
-    ("summary", "Summary", sections.summary, None),
-    ("structured", "What was taken out whole", sections.structured, None),
-    ("quality", "Perplexity", measured.quality, None),
-    ("errors", "Error by layer", sections.errors, None),
-    ("allocation", "Sparsity by layer", sections.allocation, None),
-    ("sensitivity", "Sensitivity", measured.sensitivity, SENSITIVITY),
-    ("forecast", "Forecast", measured.forecast, FORECAST),
-    ("size", "Size", sections.sizes, None),
-    ("speed", "Speed", sections.speed, None),
-    ("time", "Where the time went", sections.times, None),
-    ("matrices", "Every matrix", sections.matrices, None),
-    ("skipped", "Not pruned", sections.skipped, None),
-    ("run", "The run", sections.run, None),
+# Key, title, and what makes it.
+_SECTIONS: tuple[tuple[str, str, Callable[[Known], Html | None]], ...] = (
+    ("summary", "Summary", sections.summary),
+    ("findings", "What the doctor found", measured.findings),
+    ("structured", "What was taken out whole", sections.structured),
+    ("quality", "Perplexity", measured.quality),
+    ("errors", "Error by layer", sections.errors),
+    ("allocation", "Sparsity by layer", sections.allocation),
+    ("sensitivity", "Sensitivity", measured.sensitivity),
+    ("forecast", "Forecast", measured.forecast),
+    ("size", "Size", sections.sizes),
+    ("speed", "Speed", sections.speed),
+    ("time", "Where the time went", sections.times),
+    ("matrices", "Every matrix", sections.matrices),
+    ("skipped", "Not pruned", sections.skipped),
+    ("run", "The run", sections.run),
 )
 
 
@@ -52,22 +53,23 @@ def make_page(
     forecast: str | Path | None = None,
     evaluation: str | Path | None = None,
     dense_evaluation: str | Path | None = None,
+    doctor: str | Path | None = None,
 ) -> str:
     """The HTML of a pruned folder: of its report.json, its weights, its plan.yaml, and of what other commands wrote as JSON.
 
-    sensitivity, forecast: of ``sparsekit sensitivity`` and ``forecast``; evaluation, dense_evaluation: of ``sparsekit eval --json``
-    on this model and on the dense one. Each is by default the file of that name beside report.json, where there is one.
+    sensitivity, forecast, doctor: of ``sparsekit sensitivity``, ``forecast`` and ``doctor --json``; evaluation, dense_evaluation:
+    of ``sparsekit eval --json`` on this model and on the dense one. Each is by default the file of that name beside report.json.
     Raises SparsekitError where the folder is no model or has no report.json, and for a file that is not what it should be."""
-    known = read(folder, sensitivity, forecast, evaluation, dense_evaluation)
+    known = read(folder, sensitivity, forecast, evaluation, dense_evaluation, doctor)
     shown = []
-    for key, title, make, source in _SECTIONS:
+    for key, title, make in _SECTIONS:
         try:
             made = make(known)
         except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-            if source is None:
+            if make is not measured.forecast:  # all else has been looked at when it was read
                 raise
-            path = {SENSITIVITY: sensitivity, FORECAST: forecast}[source] or Path(folder, source)
-            raise SparsekitError(f"{path} must be what sparsekit {key} writes, and cannot be read as that: {error!r}") from error
+            path = forecast or Path(folder, FORECAST)
+            raise SparsekitError(f"{path} must be what sparsekit forecast writes, got {error!r}") from error
         if made is not None:
             shown.append((key, title, made))
     return _assemble(known, shown)
