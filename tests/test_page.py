@@ -293,7 +293,7 @@ def test_a_folder_without_a_report(tmp_path):
         ("report.json", '{"linears": []}', "report.json must be the report of a pruning by this version of sparsekit"),
         ("eval.json", '{"tokens": 3}', "eval.json must be what sparsekit eval --json prints, and has no perplexity"),
         ("eval-dense.json", "{}", "eval-dense.json must be what sparsekit eval"),
-        ("sensitivity.json", '{"curves": [{"levels": []}]}', "sensitivity.json must be what sparsekit sensitivity writes"),
+        ("sensitivity.json", '{"curves": [{"levels": []}]}', "sensitivity.json must be what sparsekit sensitivity wrote"),
         ("forecast.json", '{"rows": [{}]}', "forecast.json must be what sparsekit forecast writes"),
         ("plan.yaml", "linears: 3", 'a plan must hold "linears"'),
     ],
