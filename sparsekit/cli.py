@@ -75,7 +75,8 @@ def prune(
     json_out: Json = False,
 ) -> None:
     """Prune a model, check that every linear holds the pattern, and write it."""
-    from . import checkpoint, data, pipeline
+    from . import checkpoint, data, evaluate, pipeline
+    from .pipeline import memory
     from .plan import Plan, parse, patterns_in
     from .pruners import method_named
 
@@ -101,6 +102,9 @@ def prune(
         dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
         tokenizer, batches = checkpoint.load_tokenizer(model_dir), ()
         if calib:
+            if calib == data.SELF and max_memory is not None:
+                tokens = min(samples, evaluate.TEXTS) * length
+                memory.check_whole(memory.parse_size(max_memory), model_dir, dtype, world.device, tokens)
             how = dict(device=world.device, dtype=dtype, shown=world.leads)
             batches = calibration(model_dir, tokenizer, calib, calib_field, samples, length, seed, **how)
         how = dict(

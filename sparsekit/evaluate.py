@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from .data import check_sampling, check_vocabulary, context_length, evaluation_windows
 from .errors import SparsekitError
 
+TEXTS = 4  # that own_text writes at a time
+
 
 @contextmanager
 def eval_mode(model: nn.Module) -> Iterator[None]:
@@ -121,7 +123,7 @@ def own_text(
     samples: int,
     seq_len: int,
     seed: int = 0,
-    batch: int = 4,
+    batch: int = TEXTS,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[Tensor]:
     """Text that the model writes itself, to calibrate on: ``samples`` sequences of seq_len tokens, as batches (<= batch, seq_len).

@@ -6,17 +6,22 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from models import build, token_batches
+from safetensors.torch import load_file
+from typer.testing import CliRunner
 
 import sparsekit
 from sparsekit import SparsekitError, prune_folder
+from sparsekit.cli import app
+from sparsekit.pipeline import find_blocks, memory
 from sparsekit.pipeline import folder as folders
-from sparsekit.pipeline import memory
 from sparsekit.pipeline.memory import parse_size, shown_size
 from sparsekit.pipeline.store import OnDisk
+from sparsekit.pipeline.stream import Stream
 
 MIB = 1 << 20
 
@@ -104,6 +109,55 @@ def test_a_limit_too_small_says_how_much_is_needed(method, tmp_path, monkeypatch
     assert os.listdir(tmp_path) == ["model"]
     enough = re.search(r"at least (\S+),", str(error.value))[1]
     prune_folder(tmp_path / "model", tmp_path / "out", batches, method, device="cpu", max_memory=enough)
+
+
+RAGGED = [(3, 16, 0), (3, 16, 0), (2, 24, 0), (3, 16, 5), (3, 16, 6), (1, 40, 7)]  # rows, tokens, padding
+
+
+def ragged(rows: int, tokens: int, padding: int) -> dict[str, torch.Tensor]:
+    mask = torch.ones(rows, tokens, dtype=torch.long)
+    mask[0, :padding] = 0
+    return {"input_ids": token_batches((rows, tokens))[0], "attention_mask": mask}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_masks_and_positions_of_ragged_batches_are_counted(name, attention, tmp_path):
+    """What the blocks are called with, held once for batches alike, is what was reckoned or less, and no small part of it."""
+    model = build(name)
+    model.set_attn_implementation(attention)
+    batches = [ragged(*one) for one in RAGGED]
+    stream = Stream(model, find_blocks(model), batches)
+    held: dict[int, int] = {}
+
+    def look(value) -> None:
+        if isinstance(value, torch.Tensor):
+            held[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, (list, tuple)):
+            [look(one) for one in value]
+        elif isinstance(value, dict):
+            [look(one) for one in value.values()]
+
+    look(stream.calls)
+    lazy = SimpleNamespace(model=model, dtype=torch.float32)
+    reckoned = memory._arguments(lazy, batches)
+    assert sum(held.values()) <= reckoned <= 6 * sum(held.values())
+    assert memory._arguments(lazy, batches[:1]) == memory._arguments(lazy, batches[:2]) < reckoned
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_text_of_its_own_takes_the_whole_model(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "taken", lambda: 0)
+    kjv = Path(__file__).parent / "data" / "kjv1m"
+    command = ["prune", str(kjv), "--out", str(tmp_path / "out"), "--calib", "self", "--samples", "2", "--seq-len", "16"]
+    done = CliRunner().invoke(app, [*command, "--device", device, "--max-memory", "100KB"])
+    assert done.exit_code == 2 and not any(tmp_path.iterdir())
+    if device == "cpu":
+        assert "for the whole model that writes the text and" in done.stderr and "; calibrate on a text" in done.stderr
+        parameters = sum(t.numel() for path in kjv.glob("*.safetensors") for t in load_file(path).values())
+        assert parse_size(re.search(r"at least (\S+),", done.stderr)[1]) >= 4 * parameters
+    done = CliRunner().invoke(app, [*command, "--device", device, "--max-memory", "lots"])
+    assert done.exit_code == 2 and "got 'lots'" in done.stderr
 
 
 def test_an_offload_folder_of_no_use_is_refused(tmp_path):

@@ -16,7 +16,7 @@ from ..criteria import Gram
 from ..errors import SparsekitError, listed
 from ..pruners import Pruner, by_gradient
 from ..timing import peak_memory
-from .blocks import Target
+from .blocks import Target, find_blocks
 from .store import OnDisk
 
 _UNITS = {f"{prefix}{'iB' if base == 1024 else 'B'}": base**i for base in (1000, 1024) for i, prefix in enumerate("KMGT", 1)}
@@ -67,6 +67,7 @@ def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequen
                 "a factor": 9 * 4 * columns**2 * host * (kind.gathers is Gram),
                 "a weight at work": 4 * 4 * max((n * k for n, k in shapes), default=0) * host,
                 "a batch at work": tokens * (_width(lazy) * 2 + widest * 5) * max(lazy.dtype.itemsize, 4) * host,
+                "masks and positions": _arguments(lazy, batches) * host if kind.gathers else 0,
             }
         )
     largest = max(found, key=lambda block: sum(block.values()))
@@ -100,14 +101,49 @@ def store_within(
     """Where hidden states wait, so that the process holds ``limit`` bytes at most: on disk in ``offload``, or in memory (None).
 
     Raises SparsekitError, saying how much is needed, where one block alone takes more."""
-    parts = {"the program": taken(), **needed(lazy, targets, batches, kind)}
-    need = sum(parts.values())
-    if need > limit:
-        what = listed(f"{shown_size(size)} for {name}" for name, size in parts.items() if size)
-        raise SparsekitError(f"--max-memory must be at least {shown_size(need)}, got {shown_size(limit)}: it takes {what}")
+    need = _within(limit, needed(lazy, targets, batches, kind))
     streams = kind.gathers and not by_gradient(kind)
     hidden = sum(_tokens(batch) for batch in batches) * _width(lazy) * lazy.dtype.itemsize if streams else 0
     return OnDisk(offload) if need + hidden > limit else None
+
+
+def check_whole(limit: int, folder: Path, dtype: torch.dtype | str, device: torch.device, tokens: int) -> None:
+    """Raises SparsekitError, saying how much is needed, where a process of ``limit`` bytes cannot load the whole model of the
+    folder and write ``tokens`` tokens at a time with it. On a GPU it holds a part at a time."""
+    lazy = LazyModel(folder, find_blocks, dtype, device)
+    parts = [*range(len(lazy.blocks)), *lazy.outside]
+    if device.type != "cpu":
+        _within(limit, {"the largest part of the model": max(lazy.nbytes(part, stored=True) for part in parts)})
+        return
+    keys_and_values = 2 * len(lazy.blocks) * tokens * _width(lazy) * lazy.dtype.itemsize
+    found = {"the whole model that writes the text": sum(map(lazy.nbytes, parts)), "its keys and values": keys_and_values}
+    _within(limit, found, "; calibrate on a text, which needs a block at a time")
+
+
+def _within(limit: int, parts: dict[str, int], instead: str = "") -> int:
+    """Bytes of the parts and of what the process holds now. Raises SparsekitError where they exceed the limit."""
+    parts = {"the program": taken(), **parts}
+    need = sum(parts.values())
+    if need > limit:
+        what = listed(f"{shown_size(size)} for {name}" for name, size in parts.items() if size)
+        raise SparsekitError(f"--max-memory must be at least {shown_size(need)}, got {shown_size(limit)}: it takes {what}{instead}")
+    return need
+
+
+def _arguments(lazy: LazyModel, batches: Sequence[Any]) -> int:
+    """Bytes at most of the masks and position embeddings that blocks are called with: one for all batches alike, or one for each
+    that is padded."""
+    config, found, met = lazy.model.config.get_text_config(), 0, set()
+    kinds = len(set(getattr(config, "layer_types", None) or [None]))
+    head = getattr(config, "head_dim", None) or _width(lazy) // config.num_attention_heads
+    for batch in batches:
+        mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
+        padded, rows, length = mask is not None and not mask.bool().all(), _tokens(batch) // max(_length(batch), 1), _length(batch)
+        if padded or (rows, length) not in met:
+            met.add((rows, length))
+            square = rows * length**2 * (1 if config._attn_implementation == "sdpa" else lazy.dtype.itemsize)
+            found += kinds * (square + 2 * length * head * max(lazy.dtype.itemsize, 4))
+    return found
 
 
 def _width(lazy: LazyModel) -> int:
