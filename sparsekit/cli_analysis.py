@@ -9,8 +9,17 @@ from typing import Annotated
 
 import typer
 
-from .console import Device, DType, Json, SeqLen, command, compute_dtype, progress_bar, sequence_length
+from .console import Device, DType, Json, SeqLen, calibration, command, compute_dtype, progress_bar, sequence_length, show
 from .errors import SparsekitError
+
+Calib = Annotated[str | None, typer.Option(help="What to calibrate on, as for `sparsekit prune`.")]
+CalibField = Annotated[str | None, typer.Option(help='Where the texts of a .jsonl file are; "text" by default.')]
+Samples = Annotated[int, typer.Option(help="Sequences to calibrate on.")]
+Seed = Annotated[int, typer.Option(help="Chooses the sequences.")]
+LEVELS = "10%,20%,30%,40%,50%,4:8,2:4,60%,70%,80%,90%"
+Stream = Annotated[
+    bool, typer.Option("--stream", help="Read the model block by block, where it does not fit in memory: no gradients.")
+]
 
 
 @command(after="; nothing was written")
@@ -100,3 +109,141 @@ def doctor(
             if check.do:
                 print(f"            do: {check.do}")
     print(summarise(checks))
+
+
+@command(after="; nothing was written")
+def sensitivity(
+    model_dir: Annotated[Path, typer.Argument(help="A dense model folder.")],
+    calib: Calib = None,
+    out: Annotated[Path, typer.Option(help="The JSON file to write.")] = Path("sensitivity.json"),
+    eval: Annotated[Path | None, typer.Option(help="A UTF-8 text to measure losses on.")] = None,
+    unit: Annotated[
+        str | None, typer.Option(help="What is pruned alone for a loss: linear, block or none; by default linear, where --eval is.")
+    ] = None,
+    levels: Annotated[str, typer.Option(help="The patterns to measure errors at.")] = LEVELS,
+    loss_levels: Annotated[str, typer.Option(help="The patterns to measure losses at.")] = "60%",
+    max_tokens: Annotated[int | None, typer.Option(help="Read no more than this many tokens of the --eval text.")] = None,
+    calib_field: CalibField = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    stream: Stream = False,
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """What pruning each linear alone costs: the error of its outputs at many levels, and the model's loss."""
+    from . import checkpoint, data
+    from .analysis import measure_sensitivity
+    from .analysis.curves import read_levels
+    from .analysis.sensitivity import check_unit
+
+    unit = ("linear" if eval else "none") if unit is None else unit
+    asked = [read_levels(_split(text)) for text in (levels, loss_levels)]
+    if unit != "none":
+        check_unit(unit)
+    if (unit != "none") != (eval is not None):
+        raise SparsekitError(f"losses need an --eval text and a --unit, linear or block, got --eval {eval} and --unit {unit}")
+    if stream and eval:
+        raise SparsekitError("losses need the whole model in memory, got --eval with --stream; leave one of them out")
+    checkpoint.check_new_file(out)
+    tokenizer, batches, length = _batches(model_dir, calib, calib_field, samples, seq_len, seed, device)
+    how = dict(device=device, dtype=compute_dtype("auto", device))
+    if eval:
+        tokens = data.read_tokens(eval, tokenizer)
+        data.evaluation_windows(tokens, length, max_tokens)  # refuses a short text before the model is read
+        how |= dict(evaluation=tokens, seq_len=length, max_tokens=max_tokens, unit=unit, loss_levels=asked[1])
+    model = model_dir if stream else checkpoint.load(model_dir, device=device, dtype=how["dtype"])
+    with progress_bar("sensitivity") as progress:
+        found = measure_sensitivity(model, batches, asked[0], **how, progress=progress)
+    found.save(out)
+    if json_out:
+        print(json.dumps({"out": str(out), **found.to_dict()}))
+        return
+    rows = []
+    for curve in found.curves:
+        weight = f"{found.weights[curve.name]:.4g}" if found.weights else ""
+        rows.append((curve.name, "x".join(map(str, curve.shape)), weight, *(f"{error:.4f}" for error in curve.errors)))
+    show(f"{out}: error of the outputs", ("linear", "shape", "weight", *found.curves[0].levels), rows)
+    if found.losses:
+        rows = [(one.name, one.level, f"{one.loss:.4f}", f"{one.loss - found.dense_loss:+.4f}") for one in found.losses]
+        show(f"loss (dense {found.dense_loss:.4f}) with one {unit} pruned alone", (unit, "level", "loss", "change"), rows)
+        rho = "none" if found.spearman is None else f"{found.spearman:.3f}"
+        print(f"rank correlation of the losses with the errors of the outputs: {rho}")
+
+
+@command(after="; nothing was written")
+def plan(
+    model_dir: Annotated[Path, typer.Argument(help="A dense model folder.")],
+    target: Annotated[str, typer.Option(help='The share of all weights to remove, "60%"; by latency the speed-up, "1.2x".')],
+    calib: Calib = None,
+    out: Annotated[Path, typer.Option(help="The plan to write, for `sparsekit prune --plan`.")] = Path("plan.yaml"),
+    by: Annotated[str, typer.Option(help="curves, owl, choices or latency.")] = "curves",
+    unit: Annotated[str, typer.Option(help="What gets a share of its own: linear or block; by owl always a block.")] = "linear",
+    low: Annotated[str | None, typer.Option("--min", help="No linear loses a smaller share.")] = None,
+    high: Annotated[
+        str | None, typer.Option("--max", help="No linear loses a larger share; by default halfway from the target to all.")
+    ] = None,
+    choices: Annotated[
+        str | None, typer.Option(help='The patterns to choose from, by default "dense,4:8,2:4", by latency "dense,2:4".')
+    ] = None,
+    weigh: Annotated[
+        str | None, typer.Option(help="What errors are weighed with: gradient (the default), loss or, with --stream, size.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="What `sparsekit sensitivity` wrote of this model, to measure less.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Tokens of the products that are to be fast, by latency.")] = 1,
+    calib_field: CalibField = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    seed: Seed = 0,
+    stream: Stream = False,
+    device: Device = "auto",
+    json_out: Json = False,
+) -> None:
+    """Decide which linear is pruned how far: a plan that a person can edit and `sparsekit prune --plan` follows."""
+    from . import checkpoint
+    from .analysis import Sensitivity, make_plan
+    from .analysis.planning import check_ways
+
+    if by == "owl":
+        unit = "block"
+    bounds = dict(low=low or 0.0, high=high, choices=None if choices is None else _split(choices))
+    check_ways(target, by, unit, weigh, **bounds)
+    checkpoint.check_new_file(out)
+    known = Sensitivity.load(sensitivity) if sensitivity else None
+    batches: list = []
+    if calib or not known or by == "owl":
+        _, batches, _ = _batches(model_dir, calib, calib_field, samples, seq_len, seed, device)
+    where = dict(device=device, dtype=compute_dtype("auto", device))
+    lazily = stream or by == "owl" or (known is not None and (weigh in ("size", "loss") or bool(known.weights)))
+    model = checkpoint.check_model_folder(model_dir) if lazily else checkpoint.load(model_dir, **where)
+    how = dict(unit=unit, weigh=weigh, sensitivity=known, tokens=batch, **bounds, **where)
+    with progress_bar(f"plan by {by}") as progress:
+        made = make_plan(model, batches, target, by, **how, progress=progress)
+    checkpoint.write_whole(out, made.save)
+    if json_out:
+        print(json.dumps({"out": str(out), "sparsity": made.sparsity, **made.to_dict()}))
+        return
+    rows = [(name, "x".join(map(str, made.shapes[name])), str(pattern or "dense")) for name, pattern in made.patterns.items()]
+    show(f"{out}: {made}", ("linear", "shape", "pattern"), rows)
+    print(", ".join(f"{name} {value}" for name, value in made.made.items()))
+
+
+def _split(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _batches(
+    folder: Path, calib: str | None, field: str | None, samples: int, seq_len: int | None, seed: int, device: str
+) -> tuple:
+    """The folder's tokenizer, the calibration batches, and the length of a sequence."""
+    from . import checkpoint
+
+    checkpoint.check_model_folder(folder)
+    if calib is None:
+        raise SparsekitError("--calib must name a text to calibrate on")
+    length, tokenizer = sequence_length(seq_len, folder), checkpoint.load_tokenizer(folder)
+    where = dict(device=device, dtype=compute_dtype("auto", device))
+    return tokenizer, calibration(folder, tokenizer, calib, field, samples, length, seed, **where), length

@@ -3,10 +3,12 @@
 from .allocation import allocate, allocate_choices, allocate_latency
 from .curves import Curve, error_curves
 from .owl import Outliers, allocate_owl, outlier_shares
+from .planning import make_plan
 from .sensitivity import Loss, Sensitivity, loss_weights, losses_alone, measure_sensitivity, rank_correlation, spearman
 from .weights import gradient_weights
 
 __all__ = [
     "Curve", "Loss", "Outliers", "Sensitivity", "allocate", "allocate_choices", "allocate_latency", "allocate_owl", "error_curves",
-    "gradient_weights", "loss_weights", "losses_alone", "measure_sensitivity", "outlier_shares", "rank_correlation", "spearman",
+    "gradient_weights", "loss_weights", "losses_alone", "make_plan", "measure_sensitivity", "outlier_shares", "rank_correlation",
+    "spearman",
 ]  # fmt: skip

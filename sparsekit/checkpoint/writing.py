@@ -252,12 +252,25 @@ def save_file(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str]) 
             file.write(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
 
 
+def check_new_file(path: str | Path) -> Path:
+    """The path of a file that can be written. Raises SparsekitError where a folder stands there, or it would be in none."""
+    path = Path(path)
+    parent = path.absolute().parent
+    if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        raise SparsekitError(f"the output must be a file in a folder that is there and can be written, got {path}")
+    return path
+
+
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """The file appears when it is whole and on the disk."""
+    """The file appears when it is whole and on the disk, in place of one that is there; where that fails nothing is left of it."""
     part = path.with_name(f"{path.name}.part")
-    write(part)
-    sync(part)
-    part.rename(path)
+    try:
+        write(part)
+        sync(part)
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
     sync(path.parent)
 
 
