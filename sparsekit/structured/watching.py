@@ -31,7 +31,7 @@ def watch(
 
                 def look(_, args, see=see, mask=mask):
                     rows = args[0].reshape(-1, args[0].shape[-1])
-                    see(rows if mask is None else rows[mask])
+                    see(rows if mask is None else rows[mask.to(rows.device)])
 
                 stack.callback(linear.register_forward_pre_hook(look).remove)
             kwargs.pop("labels", None)
@@ -57,14 +57,16 @@ def gate_gradients(
             counts = counts & real[:, 1:] & real[:, :-1]
         if not (predicted := counts.sum(1)).all():
             raise SparsekitError("each calibration sample must predict a token, and one has fewer than two; give longer samples")
-        open_gates = {linear: torch.ones(len(ids), count, device=ids.device, requires_grad=True) for linear, count in gates.items()}
+        open_gates = {  # a model may lie on several devices
+            linear: torch.ones(len(ids), count, device=linear.weight.device, requires_grad=True) for linear, count in gates.items()
+        }
         with _gated(open_gates), _frozen(model), torch.enable_grad():
-            logits = model(*args, **kwargs).logits[:, :-1]
-            losses = F.cross_entropy(logits.float().flatten(0, 1), targets.masked_fill(~counts, 0).flatten(), reduction="none")
+            logits = model(*args, **kwargs).logits[:, :-1].float().flatten(0, 1).to(targets.device)
+            losses = F.cross_entropy(logits, targets.masked_fill(~counts, 0).flatten(), reduction="none")
             total = (losses * counts.flatten()).sum()  # the mean's share a token would underflow in 16 bits
             gradients = torch.autograd.grad(total, list(open_gates.values()))
         for held, gradient in zip(sums.values(), gradients):
-            held += (gradient / predicted[:, None]).abs().sum(0)
+            held += (gradient / predicted[:, None].to(gradient.device)).abs().sum(0)
         samples += len(ids)
     if not all(torch.isfinite(held).all() for held in sums.values()):
         raise SparsekitError("gradients of the loss must be finite, got NaN or Inf; load the model in another dtype")
