@@ -9,7 +9,7 @@ from models import build, token_batches
 from torch import nn
 
 from sparsekit import SparsekitError
-from sparsekit.structured import architecture_of, keep_experts, keep_heads, keep_neurons, settle_config, shape_model
+from sparsekit.structured import Architecture, architecture_of, keep_experts, keep_heads, keep_neurons, settle_config, shape_model
 from sparsekit.structured.entries import entries_of
 from sparsekit.structured.surgery import group_parameters, group_widths, neuron_parameters
 
@@ -129,6 +129,23 @@ def test_an_expert_that_no_token_is_given_to_leaves_no_trace(name, changes):
     settle_config(architecture, model)
     torch.testing.assert_close(logits(model), before, rtol=0, atol=TOLERANCE)
     assert model.config.num_experts == 4 and entries_of(model.config) is None
+
+
+def test_experts_that_are_modules_of_their_own():
+    # As transformers 4 has them, behind a linear as router.
+    block = nn.Module()
+    block.mlp = nn.Module()
+    block.mlp.experts = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+    block.mlp.gate, block.mlp.top_k = nn.Linear(4, 4), 2
+    held, rows = list(block.mlp.experts), block.mlp.gate.weight.detach().clone()
+    architecture = Architecture(("x",), experts="experts", router="gate")
+    keep_experts(architecture, block, [3, 1])
+    assert list(block.mlp.experts) == [held[1], held[3]] and architecture.shape(block).num_experts == 2
+    assert (
+        torch.equal(block.mlp.gate.weight, rows[[1, 3]]) and block.mlp.gate.bias.shape == (2,) and block.mlp.gate.out_features == 2
+    )
+    with pytest.raises(SparsekitError, match="must keep the 2 experts that each token is given to, got 1 to keep"):
+        keep_experts(architecture, block, [0])
 
 
 def test_dense_blocks_of_a_mixture_of_experts_lose_neurons():
