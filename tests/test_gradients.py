@@ -142,7 +142,7 @@ def test_a_folder_needs_room_for_the_whole_model_and_says_so(tmp_path, monkeypat
     "batches, says",
     [
         ((), "this method needs calibration batches, got none"),
-        (token_batches((2, 1)), "at least two tokens for the gradient criterion"),
+        (token_batches((2, 1)), "at least two tokens for gradients"),
         ([{"inputs_embeds": torch.zeros(1, 4, 32)}], "a batch without input_ids or labels"),
         ([torch.full((1, 4), 96)], "below the model's vocabulary of 96, got 96"),
     ],

@@ -68,7 +68,7 @@ def test_padding_is_not_predicted():
 
 
 @pytest.mark.parametrize(
-    "batches, says", [([], "needs calibration batches, got none"), (token_batches((3, 1)), "two tokens in a row to be predicted")]
+    "batches, says", [([], "needs calibration batches, got none"), (token_batches((3, 1)), "at least two tokens for gradients")]
 )
 def test_refused(batches, says):
     with pytest.raises(SparsekitError, match=says):
@@ -76,5 +76,5 @@ def test_refused(batches, says):
     model = build("llama")
     with torch.no_grad():
         model.lm_head.weight[5] = torch.inf
-    with pytest.raises(SparsekitError, match="loss of a batch must be finite"):
+    with pytest.raises(SparsekitError, match="loss of each calibration sequence must be finite"):
         gradient_weights(model, token_batches((2, 9)))

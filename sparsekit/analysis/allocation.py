@@ -12,8 +12,9 @@ from fractions import Fraction
 from typing import Any
 
 from ..errors import SparsekitError, listed
-from ..patterns import NM, Pattern, Unstructured
+from ..patterns import Pattern, Unstructured
 from ..plan import DENSE, Plan
+from .costs import holds_24
 from .curves import Curve
 from .solve import Point, apportion, between, choose, spend, value_at
 
@@ -146,13 +147,6 @@ def allocate_latency(
     spent = sum(nanoseconds[curve.shape][holds_24(plan.patterns[curve.name])] for curve in curves)
     told = {"speedup of the products": dense / spent, "microseconds": spent / 1e3, "dense microseconds": dense / 1e3}
     return Plan(plan.patterns, plan.shapes, method, {**plan.made, **told})
-
-
-def holds_24(pattern: Pattern | None) -> bool:
-    """Whether every weight of that pattern is a 2:4 weight, which the sparse kernels take."""
-    if not isinstance(pattern, NM):
-        return False
-    return (pattern.n <= 2 and pattern.m % 4 == 0) or (4 % pattern.m == 0 and 4 // pattern.m * pattern.n <= 2)
 
 
 # ---- what the allocations share ----

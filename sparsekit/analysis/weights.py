@@ -6,17 +6,16 @@ trace(F) |D|^2 / 2nk nats a token; one of relative squared error e, e trace(F) |
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import check_vocabulary
+from ..data import model_call
 from ..errors import SparsekitError
 from ..evaluate import eval_mode
-from ..pipeline.blocks import find_blocks, find_targets
+from ..pipeline.blocks import Target, find_blocks, find_targets
+from ..pipeline.gradients import gradients_given, next_token_loss
 
 
 def gradient_weights(
@@ -36,60 +35,21 @@ def gradient_weights(
     Raises SparsekitError for no batches, batches without two tokens in a row, and a loss that is not finite."""
     names = {module: name for name, module in model.named_modules()}
     targets = [t for group in find_targets(find_blocks(model) if blocks is None else blocks, names, tuple(skip)) for t in group]
-    held: dict[nn.Parameter, list] = {}
-    for target in targets:
-        held.setdefault(getattr(target.module, target.parameter), []).append(target)
-    squares, tokens = {target: torch.zeros((), dtype=torch.float64) for target in targets}, 0
-
-    def take(parameter: nn.Parameter) -> None:
-        for target in held[parameter]:
-            squares[target] += target.of(parameter.grad).float().square().sum().cpu()
-        parameter.grad = None
-
+    squares, tokens, device = dict.fromkeys(targets, 0.0), 0, next(model.parameters()).device
     batches = list(batches)
-    with eval_mode(model), _asking_for(model, set(held)), torch.enable_grad(), ExitStack() as stack:
-        for parameter in held:
-            stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+
+    def take(target: Target, gradient: Tensor) -> None:
+        squares[target] += gradient.float().square().sum(dtype=torch.float64).item()
+
+    with eval_mode(model), gradients_given(model, targets, take):
         for i, batch in enumerate(batches):
             if progress:
                 progress("gradients", i, len(batches))
-            loss, count = _summed_loss(model, batch)
+            _, arguments, _ = model_call(model, batch if isinstance(batch, Mapping) else {"input_ids": batch}, device)
+            loss, count, _ = next_token_loss(model, arguments)
             loss.backward()
             tokens += count
     if not tokens:
         raise SparsekitError("weighing errors needs calibration batches, got none")
-    trace = {target: square.item() / tokens for target, square in squares.items()}
-    return {t.name: trace[t] * t.weight.float().square().mean().item() / 2 if t.weight.numel() else 0.0 for t in targets}
-
-
-def _summed_loss(model: nn.Module, batch: Tensor | Mapping[str, Tensor]) -> tuple[Tensor, int]:
-    """The negative log-likelihood of every token that follows another, summed, and how many there are."""
-    device = next(model.parameters()).device
-    arguments = dict(batch) if isinstance(batch, Mapping) else {"input_ids": batch}
-    arguments = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in arguments.items() if name != "labels"}
-    ids, mask = arguments["input_ids"], arguments.get("attention_mask")
-    check_vocabulary(ids, model)
-    wanted = ids[:, 1:] if mask is None or mask.dim() != 2 else ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
-    count = int((wanted != -100).sum())
-    if not count:
-        raise SparsekitError("a batch must hold two tokens in a row to be predicted, got none")
-    logits = model(**{"use_cache": False, **arguments}).logits[:, :-1].float()
-    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
-    if not torch.isfinite(loss):
-        raise SparsekitError(f"the loss of a batch must be finite, got {loss.item():g}; check weights and text")
-    return loss, count
-
-
-@contextmanager
-def _asking_for(model: nn.Module, wanted: set[nn.Parameter]) -> Iterator[None]:
-    """Inside, gradients are asked for by the wanted parameters alone, and none is there."""
-    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
-    try:
-        for parameter, *_ in before:
-            parameter.grad = None
-            parameter.requires_grad_(parameter in wanted)
-        yield
-    finally:
-        for parameter, asked, gradient in before:
-            parameter.requires_grad_(asked)
-            parameter.grad = gradient
+    mean = {target: target.weight.float().square().mean().item() if target.weight.numel() else 0.0 for target in targets}
+    return {target.name: square / tokens * mean[target] / 2 for target, square in squares.items()}

@@ -31,20 +31,13 @@ def square_gradients(
     Raises SparsekitError for no batches, a sequence of fewer than two tokens, and a loss that is not finite."""
     device = next(model.parameters()).device if device is None else device
     found = {target: SquaredGradients(target.weight.shape, target.weight.device) for target in targets}
-    held: dict[nn.Parameter, list[Target]] = {}
-    for target in targets:
-        held.setdefault(getattr(target.module, target.parameter), []).append(target)
 
-    def take(parameter: nn.Parameter) -> None:
-        for target in held[parameter]:
-            if (part := target.of(parameter.grad)).any():
-                found[target].update(part)
-        parameter.grad = None
+    def take(target: Target, gradient: Tensor) -> None:
+        if gradient.any():
+            found[target].update(gradient)
 
     tokens = 0
-    with _asking_for(model, set(held)), torch.enable_grad(), ExitStack() as stack:
-        for parameter in held:
-            stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+    with gradients_given(model, targets, take):
         for sequence in _sequences(model, batches, device):
             loss, count = sequence_loss(model, sequence)
             loss.backward()
@@ -55,24 +48,52 @@ def square_gradients(
     return found, tokens
 
 
+@contextmanager
+def gradients_given(model: nn.Module, targets: Sequence[Target], take: Callable[[Target, Tensor], None]) -> Iterator[None]:
+    """Inside, each backward pass gives ``take`` the gradient (out_features, in_features) of each target, and keeps none: one
+    parameter's is held at a time. The model's own gradients and what asks for them are as before afterwards."""
+    held: dict[nn.Parameter, list[Target]] = {}
+    for target in targets:
+        held.setdefault(getattr(target.module, target.parameter), []).append(target)
+
+    def give(parameter: nn.Parameter) -> None:
+        for target in held[parameter]:
+            take(target, target.of(parameter.grad))
+        parameter.grad = None
+
+    with _asking_for(model, set(held)), torch.enable_grad(), ExitStack() as stack:
+        for parameter in held:
+            stack.callback(parameter.register_post_accumulate_grad_hook(give).remove)
+        yield
+
+
 def sequence_loss(model: nn.Module, sequence: Mapping[str, Any]) -> tuple[Tensor, int]:
     """The mean negative log-likelihood of the next token of one sequence, fp32, and the sequence's tokens.
 
     sequence: the model's keyword arguments, a row each; ``labels`` are what is predicted where they are given (-100: nothing). What
     attention_mask leaves out neither is nor helps to be."""
-    arguments = dict(sequence)
+    loss, count, tokens = next_token_loss(model, sequence)
+    return loss / count, tokens
+
+
+def next_token_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor, int, int]:
+    """The negative log-likelihood of every next token of a batch, summed, fp32; how many there are, and the batch's tokens. batch:
+    keyword arguments, labels and attention_mask as for ``sequence_loss``."""
+    arguments = dict(batch)
     mask = arguments.get("attention_mask")
     labels = arguments.pop("labels", arguments.get("input_ids"))
+    if labels is None:
+        raise SparsekitError("gradients need the tokens to predict, got a batch without input_ids or labels")
     tokens, wanted = labels.numel(), labels[:, 1:]
     if mask is not None and mask.dim() == 2:
         tokens, wanted = int(mask.count_nonzero()), wanted.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
-    if not (wanted != -100).any():
-        raise SparsekitError("each calibration sequence must hold at least two tokens for the gradient criterion, got fewer")
+    if not (count := int((wanted != -100).sum())):
+        raise SparsekitError("each calibration sequence must hold at least two tokens for gradients, got fewer")
     logits = model(**arguments, use_cache=False).logits[:, :-1].float()
-    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100)
+    loss = F.cross_entropy(logits.flatten(0, 1), wanted.flatten(), ignore_index=-100, reduction="sum")
     if not torch.isfinite(loss):
         raise SparsekitError(f"the loss of each calibration sequence must be finite, got {loss.item():g}; check weights and text")
-    return loss, tokens
+    return loss, count, tokens
 
 
 def _sequences(
