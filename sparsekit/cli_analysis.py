@@ -247,3 +247,89 @@ def _batches(
     length, tokenizer = sequence_length(seq_len, folder), checkpoint.load_tokenizer(folder)
     where = dict(device=device, dtype=compute_dtype("auto", device))
     return tokenizer, calibration(folder, tokenizer, calib, field, samples, length, seed, **where), length
+
+
+@command(after="; nothing was written")
+def forecast(
+    model_dir: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
+    text: Annotated[Path, typer.Option("--eval", help="The UTF-8 text to forecast the perplexity on.")],
+    calib: Calib = None,
+    pattern: Annotated[list[str] | None, typer.Option(help='Such as "2:4" or "50%"; may be repeated.')] = None,
+    plan: Annotated[list[Path] | None, typer.Option(help="A plan file; may be repeated.")] = None,
+    probes: Annotated[int, typer.Option(help="Prunings to do and evaluate, for the forecast to go by.")] = 6,
+    batch: Annotated[list[int] | None, typer.Option(help="Tokens that products take at once; 1, may be repeated.")] = None,
+    max_loss: Annotated[
+        float | None, typer.Option(help="Say what to choose, if the perplexity may rise by this share: 0.05 is 5 %.")
+    ] = None,
+    sensitivity: Annotated[
+        Path | None, typer.Option(help="What `sparsekit sensitivity` wrote of this model, to measure less.")
+    ] = None,
+    calib_field: CalibField = None,
+    samples: Samples = 128,
+    seq_len: SeqLen = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Evaluate on no more than this many tokens of the text.")] = None,
+    seed: Seed = 0,
+    skip: Annotated[
+        list[str] | None, typer.Option(help="A linear to leave alone, by name or shell pattern; may be repeated.")
+    ] = None,
+    device: Device = "auto",
+    out: Annotated[Path | None, typer.Option(help="A file to keep the forecast in, as JSON.")] = None,
+    json_out: Json = False,
+) -> None:
+    """What SparseGPT would make of a model: perplexity with an interval, bytes, and speed by what `bench --tune` measured here."""
+    from . import checkpoint, data
+    from .analysis import Sensitivity
+    from .analysis import forecast as analysis
+    from .checkpoint.writing import write_json
+    from .plan import Plan, parse
+
+    asked = [*map(parse, pattern or ()), *map(Plan.load, plan or ())] or list(map(parse, analysis.CANDIDATES))
+    batches = tuple(batch or (1,))
+    if max_loss is not None and len(batches) > 1:
+        raise SparsekitError(f"--max-loss chooses for one --batch, got {', '.join(map(str, batches))}")
+    known = None if sensitivity is None else Sensitivity.load(sensitivity)
+    if out is not None:
+        checkpoint.check_new_file(out)
+    tokenizer, shown, length = _batches(model_dir, calib, calib_field, samples, seq_len, seed, device)
+    how = dict(
+        seq_len=length,
+        max_tokens=max_tokens,
+        probes=probes,
+        seed=seed,
+        skip=skip or (),
+        sensitivity=known,
+        device=device,
+        dtype=compute_dtype("auto", device),
+    )
+    measured = data.read_tokens(text, tokenizer)
+    with progress_bar("forecast") as progress:
+        if max_loss is None:
+            found = told = analysis.forecast(model_dir, shown, measured, asked, batch=batches, **how, progress=progress)
+        else:
+            limit = dict(max_quality_loss=max_loss, batch=batches[0])
+            found = analysis.recommend(model_dir, shown, measured, candidates=asked, **limit, **how, progress=progress)
+            told = found.forecast
+    if out is not None:
+        checkpoint.write_whole(out, lambda part: write_json(part, found.to_dict()))
+    if json_out:
+        print(json.dumps(found.to_dict()))
+        return
+    lines = []
+    for row in told.rows:
+        speeds = ("not measured" if times is None else f"{times:.2f}" for times in row.speedup.values())
+        size = f"{row.bytes:,}", f"{row.bytes / row.dense_bytes:.4f}"
+        ends = f"{row.perplexity:.2f}", f"[{row.low:.2f}, {row.high:.2f}]"
+        lines.append((row.pattern, f"{row.sparsity:.1%}", *ends, *size, *speeds))
+    speeds = [f"speed at {tokens}" for tokens in batches]
+    title = f"{model_dir}: dense {told.dense_perplexity:.2f}, {told.tokens} tokens, {len(told.probes)} probes"
+    show(title, ("pattern", "sparsity", "perplexity", f"{told.level:.0%} within", "bytes", "of dense", *speeds), lines)
+    for row in told.rows:
+        print(f"{row.pattern}: {row.said}")
+    for row in told.published:
+        print(f"published of {row.model}, {row.method} {row.pattern}: {row.dense:.2f} -> {row.perplexity:.2f} ({row.source})")
+    if max_loss is not None:
+        print(f"recommended: {'nothing' if found.pattern is None else found.pattern}")
+        for reason in found.why:
+            print(f"  {reason}")
+        for name, reason in found.rejected.items():
+            print(f"  not {name}: {reason}")
