@@ -24,6 +24,7 @@ from sparsekit.analysis.regression import Line, student_quantile
 from sparsekit.plan import Plan
 from sparsekit.tune import Row
 
+RESULT = Path(__file__).resolve().parents[1] / "benchmarks/results/quality/forecast.json"
 CPU = torch.device("cpu")
 
 
@@ -250,6 +251,19 @@ def test_held_out_prunings_of_the_shipped_model():
     assert found["held_out"] == len(found["rows"]) == 12
     assert found["spearman"]["least"] > 0.9
     assert found["coverage"] >= 0.5  # 12 of 80 % each: fewer than 7 come once in 250 times
+
+
+def test_the_figures_that_are_kept():
+    kept = json.loads(RESULT.read_text())
+    assert kept["machine"]["date"] and kept["held_out"] == len(kept["rows"]) >= 50 and kept["seeds"] >= 10
+    assert kept["spearman"]["least"] > 0.9 and 0.7 <= kept["coverage"] <= 0.9
+    first, rows = kept["by_seed"][0], kept["rows"]
+    inside = [row["low"] <= row["measured"] <= row["high"] for row in rows]
+    assert sum(inside) / len(rows) == pytest.approx(first["coverage"], abs=1e-9)
+    by_forecast, by_truth = (sorted(range(len(rows)), key=lambda i: rows[i][what]) for what in ("perplexity", "measured"))
+    apart = sum((by_forecast.index(i) - by_truth.index(i)) ** 2 for i in range(len(rows)))
+    assert 1 - 6 * apart / (len(rows) ** 3 - len(rows)) == pytest.approx(first["spearman"], abs=1e-3)  # ties by rounding
+    assert kept["coverage"] == pytest.approx(sum(one["coverage"] for one in kept["by_seed"]) / kept["seeds"])
 
 
 @pytest.fixture(scope="module")
