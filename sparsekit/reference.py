@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .format import pack_nibbles, unpack_nibbles
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
 ACTIVATIONS = {
     None: lambda y: y,
     "relu": F.relu,
@@ -35,7 +37,7 @@ def compress24(w: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
 def expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
     """The dense weight (n, k) of values (n, kp/2) and meta (n, kp/8)."""
     kept = kept_columns(meta)
-    raw = (values.view(torch.uint8) if values.dtype.itemsize == 1 else values).reshape(kept.shape)
+    raw = values.view(_BITS[values.dtype.itemsize]).reshape(kept.shape)  # as numbers a NaN of 16 bits would lose its payload
     dense = torch.zeros(*kept.shape[:2], 4, dtype=raw.dtype, device=values.device).scatter_(-1, kept, raw)
     return dense.flatten(1)[:, :k].contiguous().view(values.dtype)
 
@@ -50,14 +52,16 @@ def prune_compress24(
 ) -> tuple[Tensor, Tensor]:
     """values, meta of a weight (n, k) of which two of every four columns are kept: by |w|, by scores or by a mask, each (n, k).
 
-    Raises ValueError at the first NaN of w or scores, and at the first group of which the mask keeps more than two."""
-    check_no_nan(op, "w", w, first_row)
+    Raises ValueError at the first row with a NaN in w or scores, and at the first group of which the mask keeps more than two."""
+    bad = torch.stack([torch.isnan(t.float()).any(1) for t in (w, scores) if t is not None]).any(0)
+    row = int(bad.nonzero()[0]) if bad.any() else 0
+    for name, t in (("w", w), ("scores", scores)):
+        if t is not None:
+            check_no_nan(op, name, t[row : row + 1], first_row + row)
     if mask is not None:
         on = groups_of_four(mask != 0)
         _check_at_most_two(f"{op}: mask must keep at most two of every four columns", on, w.shape[1], first_row)
         return pack(w.double().where(mask != 0, 0.0).to(w.dtype), highest(on.byte(), 2))
-    if scores is not None:
-        check_no_nan(op, "scores", scores, first_row)
     rank = w.double().abs() if scores is None else scores.double()
     return pack(w, highest(groups_of_four(rank, missing=-math.inf), 2))
 

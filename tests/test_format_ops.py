@@ -12,6 +12,7 @@ from definition24 import (
     NOTHING,
     SCORES,
     VIEWS,
+    as_bits,
     check,
     drop,
     equal,
@@ -375,6 +376,29 @@ def test_every_nan_is_found(dtype, pattern):
     for call in (ops.compress24, ops.prune24, lambda t: ops.mask_nm(t, 2, 4), lambda t: ops.mask_rows(t, 5)):
         with pytest.raises(ValueError, match="no NaN, got one in row 3, column 76"):
             call(w)
+
+
+@pytest.mark.parametrize("op", ["prune24", "prune_compress24"])
+def test_the_first_row_with_a_nan_is_named_whichever_has_it(op):
+    """The weight's where both have one there; the op and its reference say the same."""
+    w, scores = torch.ones(6, 16), torch.ones(6, 16)
+    w[4, 1] = scores[2, 9] = scores[4, 0] = float("nan")
+    for call in (getattr(ops, op), getattr(reference, op)):
+        with pytest.raises(ValueError, match=f"^{op}: scores must hold no NaN, got one in row 2, column 9"):
+            call(w, scores, None)
+        with pytest.raises(ValueError, match=f"^{op}: w must hold no NaN, got one in row 4, column 1"):
+            call(w, scores.nan_to_num(1.0).where(torch.arange(6)[:, None] != 4, float("nan")), None)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_expanding_keeps_every_bit(dtype):
+    """Of NaNs too, which validate24 does not look for."""
+    raw = torch.randint(0, 256, (64, 72 * dtype.itemsize), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
+    values = raw.view(dtype)
+    assert values.double().isnan().any() or dtype == torch.int8
+    meta = ops.prune_compress24(few_values((64, 144), torch.float32)).meta
+    for found in (ops.expand24(Sparse24(values, meta, (64, 144))), reference.expand24(values, meta, 144)):
+        assert torch.equal(reference.take24(as_bits(found), meta), as_bits(values))
 
 
 def test_the_weight_is_left_as_it_is():
