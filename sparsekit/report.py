@@ -9,7 +9,7 @@ from typing import Any
 @dataclass
 class LinearReport:
     """One pruned matrix. shape is (out_features, in_features); output_error, output_error_masked (before the update), loss, damping
-    and seconds (by phase) as in PruneResult.
+    and seconds (by phase) as in PruneResult, and "gram" of the one that gathers the statistics for all that share its input.
 
     statistics: what is known of its inputs, "own", or of an expert that saw too few tokens "layer", those of all experts, or
     "magnitude", none. tokens: how many it saw itself; of gradients, how many sequences reached it."""
@@ -33,7 +33,7 @@ class LinearReport:
 
 @dataclass
 class BlockReport:
-    """One block. seconds: by phase, but for those of its matrices: read, forward (twice: to observe, and to go on), gram, write.
+    """One block. seconds: by phase, but for those of its matrices: read, forward (twice: to observe, and to go on), write.
     peak_memory: the most bytes that the process had held when it was done, of the device's memory on a GPU."""
 
     name: str

@@ -6,7 +6,7 @@ import resource
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -22,12 +22,12 @@ class Phases:
         self._device, self._spans = device, []
 
     @contextmanager
-    def __call__(self, name: str) -> Iterator[None]:
+    def __call__(self, name: Hashable) -> Iterator[None]:
         begin = self._now()
         yield
         self._spans.append((name, begin, self._now()))
 
-    def seconds(self) -> dict[str, float]:
+    def seconds(self) -> dict[Hashable, float]:
         """Of each phase so far, in the order in which they first came."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)

@@ -2,6 +2,7 @@
 
 import copy
 import re
+import time
 
 import pytest
 import torch
@@ -264,6 +265,25 @@ def test_the_first_of_a_set_of_alike_runs_is_the_second():
         for linear in report["linears"]:
             linear.pop("seconds")
     assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
+def test_seconds_are_told_of_each_linear_by_phase(method, monkeypatch):
+    """The statistics are the work of the linear that gathers them for all that share its input; no time is counted twice."""
+    kind = METHODS[method]
+    observe = kind.observe
+    monkeypatch.setattr(kind, "observe", lambda *given: (time.sleep(0.03), observe(*given)))  # most of the time there is
+    begin = time.perf_counter()
+    report = prune(build("llama"), token_batches(*RAGGED), method)
+    spent = time.perf_counter() - begin
+    gather = {row.name.rpartition(".")[2] for row in report.linears if row.seconds.get("gram", 0) > 0}
+    assert gather == {"q_proj", "o_proj", "gate_proj", "down_proj"}
+    for row in report.linears:
+        assert row.seconds and min(row.seconds.values()) >= 0 and all(isinstance(phase, str) for phase in row.seconds)
+    for block in report.blocks:
+        assert block.seconds.keys() == {"read", "forward"} and block.seconds["forward"] > 0
+    assert report.phases["gram"] == pytest.approx(sum(row.seconds.get("gram", 0) for row in report.linears))
+    assert sum(report.phases.values()) <= spent
 
 
 def test_progress_names_each_block_and_ends_at_the_whole():

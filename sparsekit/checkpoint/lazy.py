@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from inspect import signature
 from pathlib import Path
 
 import torch
@@ -47,7 +48,7 @@ class LazyModel:
         try:
             from transformers.core_model_loading import rename_source_key
         except ImportError:
-            raise SparsekitError("a folder is pruned block by block with transformers 5 or newer; upgrade transformers") from None
+            raise SparsekitError("a folder is pruned block by block with transformers 5.1 or newer; upgrade transformers") from None
 
         config = read_config(folder)
         if compressed_linears(folder) is not None:
@@ -127,6 +128,7 @@ class LazyModel:
             device_map={"": self.device},
             weight_mapping=[*renamings, *converters],
         )
+        older = {"tp_plan": None} if "tp_plan" in signature(convert_and_load_state_dict_in_model).parameters else {}
         with ExitStack() as stack, quiet_transformers():
             files = {path: stack.enter_context(open_weights(path)) for path in paths}
             try:
@@ -135,7 +137,7 @@ class LazyModel:
                 read = {
                     key: files[self._file[key]].get_tensor(key).to(self.device, dtype, copy=True) for key, dtype in dtypes.items()
                 }
-                info, _ = convert_and_load_state_dict_in_model(self.model, read, config)
+                info, _ = convert_and_load_state_dict_in_model(self.model, read, config, **older)
                 del read
             except Exception as error:  # a file of another's making raises whatever the conversion trips over
                 raise SparsekitError(f"the weights in {self.folder} cannot be read: {first_sentence(error)}") from error

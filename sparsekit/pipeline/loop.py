@@ -83,8 +83,10 @@ def run(
                 known.advance(block, phases)
             if done is None:
                 told.seconds, told.peak_memory = phases.seconds(), peak_memory(source.device)
-                if "forward" in told.seconds:
-                    told.seconds["forward"] -= told.seconds.get("gram", 0)
+                for row in rows:  # a Gram matrix is the work of the one that gathers it for all that share it
+                    if spent := told.seconds.pop(("gram", row.name), 0):
+                        told.seconds["forward"] -= spent
+                        row.seconds = {"gram": spent, **row.seconds}
             source.leave(i, told, rows)
             report.linears += rows
             report.blocks.append(told)

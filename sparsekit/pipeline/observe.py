@@ -82,7 +82,7 @@ class Observer:
         if self.leaders.setdefault(target, leader) is not leader:
             raise SparsekitError("linears of a block must share their inputs alike in every batch; give batches of one kind")
         if leader is target:
-            with self._phases("gram"):
+            with self._phases(("gram", target.name)):
                 self.pruners[target].observe(rows if self._mask is None else self._count(target, rows.reshape(-1, rows.shape[-1])))
 
     def _count(self, target: Target, rows: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..criteria import CRITERIA, Criterion, Gram, SquaredGradients
 from ..patterns import Pattern
+from ..timing import Phases
 from .base import Pruner, PruneResult
 
 
@@ -38,13 +39,16 @@ class Scored:
         return self.criterion.scores(weight, self.statistics)
 
     def prune(self, weight: Tensor, mask: Tensor | None = None) -> PruneResult:
-        if mask is None:
-            mask = self.pattern.mask(self.scores(weight), rowwise=self.rowwise)
-        pruned = torch.where(mask, weight, 0)
+        phases = Phases(weight.device)
+        with phases("mask"):
+            if mask is None:
+                mask = self.pattern.mask(self.scores(weight), rowwise=self.rowwise)
+            pruned = torch.where(mask, weight, 0)
         if not isinstance(self.statistics, Gram) or self.statistics.tokens == 0:
-            return PruneResult(pruned, mask)
-        error = self.statistics.output_error(weight, pruned)
-        return PruneResult(pruned, mask, error, damping=self.statistics.factor.damping)
+            return PruneResult(pruned, mask, seconds=phases.seconds())
+        with phases("error"):
+            error = self.statistics.output_error(weight, pruned)
+        return PruneResult(pruned, mask, error, damping=self.statistics.factor.damping, seconds=phases.seconds())
 
 
 def by_gradient(pruner: Pruner | type[Pruner]) -> bool:
