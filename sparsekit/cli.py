@@ -42,7 +42,9 @@ def prune(
     method: Annotated[
         str | None,
         typer.Option(
-            "--method", "--criterion", help="sparsegpt (the default), or by scores: wanda, magnitude, activation, obd or obs."
+            "--method",
+            "--criterion",
+            help="sparsegpt (the default), or by scores: wanda, obs, obd, gradient, activation or magnitude.",
         ),
     ] = None,
     pattern: Annotated[
@@ -56,7 +58,8 @@ def prune(
     seq_len: SeqLen = None,
     seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
     group: Annotated[
-        str | None, typer.Option(help="What a share is counted in: row (of outputs) or layer; by default row for wanda alone.")
+        str | None,
+        typer.Option(help="What a share is counted in: row (of outputs), layer, block or model; by default row for wanda alone."),
     ] = None,
     skip: Annotated[
         list[str] | None, typer.Option(help="A linear to leave alone, by name or shell pattern; may be repeated.")

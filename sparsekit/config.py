@@ -52,7 +52,7 @@ class PruningConfig:
                 f"end must come a whole number of times every = {self.every} steps after begin = {self.begin}, got {self.end}"
             )
         if self.group != "layer":
-            check_group(self.pattern, self.group)
+            check_group([self.pattern], self.group)
         if self.sparsity is None:
             put(self, "sparsity", self.pattern.sparsity)
         elif self.sparsity != self.pattern.sparsity:

@@ -175,9 +175,13 @@ class Share(Pattern):
         """A mask of units as the mask of their weights."""
         return mask
 
-    def count(self, shape: tuple[int, int]) -> int:
-        """How many units a weight (n, k) has."""
-        return shape[0] * shape[1]
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """The units that a weight (n, k) has, as (lines, units in a line)."""
+        return tuple(shape)
+
+    def count(self, shapes: Iterable[tuple[int, int]]) -> int:
+        """How many units weights of these shapes have."""
+        return sum(lines * across for lines, across in map(self.grid, shapes))
 
     def gone(self, weight: Tensor) -> int:
         """How many units of the weight hold nothing but zeros."""
@@ -187,7 +191,7 @@ class Share(Pattern):
         """The masks of several weights (n, k) of which the share goes exactly, counted over all of them together.
 
         units: of each what ``units`` makes of its scores, read as ``keep_top_of_all`` reads lines. One mask is made at a time."""
-        count = sum(map(self.count, shapes))
+        count = self.count(shapes)
         for kept, shape in zip(keep_top_of_all(units, count - self.removed(count)), shapes):
             yield self.spread(kept, shape)
 
@@ -244,8 +248,8 @@ class Block(Share):
     def columns(self) -> int:
         return self.cols
 
-    def count(self, shape: tuple[int, int]) -> int:
-        return -(-shape[0] // self.rows) * -(-shape[1] // self.cols)
+    def grid(self, shape: tuple[int, int]) -> tuple[int, int]:
+        return -(-shape[0] // self.rows), -(-shape[1] // self.cols)
 
     def units(self, scores: Tensor) -> Tensor:
         reference.check_no_nan("mask", "scores", scores)
@@ -260,18 +264,51 @@ class Block(Share):
 
     def _by_block(self, t: Tensor) -> Tensor:
         """(lines of blocks, rows, blocks in a line, cols), what is missing at the end as zeros."""
-        lines, across = -(-t.shape[0] // self.rows), -(-t.shape[1] // self.cols)
+        lines, across = self.grid(t.shape)
         full = t.new_zeros(lines * self.rows, across * self.cols)
         full[: t.shape[0], : t.shape[1]] = t
         return full.view(lines, self.rows, across, self.cols)
 
 
-def check_group(pattern: Pattern | None, group: str, known: tuple[str, ...] = GROUPS) -> None:
-    """Raises SparsekitError for a comparison group that is not known, and for any where the pattern has groups of its own."""
-    if group not in known:
-        raise SparsekitError(f"the group must be {listed(known, 'or')}, got {group!r}")
-    if not isinstance(pattern, Share):
-        raise SparsekitError(f"{pattern} compares weights within its own groups, got group = {group!r}; leave it out")
+@dataclass(frozen=True, eq=False)
+class Given(Pattern):
+    """A mask that is decided already, (n, k) bool, True where kept: whatever the scores are, and by whom ``text`` tells."""
+
+    kept: Tensor
+    text: str = "given mask"
+    columns = 1
+
+    def __str__(self) -> str:
+        return self.text
+
+    @property
+    def sparsity(self) -> float:
+        return 1 - int(self.kept.count_nonzero()) / max(self.kept.numel(), 1)
+
+    def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
+        return self.kept.to(scores.device)
+
+    def check(self, weight: Tensor, rowwise: bool = False) -> str | None:
+        left = (weight != 0) & ~self.kept.to(weight.device)
+        if not left.any():
+            return None
+        row, column = left.nonzero()[0].tolist()
+        return f"row {row}, column {column} is {weight[row, column].item():g} where its mask has none"
+
+
+def check_group(patterns: Iterable[Pattern], group: str) -> None:
+    """Raises SparsekitError for a comparison group that is not known, for any where a pattern has groups of its own, and for one of
+    several matrices where they do not all have one pattern."""
+    if group not in GROUPS:
+        raise SparsekitError(f"the group must be {listed(GROUPS, 'or')}, got {group!r}")
+    patterns = list(patterns)
+    for pattern in patterns:
+        if isinstance(pattern, Given):
+            raise SparsekitError(f"a given mask is not counted in anything, got group = {group!r}; leave it out")
+        if not isinstance(pattern, Share):
+            raise SparsekitError(f"{pattern} compares weights within its own groups, got group = {group!r}; leave it out")
+    if group in JOINT and len(set(patterns)) > 1:
+        raise SparsekitError(f"the linears of a {group} must all have one pattern, got {patterns[0]} and {patterns[1]}")
 
 
 def _share(percent: str) -> float:

@@ -13,8 +13,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
+from torch import Tensor
+
 from .errors import SparsekitError
-from .patterns import Pattern
+from .patterns import Given, Pattern
 
 VERSION = 1
 DENSE = "dense"  # the text of no pattern
@@ -51,6 +54,8 @@ class Plan:
         put(
             self, "patterns", {name: None if text in (None, DENSE) else Pattern.parse(text) for name, text in self.patterns.items()}
         )
+        if given := next((name for name, pattern in self.patterns.items() if isinstance(pattern, Given)), None):
+            raise SparsekitError(f"a plan's patterns must be such as text can say, got a mask for {given}; give masks alone")
         put(self, "shapes", {name: _shape(name, shape) for name, shape in self.shapes.items()})
 
     @property
@@ -127,19 +132,55 @@ class Plan:
         return cls.from_dict(found)
 
 
-def parse(text: str | Pattern | Plan) -> Pattern | Plan:
-    """What is asked of a model: the one pattern of all its linears, or a plan."""
-    return text if isinstance(text, Plan) else Pattern.parse(text)
+class Masks:
+    """A mask for some weight matrices of a model, by name, (out_features, in_features) bool, True where kept; the others are to be
+    left as they are. Raises SparsekitError for a mask of another dtype or without rows and columns, and where there is none."""
+
+    def __init__(self, masks: Mapping[str, Tensor]):
+        if not masks:
+            raise SparsekitError("there must be a mask for at least one linear, got none")
+        for name, mask in masks.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.dim() != 2:
+                got = f"{tuple(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+                raise SparsekitError(f"a mask must be (out_features, in_features) of torch.bool, got {got} for {name}")
+        self.patterns: dict[str, Pattern | None] = {name: Given(mask) for name, mask in masks.items()}
+
+    def __str__(self) -> str:
+        """Masks of the same text are the same."""
+        seen = hashlib.sha256()
+        for name, given in self.patterns.items():
+            seen.update(f"{name} {tuple(given.kept.shape)};".encode())
+            seen.update(given.kept.cpu().contiguous().numpy().tobytes())
+        return f"masks {seen.hexdigest()[:12]} ({len(self.patterns)} linears)"
+
+    def check(self, matrices: Iterable[Matrix]) -> None:
+        """Raises SparsekitError for a mask of no matrix among these, or of another shape than its matrix."""
+        shapes = {matrix.name: tuple(matrix.weight.shape) for matrix in matrices}
+        for name, given in self.patterns.items():
+            if name not in shapes:
+                raise SparsekitError(f"a mask must be for a linear of the blocks, such as {next(iter(shapes), None)}, got {name!r}")
+            if tuple(given.kept.shape) != shapes[name]:
+                raise SparsekitError(f"the mask of {name} must be {shapes[name]}, got {tuple(given.kept.shape)}")
 
 
-def pattern_of(asked: Pattern | Plan, name: str) -> Pattern | None:
+Asked = Pattern | Plan | Masks  # of a model
+
+
+def parse(text: str | Pattern | Plan | Masks | Mapping[str, Tensor]) -> Asked:
+    """What is asked of a model: the one pattern of all its linears, a plan, or masks."""
+    if isinstance(text, Plan | Masks):
+        return text
+    return Masks(text) if isinstance(text, Mapping) else Pattern.parse(text)
+
+
+def pattern_of(asked: Asked, name: str) -> Pattern | None:
     """What is asked of the linear of that name, None to leave it as it is."""
-    return asked.patterns[name] if isinstance(asked, Plan) else asked
+    return asked if isinstance(asked, Pattern) else asked.patterns.get(name)
 
 
-def patterns_in(asked: Pattern | Plan) -> list[Pattern]:
+def patterns_in(asked: Asked) -> list[Pattern]:
     """Every pattern that is asked for, once."""
-    return [p for p in dict.fromkeys(asked.patterns.values()) if p is not None] if isinstance(asked, Plan) else [asked]
+    return [asked] if isinstance(asked, Pattern) else [p for p in dict.fromkeys(asked.patterns.values()) if p is not None]
 
 
 def _shape(name: str, shape: Any) -> tuple[int, int]:

@@ -108,16 +108,18 @@ def padded() -> list[dict[str, Tensor]]:
     return held
 
 
-# name: model, batches, method, pattern
-CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], str, str]] = {
-    "dead inputs": (Model, batches, "sparsegpt", "2:4"),
-    "padded": (Model, padded, "sparsegpt", "4:8"),
-    "experts": (lambda: Model(Experts), batches, "sparsegpt", "50%"),
-    "wanda": (lambda: Model(Experts), batches, "wanda", "2:4"),
-    "magnitude": (Model, lambda: [], "magnitude", "2:4"),
-    "transposed": (lambda: Model(Transposed), batches, "sparsegpt", "2:4"),
+# name: model, batches, method, pattern, group
+CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], str, str, str | None]] = {
+    "dead inputs": (Model, batches, "sparsegpt", "2:4", None),
+    "padded": (Model, padded, "sparsegpt", "4:8", None),
+    "experts": (lambda: Model(Experts), batches, "sparsegpt", "50%", None),
+    "wanda": (lambda: Model(Experts), batches, "wanda", "2:4", None),
+    "magnitude": (Model, lambda: [], "magnitude", "2:4", None),
+    "transposed": (lambda: Model(Transposed), batches, "sparsegpt", "2:4", None),
+    "over a block": (lambda: Model(Transposed), batches, "obs", "block:4x4@50%", "block"),
+    "over the model": (Model, batches, "wanda", "50%", "model"),
     # One block: the next would see activations that 16 bits round otherwise after the first fp32 rounding.
-    "16 bits": (lambda: Model(blocks=1).bfloat16(), batches, "sparsegpt", "2:4"),
+    "16 bits": (lambda: Model(blocks=1).bfloat16(), batches, "sparsegpt", "2:4", None),
 }
 
 
@@ -137,9 +139,10 @@ def refusals(rank: int):
 
 def alike(world: World, folder: Path) -> None:
     """Every case, then every refusal, in one world."""
-    for name, (model, held, method, pattern) in CASES.items():
+    for name, (model, held, method, pattern, group) in CASES.items():
         model, told = model(), []
-        report = prune(model, held(), method, pattern, world=world, progress=lambda *now, told=told: told.append(now))
+        progress = lambda *now, told=told: told.append(now)  # noqa: E731
+        report = prune(model, held(), method, pattern, group=group, world=world, progress=progress)
         state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
         save_file(state, folder / f"{name}.{world.rank}.safetensors")
         (folder / f"{name}.{world.rank}.json").write_text(json.dumps({**report.to_dict(), "told": len(told)}))

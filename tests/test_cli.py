@@ -365,7 +365,7 @@ PRUNE = {
         ("--method", "wanda", "--group", "row"),
         "2:4 compares weights within its own groups, got group = 'row'",
     ),
-    "group unknown": (as_it_is, ("--method", "wanda", "--pattern", "50%", "--group", "model"), "must be row or layer, got 'model'"),
+    "group unknown": (as_it_is, ("--method", "wanda", "--pattern", "50%", "--group", "head"), "must be row, layer, block or model"),
     "method unknown": (
         as_it_is,
         ("--method", "gptq"),

@@ -23,7 +23,7 @@ def prune(
     model: nn.Module,
     batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
     method: str | Criterion = "sparsegpt",
-    pattern: str | Pattern | Plan = "2:4",
+    pattern: str | Pattern | Plan | Mapping[str, Tensor] = "2:4",
     *,
     group: str | None = None,
     skip: Iterable[str] = (),
@@ -36,9 +36,12 @@ def prune(
 
     batches: token ids (batch, tokens), or dicts of the model's keyword arguments; not needed by "magnitude". Tokens that an
     attention_mask of such a dict leaves out are not calibrated on.
-    method: "sparsegpt", the name of a criterion ("magnitude", "wanda", "activation", "obd", "obs"), or one of your own.
-    pattern: a Pattern or its text, or a Plan, which has one for each linear. group: what an unstructured or block pattern is
-    counted in, a "row" of outputs (of blocks) or a "layer"; by default a row for wanda, else a layer.
+    method: "sparsegpt", the name of a criterion ("magnitude", "wanda", "activation", "gradient", "obd", "obs"), or one of your own.
+    pattern: a Pattern or its text; a Plan, which has one for each linear; or masks by the linears' names, (out_features,
+    in_features) bool, True where kept: sparsegpt makes up for what they remove, any criterion applies them as they are ("magnitude"
+    without batches), and linears without one are left alone.
+    group: what a share of weights or blocks is counted in, a "row" of outputs (of blocks), a "layer", a decoder "block" or the
+    whole "model", exactly; by default a row for wanda, else a layer. Over the model the dense model's scores decide, beforehand.
     skip: names, or shell patterns of names, of modules whose linears to leave alone; embeddings and the output layer always are.
     blocks: the decoder blocks in order; by default the largest ModuleList of the model.
     stored: the dtype that the weights will be stored in, where it is narrower than the model's: pruned weights are rounded to it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from ..errors import SparsekitError
 from ..linear import is_conv1d, is_linear
 from ..patterns import Pattern, Share
-from ..plan import Plan, pattern_of
-from ..pruners import Pruner
+from ..plan import Asked, Masks, Plan, pattern_of
 
 
 @dataclass(frozen=True)
@@ -87,11 +86,10 @@ def check_finite(targets: Iterable[Target]) -> None:
             raise SparsekitError(f"weights must be finite, got NaN or Inf in {target.name}")
 
 
-def verify(targets: list[Target], asked: Pattern | Plan, kind: type[Pruner]) -> None:
+def verify(patterns: Mapping[Target, Pattern], rowwise: bool) -> None:
     """Raises SparsekitError, naming the first matrix that does not hold its pattern."""
-    for target in targets:
-        pattern = pattern_of(asked, target.name)
-        if broken := pattern.check(target.weight, rowwise=kind.rowwise):
+    for target, pattern in patterns.items():
+        if broken := pattern.check(target.weight, rowwise=rowwise):
             raise SparsekitError(f"every pruned linear must hold {pattern}, got {target.name}, where {broken}")
 
 
@@ -100,7 +98,7 @@ def check_together(pattern: Share, targets: Sequence[Target], group: str, gone: 
 
     gone: how many are, where that is counted already."""
     gone = sum(pattern.gone(target.weight) for target in targets) if gone is None else gone
-    wanted = pattern.removed(sum(pattern.count(target.weight.shape) for target in targets))
+    wanted = pattern.removed(pattern.count(target.weight.shape for target in targets))
     if gone < wanted:
         where = f"the {len(targets)} linears from {targets[0].name} on"
         raise SparsekitError(f"each {group} must hold {pattern}, {wanted} gone, got {gone} in {where}")
@@ -112,20 +110,21 @@ def _asked(name: str, skip: tuple[str, ...]) -> bool:
 
 
 def find_targets(
-    blocks: nn.ModuleList, names: dict[nn.Module, str], skip: tuple[str, ...], asked: Pattern | Plan | None = None
+    blocks: nn.ModuleList, names: dict[nn.Module, str], skip: tuple[str, ...], asked: Asked | None = None
 ) -> list[list[Target]]:
     """The matrices to prune, block by block, in the order of the model's modules.
 
-    asked: what they are pruned to; a plan must name every matrix that could be, skipped ones too, and no other."""
+    asked: what they are pruned to; a plan must name every matrix that could be, skipped ones too, and no other. Without a pattern
+    of its own there a matrix is left as it is."""
     known = [*names.values(), *(name for block in blocks for t in _all_of(block, names) for name in (t.name, _of_all(t)))]
     unused = [text for text in skip if text not in known and not any(fnmatchcase(name, text) for name in known)]
     if unused:
         raise SparsekitError(f"every skipped name must be a module of the model, got {unused[0]!r}")
     routers = {module for block in blocks for module in _routers(block)}
     every = [[target for target in _all_of(block, names) if target.module not in routers] for block in blocks]
-    if isinstance(asked, Plan):
+    if isinstance(asked, Plan | Masks):
         asked.check(target for group in every for target in group)
-    left = _left_dense(asked)
+    left = _left_dense(asked, (target for group in every for target in group))
     targets = [
         [t for t in group if t.name not in left and not _asked(t.name, skip) and not _asked(_of_all(t), skip)] for group in every
     ]
@@ -140,9 +139,9 @@ def find_targets(
     return targets
 
 
-def _left_dense(asked: Pattern | Plan | None) -> set[str]:
-    """The names that a plan has no pattern for."""
-    return {name for name, pattern in asked.patterns.items() if pattern is None} if isinstance(asked, Plan) else set()
+def _left_dense(asked: Asked | None, targets: Iterable[Target]) -> set[str]:
+    """The names of the matrices that a plan, or masks, have no pattern for."""
+    return set() if asked is None else {target.name for target in targets if pattern_of(asked, target.name) is None}
 
 
 def _all_of(block: nn.Module, names: dict[nn.Module, str]) -> Iterator[Target]:
@@ -202,24 +201,25 @@ def list_skipped(
     targets: list[list[Target]],
     names: dict[nn.Module, str],
     skip: tuple[str, ...],
-    asked: Pattern | Plan | None = None,
+    asked: Asked | None = None,
 ) -> dict[str, str]:
     """Every module with a weight matrix of its own, and every expert, that will not be pruned, with the reason."""
     pruned = {target.name for group in targets for target in group}
     routers = {module for block in blocks for module in _routers(block)}
     output = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    skipped, planned = {}, _left_dense(asked)
+    skipped, left_dense = {}, _left_dense(asked, (target for block in blocks for target in _all_of(block, names)))
 
     def reason(*known: str) -> str:
         if any(_asked(name, skip) for name in known):
             return "asked for"
-        return "dense in the plan" if known[0] in planned else "outside the blocks"
+        without = "has no mask" if isinstance(asked, Masks) else "dense in the plan"
+        return without if known[0] in left_dense else "outside the blocks"
 
     for module, name in names.items():
         for parameter in (fused := fused_parameters(module)):
             whole = f"{name}.{parameter}"
             left = [matrix for i in range(module.num_experts) if (matrix := f"{whole}[{i}]") not in pruned]
-            alike = len(left) == module.num_experts and len({each in planned for each in left}) == 1
+            alike = len(left) == module.num_experts and len({each in left_dense for each in left}) == 1
             skipped |= {whole: reason(left[0], whole)} if alike else {each: reason(each, whole) for each in left}
         if fused or name in pruned or all(weight.dim() < 2 for weight in module.parameters(recurse=False)):
             continue

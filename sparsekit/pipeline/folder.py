@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -33,7 +34,7 @@ from .blocks import Target, find_blocks, find_targets
 from .loop import run
 from .memory import parse_size, store_within
 from .source import Progress
-from .store import Store
+from .store import OnDisk, Store
 from .world import World
 
 
@@ -42,7 +43,7 @@ def prune_folder(
     out: str | Path,
     batches: Iterable[Tensor | Mapping[str, Tensor]] = (),
     method: str | Criterion = "sparsegpt",
-    pattern: str | Pattern | Plan = "2:4",
+    pattern: str | Pattern | Plan | Mapping[str, Tensor] = "2:4",
     *,
     format: str = "compressed",
     skip: Iterable[str] = (),
@@ -105,11 +106,12 @@ def prune_folder(
         with unfinished(out, count, this, **how) if world.leads else nullcontext(Unfinished(out.resolve(), count)) as work:
             world.gather(None)  # the others look at it when rank 0 has made it
             store = None
+            offload = None if offload is None else Path(offload)
             if limit is not None:
                 names = {module: name for name, module in lazy.model.named_modules()}
                 targets, mine = find_targets(lazy.blocks, names, skip, pattern), world.part(batches) if kind.gathers else batches
-                store = store_within(limit, Path(offload or work.path), lazy, targets, mine, kind)
-            source = _Lazy(lazy, work, format, store, world.leads)
+                store = store_within(limit, offload or work.path, lazy, targets, mine, kind, group)
+            source = _Lazy(lazy, work, format, store, offload, world.leads)
             report = run(source, batches, method, pattern, skip, progress, world, group=group)
             report.fingerprint = this
             if world.leads:
@@ -136,10 +138,14 @@ def _finish(source: _Lazy, outside: list[list[str]], report: PruneReport, tokeni
 class Reading:
     """A folder's blocks, each in memory from ``enter`` to ``leave`` and left as it is."""
 
-    store: Store | None = None
+    def __init__(self, lazy: LazyModel, store: Store | None = None):
+        self.lazy, self.model, self.blocks, self.device, self.store = lazy, lazy.model, lazy.blocks, lazy.device, store
 
-    def __init__(self, lazy: LazyModel):
-        self.lazy, self.model, self.blocks, self.device = lazy, lazy.model, lazy.blocks, lazy.device
+    def dense(self) -> Reading:
+        return self
+
+    def keep(self) -> Store:
+        return OnDisk(tempfile.gettempdir())
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
@@ -177,10 +183,20 @@ class Reading:
 class _Lazy(Reading):
     """A folder's blocks: read when their turn comes, written when it is over, in memory in between."""
 
-    def __init__(self, lazy: LazyModel, work: Unfinished, format: str, store: Store | None, writes: bool = True):
-        super().__init__(lazy)
-        self.work, self.format, self.store, self.writes = work, format, store, writes
+    def __init__(
+        self, lazy: LazyModel, work: Unfinished, format: str, store: Store | None, offload: Path | None = None, writes: bool = True
+    ):
+        super().__init__(lazy, store)
+        self.work, self.format, self.writes, self.offload = work, format, writes, offload
         self._prefix = {block: f"{name}." for name, block in lazy.model.named_modules()}
+
+    def dense(self) -> Reading:
+        return Reading(self.lazy, self.store)
+
+    def keep(self) -> Store:
+        if self.offload or self.writes:
+            return OnDisk(self.offload or self.work.path)
+        return super().keep()  # a rank of another machine may not see what rank 0 writes
 
     def enter(self, i: int) -> tuple[BlockReport, list[LinearReport]] | None:
         said = self.work.remembered(i)

@@ -14,10 +14,11 @@ from ..errors import SparsekitError
 from ..evaluate import eval_mode
 from ..patterns import Pattern
 from ..plan import Plan, parse, pattern_of, patterns_in
-from ..pruners import Pruner, method_named, method_text
+from ..pruners import METHODS, Pruner, method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
 from ..timing import Phases, peak_memory
 from .blocks import Target, check_finite, find_targets, list_skipped, verify
+from .groups import OfBlock, OfModel
 from .known import Known
 from .observe import MAGNITUDE, by_magnitude
 from .source import Progress, Source
@@ -29,7 +30,7 @@ def run(
     source: Source,
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     method: str | Criterion,
-    pattern: str | Pattern | Plan,
+    pattern: str | Pattern | Plan | Mapping[str, Tensor],
     skip: Iterable[str] = (),
     progress: Progress | None = None,
     world: World | None = None,
@@ -55,8 +56,15 @@ def run(
             listed = [target.name for matrices in targets for target in matrices]
             settings = {"method": method_text(method), "group": group, "pattern": str(pattern), "linears": listed}
             world.agree(settings | {"the hash of the calibration batches": hash_batches(batches)})
+        together = None
+        if group == "block":
+            (one,) = patterns_in(pattern)
+            together = OfBlock(one, world)
+        elif group == "model":
+            together = OfModel(source, kind, pattern, batches, skip, progress, world)
+            kind = METHODS["magnitude"]  # needs to know nothing more: the masks are decided
         known = Known(source, kind, targets, batches, world)
-        report.tokens = known.tokens
+        report.tokens = known.tokens if group != "model" else together.tokens
         for i, (block, matrices) in enumerate(zip(blocks, targets)):
             if progress:
                 progress(names[block], i, len(blocks))
@@ -70,6 +78,9 @@ def run(
                 check_finite(target for target in matrices if target in late)
                 pruners = {t: kind(t.weight.shape[1], pattern_of(pattern, t.name), t.weight.device) for t in matrices}
                 origins, owners = known.show(block, pruners, phases)
+                if together:
+                    origins = together.choose(pruners, origins, owners)
+                patterns = {target: pruner.pattern for target, pruner in pruners.items()}
                 for target, owner in zip(matrices, owners):
                     world.look()
                     pruner = pruners.pop(target)
@@ -78,7 +89,11 @@ def run(
                         progress(f"{target.name}, error {rows[-1].output_error:.4f}", i, len(blocks))
                 if kind.gathers:
                     rows = spread(world, owners, [target.weight for target in matrices], rows)
-                verify(matrices, pattern, kind)
+                verify(patterns, kind.rowwise)
+            elif together:
+                together.passed(matrices)
+            if together:
+                together.check(matrices)
             if i + 1 < len(blocks):
                 known.advance(block, phases)
             if done is None:
@@ -90,6 +105,8 @@ def run(
             source.leave(i, told, rows)
             report.linears += rows
             report.blocks.append(told)
+        if together:
+            together.finish()
     if progress:
         progress("", len(blocks), len(blocks))
     report.seconds = time.perf_counter() - begin

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoint.lazy import LazyModel
 from ..criteria import Gram
 from ..errors import SparsekitError, listed
+from ..patterns import JOINT
 from ..pruners import Pruner, by_gradient
 from ..timing import peak_memory
 from .blocks import Target, find_blocks
@@ -45,18 +46,21 @@ def taken() -> int:
         return peak_memory(torch.device("cpu"))
 
 
-def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequence[Any], kind: type[Pruner]) -> dict[str, int]:
+def needed(
+    lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequence[Any], kind: type[Pruner], group: str | None = None
+) -> dict[str, int]:
     """Bytes that pruning takes at its largest block, by what they are for; hidden states beside those at work are not in it.
 
     On a GPU only what passes through the host's memory counts."""
     host = lazy.device.type == "cpu"
     if by_gradient(kind):
-        return _whole(lazy, targets, batches)
+        scores = max(map(_scores, targets), default=0) * host * (group in JOINT)
+        return {**_whole(lazy, targets, batches), "the scores of a block": scores}
     tokens = max((_tokens(batch) for batch in batches), default=0) if kind.gathers else 0
     outside = sum(lazy.nbytes(top) for top in lazy.outside) if kind.gathers else 0
     found: list[dict[str, int]] = []
-    for i, group in enumerate(targets):
-        shapes = [target.weight.shape for target in group]
+    for i, matrices in enumerate(targets):
+        shapes = [target.weight.shape for target in matrices]
         widest = max((max(shape) for shape in shapes), default=0)
         columns = max((k for _, k in shapes), default=0)
         known = 4 * sum(k * k if kind.gathers is Gram else k for _, k in shapes) if kind.gathers else 0
@@ -65,6 +69,7 @@ def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequen
                 "the weights of a block": (lazy.nbytes(i) if host else 0) + lazy.nbytes(i, stored=True),
                 "what is known of its inputs": known * host,
                 "a factor": 9 * 4 * columns**2 * host * (kind.gathers is Gram),
+                "the scores of a block": _scores(matrices) * host * (group in JOINT),
                 "a weight at work": 4 * 4 * max((n * k for n, k in shapes), default=0) * host,
                 "a batch at work": tokens * (_width(lazy) * 2 + widest * 5) * max(lazy.dtype.itemsize, 4) * host,
                 "masks and positions": _arguments(lazy, batches) * host if kind.gathers else 0,
@@ -75,14 +80,19 @@ def needed(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequen
     return largest | ({"embeddings": capture} if capture > 0 else {})
 
 
+def _scores(matrices: Sequence[Target]) -> int:
+    """What a block takes that is counted as one: of each weight a score, and what is made of it."""
+    return 8 * sum(target.weight.numel() for target in matrices)
+
+
 def _whole(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequence[Any]) -> dict[str, int]:
     """What gradients take: a backward pass of the whole model, a sequence at a time."""
     config = lazy.model.config.get_text_config()
     matrices = [target for group in targets for target in group]
-    held = {id(p): p for target in matrices if (p := getattr(target.module, target.parameter)) is not None}
-    largest = max((p.numel() for p in held.values()), default=0)
+    largest = max((getattr(target.module, target.parameter).numel() for target in matrices), default=0)
     length = max((_length(batch) for batch in batches), default=0)
-    features = sum(sum(target.weight.shape) for target in matrices if target.expert is None or target.expert[1] == 0)
+    experts = getattr(config, "num_experts_per_tok", None) or 1 << 30  # that a token is given to
+    features = sum(sum(target.weight.shape) for target in matrices if target.expert is None or target.expert[1] < experts)
     heads = getattr(config, "num_attention_heads", 1) * (len(targets) if config._attn_implementation == "eager" else 1)
     itemsize = max(lazy.dtype.itemsize, 4)
     parts = [*range(len(lazy.blocks)), *lazy.outside]
@@ -96,12 +106,18 @@ def _whole(lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequen
 
 
 def store_within(
-    limit: int, offload: Path, lazy: LazyModel, targets: Sequence[Sequence[Target]], batches: Sequence[Any], kind: type[Pruner]
+    limit: int,
+    offload: Path,
+    lazy: LazyModel,
+    targets: Sequence[Sequence[Target]],
+    batches: Sequence[Any],
+    kind: type[Pruner],
+    group: str | None = None,
 ) -> OnDisk | None:
     """Where hidden states wait, so that the process holds ``limit`` bytes at most: on disk in ``offload``, or in memory (None).
 
     Raises SparsekitError, saying how much is needed, where one block alone takes more."""
-    need = _within(limit, needed(lazy, targets, batches, kind))
+    need = _within(limit, needed(lazy, targets, batches, kind, group))
     streams = kind.gathers and not by_gradient(kind)
     hidden = sum(_tokens(batch) for batch in batches) * _width(lazy) * lazy.dtype.itemsize if streams else 0
     return OnDisk(offload) if need + hidden > limit else None

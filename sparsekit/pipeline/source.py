@@ -13,7 +13,7 @@ from ..errors import SparsekitError
 from ..linear import SparseLinear
 from ..report import BlockReport, LinearReport
 from .blocks import Target, find_blocks
-from .store import Store
+from .store import InMemory, Store
 
 Progress = Callable[[str, int, int], None]  # what is under way, blocks done, blocks in all
 
@@ -32,6 +32,12 @@ class Source(Protocol):
 
     def whole(self) -> AbstractContextManager:
         """Inside, all of the model's weights are there, as they were before any pruning."""
+
+    def dense(self) -> Source:
+        """The same model as it is before it is pruned, to look at."""
+
+    def keep(self) -> Store:
+        """A new place for what has to be kept of all weights until the end."""
 
     def enter(self, i: int) -> tuple[BlockReport, list[LinearReport]] | None:
         """Brings the weights of block i. Returns what was reported of it where it is pruned already, by an earlier run."""
@@ -59,6 +65,12 @@ class Resident:
 
     def whole(self) -> AbstractContextManager:
         return nullcontext()
+
+    def dense(self) -> Source:
+        return self
+
+    def keep(self) -> Store:
+        return InMemory()
 
     def enter(self, i: int) -> None:
         return None

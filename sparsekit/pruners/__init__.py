@@ -16,15 +16,14 @@ METHODS: dict[str, type[Pruner]] = {
 
 
 def method_named(name: str | Criterion, patterns: Iterable[Pattern] = (), group: str | None = None) -> type[Pruner]:
-    """The pruner of that name, or of a criterion, for those patterns. group: what an unstructured pattern is counted in, a "row" or
-    a "layer"; by default what the method prefers.
+    """The pruner of that name, or of a criterion, for those patterns. group: what a share is counted in, one of patterns.GROUPS; by
+    default a row or a layer, as the method prefers. Over a block or the model the caller decides, from its scores.
 
     Raises SparsekitError, listing the known ones, for any other name, and for a group that means nothing to method or pattern."""
     if isinstance(name, str) and name not in METHODS:
         raise SparsekitError(f"the method must be {listed(METHODS, 'or')}, got {name!r}")
     if group is not None:
-        for pattern in patterns:
-            check_group(pattern, group, ("row", "layer"))
+        check_group(patterns, group)
         if name == "sparsegpt":
             raise SparsekitError(f"sparsegpt counts a pattern in blocks of columns, got group = {group!r}; leave it out")
     if isinstance(name, str) and group is None:

@@ -44,7 +44,5 @@ class Pruner(Protocol):
     def observe(self, x: Tensor) -> None:
         """Takes the tokens x (..., columns) that the linear receives."""
 
-    def prune(self, weight: Tensor, mask: Tensor | None = None) -> PruneResult:
-        """Prunes weight (n, columns) to the pattern; the argument is left as it is. Arithmetic in fp32.
-
-        mask (n, columns) bool, True where kept: what goes, decided already, in place of the pattern."""
+    def prune(self, weight: Tensor) -> PruneResult:
+        """Prunes weight (n, columns) to the pattern; the argument is left as it is. Arithmetic in fp32."""

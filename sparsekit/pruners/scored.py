@@ -38,13 +38,12 @@ class Scored:
             raise ValueError(f"its {what} hold NaN or Inf")
         return self.criterion.scores(weight, self.statistics)
 
-    def prune(self, weight: Tensor, mask: Tensor | None = None) -> PruneResult:
+    def prune(self, weight: Tensor) -> PruneResult:
         phases = Phases(weight.device)
         with phases("mask"):
-            if mask is None:
-                mask = self.pattern.mask(self.scores(weight), rowwise=self.rowwise)
+            mask = self.pattern.mask(self.scores(weight), rowwise=self.rowwise)
             pruned = torch.where(mask, weight, 0)
-        if not isinstance(self.statistics, Gram) or self.statistics.tokens == 0:
+        if not isinstance(self.statistics, Gram):
             return PruneResult(pruned, mask, seconds=phases.seconds())
         with phases("error"):
             error = self.statistics.output_error(weight, pruned)

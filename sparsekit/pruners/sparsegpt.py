@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..criteria import Gram
-from ..patterns import NM, PairNM, Pattern, keep_top
+from ..patterns import NM, Given, PairNM, Pattern, keep_top
 from ..timing import Phases
 from .base import PruneResult
 
@@ -37,11 +37,11 @@ class SparseGPT:
     def observe(self, x: Tensor) -> None:
         self.statistics.update(x)
 
-    def prune(self, weight: Tensor, mask: Tensor | None = None) -> PruneResult:
-        return self.prune_levels(weight, [self.pattern if mask is None else mask])[0]
+    def prune(self, weight: Tensor) -> PruneResult:
+        return self.prune_levels(weight, [self.pattern])[0]
 
-    def prune_levels(self, weight: Tensor, levels: Sequence[Pattern | Tensor]) -> list[PruneResult]:
-        """What a pruner of each of these patterns, or masks, makes of the weight, bit for bit, from one factorisation."""
+    def prune_levels(self, weight: Tensor, levels: Sequence[Pattern]) -> list[PruneResult]:
+        """What a pruner of each of these patterns makes of the weight, bit for bit, from one factorisation."""
         if self.statistics.tokens == 0:
             raise ValueError("sparsegpt needs the linear's inputs, and observed none")
         if not torch.isfinite(weight).all():
@@ -60,15 +60,14 @@ class SparseGPT:
             for (pruned, kept, loss, phases), after, masked in zip(found, errors[::2], errors[1::2])
         ]
 
-    def _prune(self, weight: Tensor, level: Pattern | Tensor) -> tuple[Tensor, Tensor, float, Phases]:
+    def _prune(self, weight: Tensor, level: Pattern) -> tuple[Tensor, Tensor, float, Phases]:
         """The pruned weight, its mask, the loss, and the clock of the phases."""
         phases = Phases(weight.device)
         with phases("factor"):
             factor = self.statistics.factor
         w = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # not the memory of weight
         w[:, factor.dead] = 0
-        columns = 1 if isinstance(level, Tensor) else level.columns
-        (n, k), width = w.shape, math.ceil(self.BLOCK / columns) * columns  # no group or block is cut in two
+        (n, k), width = w.shape, math.ceil(self.BLOCK / level.columns) * level.columns  # no group or block is cut in two
         panel = max(self.PANEL // width, 1) * width
         kept, loss = torch.empty_like(w, dtype=torch.bool), w.new_zeros(n, dtype=torch.float64)
         for begin in range(0, k, panel):
@@ -88,12 +87,12 @@ class SparseGPT:
         return w.to(weight.dtype), kept, loss.sum().item() * factor.scale / 2, phases
 
 
-def _choice(level: Pattern | Tensor, block: Tensor, diagonal: Tensor, left: int) -> dict:
+def _choice(level: Pattern, block: Tensor, diagonal: Tensor, left: int) -> dict:
     """What ops.obs_block_ is to be told of a block (n, b) that begins at column ``left``: N:M, or the mask, a given one's part.
 
     Of a share the mask: after every block the share of all units so far is to be gone."""
-    if isinstance(level, Tensor):
-        return {"mask": level[:, left : left + block.shape[1]]}
+    if isinstance(level, Given):
+        return {"mask": level.kept[:, left : left + block.shape[1]].to(block.device)}
     if isinstance(level, NM):
         return {"n": level.n, "m": level.m}
     if isinstance(level, PairNM):
