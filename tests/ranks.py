@@ -116,7 +116,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], str, str, st
     "wanda": (lambda: Model(Experts), batches, "wanda", "2:4", None),
     "magnitude": (Model, lambda: [], "magnitude", "2:4", None),
     "transposed": (lambda: Model(Transposed), batches, "sparsegpt", "2:4", None),
-    "over a block": (lambda: Model(Transposed), batches, "obs", "block:4x4@50%", "block"),
+    "over a block": (lambda: Model(Transposed), batches, "activation", "block:4x4@50%", "block"),
     "over the model": (Model, batches, "wanda", "50%", "model"),
     # One block: the next would see activations that 16 bits round otherwise after the first fp32 rounding.
     "16 bits": (lambda: Model(blocks=1).bfloat16(), batches, "sparsegpt", "2:4", None),
