@@ -131,6 +131,12 @@ def test_through_json_and_back():
     assert Curve.from_dict(json.loads(json.dumps(curve.to_dict()))) == curve
 
 
+@pytest.mark.parametrize("errors", [(0.1,), (0.1, float("nan")), (0.1, -0.1), (0.1, float("inf"))])
+def test_what_is_no_curve_is_refused(errors):
+    with pytest.raises(ValueError, match="a curve must have an error of 0 or more for each level"):
+        Curve.from_dict({"name": "a", "shape": [3, 4], "levels": ["10%", "2:4"], "errors": errors})
+
+
 def test_one_linear_at_a_time_is_held(monkeypatch):
     # All levels' weights together would be as large as a block: no call may ask for more than one.
     asked = []

@@ -221,6 +221,8 @@ def test_without_losses():
         ),
         ('{"curves": [], "losses": [], "tokens": 1, "speed": 2}', "got .*'speed'"),
         ('{"curves": [], "losses": [{"name": "a"}], "tokens": 1}', "must be what sparsekit sensitivity wrote"),
+        ('{"curves": [], "losses": [], "tokens": 1, "weights": {"a": "heavy"}}', "could not convert .*'heavy'"),
+        ('{"curves": [], "losses": [], "tokens": 1, "weights": [1]}', "must be what sparsekit sensitivity wrote"),
     ],
 )
 def test_another_file_is_refused(tmp_path, text, says):

@@ -59,7 +59,7 @@ def allocate(
     Exact on the lower hulls of the curves; where one level in the middle of a hull would cost that, the uniform plan is given.
     Raises SparsekitError where bounds or levels leave no room for the target, and where a curve has no level that is a share."""
     share, bounds = read_target(target, low, high)
-    sizes = {curve.name: math.prod(curve.shape) for curve in curves}
+    sizes = {name: math.prod(curve.shape) for name, curve in _by_name(curves).items()}
     points = {curve.name: _points(curve, _weight(weights, curve)) for curve in curves}
     names, total = list(sizes), math.floor(share * sum(sizes.values()))
     least, most = _room(total, sizes, {name: of[-1][0] for name, of in points.items()}, *bounds)
@@ -172,7 +172,7 @@ def _chosen(
     made: dict[str, Any],
 ) -> Plan:
     """The plan of least damage whose gains, of each linear by pattern, sum to ``least`` or more."""
-    by_name = {curve.name: curve for curve in curves}
+    by_name = _by_name(curves)
     costs = {name: [_damage(curve, p, _weight(weights, curve)) for p in patterns] for name, curve in by_name.items()}
     members = _members(list(by_name), groups)
     options = [
@@ -184,6 +184,13 @@ def _chosen(
     damage = sum(points[pick][1] for points, pick in zip(options, picks))
     shapes = {name: curve.shape for name, curve in by_name.items()}
     return Plan({name: chosen[name] for name in by_name}, shapes, method, {**made, "damage": damage, "gap": gap})
+
+
+def _by_name(curves: Sequence[Curve]) -> dict[str, Curve]:
+    found = {curve.name: curve for curve in curves}
+    if not found or len(found) < len(curves):
+        raise SparsekitError(f"there must be one curve for each linear, got {len(curves)} of {len(found)} linears")
+    return found
 
 
 def _weight(weights: Weights | None, curve: Curve) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -40,9 +41,11 @@ class Curve:
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Curve:
-        """What ``to_dict`` made, or JSON of it."""
-        n, k = found["shape"]
-        return cls(str(found["name"]), (int(n), int(k)), tuple(map(str, found["levels"])), tuple(map(float, found["errors"])))
+        """What ``to_dict`` made, or JSON of it. Raises KeyError, TypeError or ValueError for anything else."""
+        (n, k), levels, errors = found["shape"], tuple(map(str, found["levels"])), tuple(map(float, found["errors"]))
+        if len(levels) != len(errors) or not all(0 <= error < math.inf for error in errors):
+            raise ValueError(f"a curve must have an error of 0 or more for each level, got {len(errors)} for {len(levels)} of them")
+        return cls(str(found["name"]), (int(n), int(k)), levels, errors)
 
 
 def read_levels(levels: Iterable[str | Pattern]) -> list[Pattern]:

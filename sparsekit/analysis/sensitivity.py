@@ -73,9 +73,10 @@ class Sensitivity:
             raise SparsekitError(f"the sensitivities {path} must be JSON, got {error}") from None
         try:
             curves = [Curve.from_dict(curve) for curve in found["curves"]]
-            losses = [Loss(**loss) for loss in found["losses"]]
-            return cls(**{**found, "curves": curves, "losses": losses})
-        except (KeyError, TypeError, ValueError) as error:
+            losses = [Loss(str(loss["name"]), str(loss["level"]), float(loss["loss"])) for loss in found["losses"]]
+            weights = {str(name): float(weight) for name, weight in found.get("weights", {}).items()}
+            return cls(**{**found, "curves": curves, "losses": losses, "weights": weights})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             said = f"no {error}" if isinstance(error, KeyError) else error
             raise SparsekitError(f"{path} must be what sparsekit sensitivity wrote, got {said}; measure anew") from None
 
