@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -24,11 +24,15 @@ from .console import (
     sequence_length,
     show,
 )  # fmt: skip
-from .errors import SparsekitError
+from .errors import SparsekitError, listed
+
+if TYPE_CHECKING:
+    from .report import StructuredReport
 
 
 @command(after="; nothing was written")
 def prune(
+    context: typer.Context,
     model_dir: Annotated[Path, typer.Argument(help="A Hugging Face folder with safetensors.")],
     out: Annotated[Path, typer.Option(help="The folder to write.")],
     calib: Annotated[
@@ -51,6 +55,18 @@ def prune(
         str | None, typer.Option(help='N kept of M, such as "2:4" (the default), the share removed, "50%", or "block:32x32@50%".')
     ] = None,
     plan: Annotated[Path | None, typer.Option(help="The pattern of every linear, as `sparsekit plan` writes it.")] = None,
+    structured: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Take parts out whole instead: layers, attention, mlp, experts, heads or ffn with a count or a share, such as "
+            "heads=25%; may be repeated."
+        ),
+    ] = None,
+    scope: Annotated[
+        str, typer.Option(help="What amounts of heads and ffn are of: each layer, or global, wherever they matter least.")
+    ] = "layer",
+    round_to: Annotated[int | None, typer.Option(help="Keep a multiple of this many neurons in each layer, such as 64.")] = None,
+    compensate: Annotated[bool, typer.Option(help="Whether what is left makes up for heads and ffn by least squares.")] = True,
     format: Annotated[
         str, typer.Option(help="compressed, or dense: zeros written out, loads in plain transformers.")
     ] = "compressed",
@@ -84,11 +100,14 @@ def prune(
     from .pruners import method_named
 
     # What is cheap to refuse is refused before the model is read.
+    parts = _parts(context, structured)
+    if parts and calib is None:
+        raise SparsekitError("--calib must name a text for --structured to measure on what matters least")
     if plan and pattern:
         raise SparsekitError(f"--plan says the pattern of every linear, got --pattern {pattern} too; leave one of them out")
     asked = Plan.load(plan) if plan else parse(pattern or "2:4")
     method = method or (asked.method if plan else None) or "sparsegpt"
-    if method_named(method, patterns_in(asked), group).gathers and calib is None:
+    if not parts and method_named(method, patterns_in(asked), group).gathers and calib is None:
         raise SparsekitError(f"--calib must name a text for {method} to calibrate on; magnitude alone needs none")
     if calib_field is not None and calib in (None, data.SELF):
         raise SparsekitError(f"--calib-field belongs to a .jsonl file, got {calib_field!r} with --calib {calib}; leave it out")
@@ -99,9 +118,13 @@ def prune(
             raise SparsekitError(f"the output folder {out} would be replaced, and must not be or hold the input {path}")
     world = pipeline.World.from_environment(device)
     with world.watched():  # from here on what refuses one rank ends the others
+        if parts and world.size > 1:
+            raise SparsekitError(f"--structured runs in one process, got {world.size} of torchrun; start it without")
         if world.leads:
             checkpoint.check_new_folder(out, overwrite or resume)
         checkpoint.check_model_folder(model_dir)
+        if parts:
+            pipeline.check_amounts(checkpoint.skeleton(model_dir), parts, scope, round_to)
         dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
         tokenizer, batches = checkpoint.load_tokenizer(model_dir), ()
         if calib:
@@ -110,6 +133,12 @@ def prune(
                 memory.check_whole(memory.parse_size(max_memory), model_dir, dtype, world.device, tokens)
             how = dict(device=world.device, dtype=dtype, shown=world.leads)
             batches = calibration(model_dir, tokenizer, calib, calib_field, samples, length, seed, **how)
+        if parts:
+            how = dict(scope=scope, round_to=round_to, compensate=compensate, device=device, dtype=dtype, tokenizer=tokenizer)
+            with progress_bar("") as progress:
+                how |= dict(overwrite=overwrite, progress=progress)
+                _show_structured(out, pipeline.prune_structured_folder(model_dir, out, batches, **how, **parts), json_out)
+            return
         how = dict(
             format=format,
             group=group,
@@ -143,6 +172,47 @@ def prune(
             if row.statistics != "own" and report.tokens:
                 by = "the statistics of its layer" if row.statistics == "layer" else "magnitude"
                 print(f"pruned by {by}: {row.name} (saw {row.tokens} tokens)")
+
+
+_OF_PARTS = ("scope", "round_to", "compensate")
+_OF_PATTERNS = ("method", "pattern", "plan", "format", "group", "skip", "resume", "max_memory", "offload")
+
+
+def _parts(context: typer.Context, structured: list[str] | None) -> dict[str, int | float]:
+    """The amounts by part that --structured asks for."""
+    from .pipeline import parse_amount
+    from .pipeline.structured import PARTS
+
+    given = [name for name in context.params if context.get_parameter_source(name).name != "DEFAULT"]
+    names = {name: f"--{name.replace('_', '-')}" for name in given}
+    if not structured and (loose := [names[name] for name in given if name in _OF_PARTS]):
+        raise SparsekitError(f"{loose[0]} belongs to --structured, and is given without it; leave it out")
+    if structured and (other := [names[name] for name in given if name in _OF_PATTERNS]):
+        raise SparsekitError(f"--structured takes parts out whole, got {other[0]} too; leave it out, and prune its result with it")
+    parts = {}
+    for text in structured or ():
+        part, _, amount = text.partition("=")
+        if part not in PARTS or not amount:
+            raise SparsekitError(f"--structured must be {listed(PARTS, 'or')} = an amount, such as heads=25%, got {text!r}")
+        if part in parts:
+            raise SparsekitError(f"--structured must name each part once, got {part} twice")
+        parts[part] = parse_amount(part, amount)
+    return parts
+
+
+def _show_structured(out: Path, report: StructuredReport, json_out: bool) -> None:
+    if json_out:
+        print(json.dumps({"out": str(out), **report.to_dict()}))
+        return
+    rows = []
+    for step in report.steps:
+        flat = not any(isinstance(one, list) for one in step.removed)
+        removed = step.removed if flat else map(len, step.removed)
+        rows.append((step.part, "blocks" if flat else "of each block", ", ".join(map(str, removed)), f"{step.seconds:.1f} s"))
+    show(f"{out}: {report.seconds:.1f} s", ("part", "removed", "", "time"), rows)
+    print(f"{report.parameters:,} of {report.parameters_before:,} parameters are left ({report.parameters_predicted:,} predicted)")
+    if report.per_layer_config:
+        print("its blocks differ: sparsekit loads it, transformers alone does not")
 
 
 @command()

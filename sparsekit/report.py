@@ -1,4 +1,4 @@
-"""What a pruning run did, a linear at a time."""
+"""What a pruning run did, a linear or a part at a time."""
 
 from __future__ import annotations
 
@@ -89,3 +89,43 @@ class PruneReport:
         kept = {field.name: found[field.name] for field in fields(cls)}
         linears = [LinearReport.from_dict(row) for row in found["linears"]]
         return cls(**{**kept, "linears": linears, "blocks": [BlockReport(**row) for row in found["blocks"]]})
+
+
+@dataclass
+class StructuredStep:
+    """One kind of part that went: "layers", "attention", "mlp", "experts", "heads" or "ffn".
+
+    removed: of layers and sub-layers the numbers of blocks, as they were before this step, in the order in which they went; of
+    the others, for each block, the numbers of those that went, heads by their key-value head.
+    importance: of layers and sub-layers what each of them had when its turn came; of experts and heads, for each block, what each
+    had; of neurons, for each block, the share of their importance that went.
+    output_error_plain, output_error, damping: for each block whose heads or neurons went, of the linear that reads them, squared
+    error of its outputs over their square without and with compensation, and what that had to add to the diagonal."""
+
+    part: str
+    removed: list
+    importance: list
+    method: str | None = None
+    output_error_plain: list[float | None] | None = None
+    output_error: list[float | None] | None = None
+    damping: list[float | None] | None = None
+    seconds: float = 0.0
+
+
+@dataclass
+class StructuredReport:
+    """What was taken out of a model: steps, in their order. asked: amounts by part. parameters_predicted: reckoned from the sizes
+    of what went; parameters: counted afterwards. per_layer_config: what the config says of blocks that differ."""
+
+    asked: dict[str, int | float]
+    tokens: int = 0
+    parameters_before: int = 0
+    parameters: int = 0
+    parameters_predicted: int = 0
+    steps: list[StructuredStep] = field(default_factory=list)
+    per_layer_config: list[dict[str, Any]] | None = None
+    format: str | None = None
+    seconds: float = 0.0
+
+    def to_dict(self) -> dict:
+        return {"structured": True, **asdict(self)}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..errors import SparsekitError, listed
 from ..format import FORMAT_VERSION
 from ..linear import SparseLinear
-from ..report import PruneReport
+from ..report import PruneReport, StructuredReport
 
 MAX_SHARD_BYTES = 4 << 30
 FORMATS = ("compressed", "dense")
@@ -36,7 +36,7 @@ def save(
     format: str = "compressed",
     tokenizer=None,
     overwrite: bool = False,
-    report: PruneReport | None = None,
+    report: PruneReport | StructuredReport | None = None,
 ) -> None:
     """Writes the model, and tokenizer and report.json where given, as a folder that ``load`` and, for "dense", transformers read.
 
@@ -52,7 +52,12 @@ def save(
 
 
 def write_beside(
-    folder: Path, model: nn.Module, dtype: torch.dtype, compressed: bool, tokenizer=None, report: PruneReport | None = None
+    folder: Path,
+    model: nn.Module,
+    dtype: torch.dtype,
+    compressed: bool,
+    tokenizer=None,
+    report: PruneReport | StructuredReport | None = None,
 ) -> None:
     """Everything of a model folder but its weights, which are stored in ``dtype``."""
     model.config.save_pretrained(folder)

@@ -16,6 +16,7 @@ from .folder import prune_folder
 from .loop import run
 from .narrow import Narrowed, prune_heads, prune_neurons
 from .source import Progress, Resident
+from .structured import check_amounts, parse_amount, prune_structured, prune_structured_folder
 from .world import World
 
 
@@ -53,4 +54,7 @@ def prune(
     return run(Resident(model, blocks, stored), batches, method, pattern, skip, progress, world, group)
 
 
-__all__ = ["Narrowed", "Progress", "World", "find_blocks", "prune", "prune_folder", "prune_heads", "prune_neurons"]
+__all__ = [
+    "Narrowed", "Progress", "World", "check_amounts", "find_blocks", "parse_amount", "prune", "prune_folder", "prune_heads",
+    "prune_neurons", "prune_structured", "prune_structured_folder",
+]  # fmt: skip
