@@ -84,7 +84,7 @@ def doctor(
         checkpoint.check_model_folder(dense)
         length, tokenizer = sequence_length(seq_len, dense), checkpoint.load_tokenizer(dense)
         if calib:
-            batches = data.calibration_batches(data.read_calibration(calib, tokenizer), samples, length)
+            batches = calibration(dense, tokenizer, calib, None, samples, length, 0, device=place, dtype=compute)
         if eval:
             tokens, found = data.read_tokens(eval, tokenizer), []
             data.evaluation_windows(tokens, length, max_tokens)  # refuses a short text before a model is read

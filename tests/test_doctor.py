@@ -107,6 +107,12 @@ def test_what_cannot_be_checked_is_not_called_well(prune, tmp_path):
     assert not any(check.result == FINDING for check in checks.values())
 
 
+def test_parts_taken_out_whole_are_no_lost_mask(tmp_path):
+    folder = Path(shutil.copytree(MODEL, tmp_path / "narrow"))
+    (folder / "report.json").write_text(json.dumps({"structured": True, "steps": []}))
+    assert set(found(folder)) == set()
+
+
 # ---- quality dropped ----
 
 

@@ -101,7 +101,10 @@ def add_all(folder: Path) -> None:
                     "pattern": "2:4", "sparsity": 0.5, "perplexity": 19.25, "low": 18.0, "high": 21.0, "bytes": 1_162_312,
                     "dense_bytes": 1_850_000, "speedup": {"1": 1.25, "512": 0.75, "2048": None}, "said": "from 5 probes",
                 },
-                {"pattern": "99%", "sparsity": 0.99, "perplexity": None, "low": None, "high": None, "bytes": None, "said": "no"},
+                {
+                    "pattern": "99%", "sparsity": 0.99, "perplexity": 99.0, "low": 50.0, "high": None, "bytes": 9, "dense_bytes": 9,
+                    "speedup": {}, "said": "far out",
+                },
             ],
             "published": [{"model": "OPT-125M", "perplexity": 36.85, "source": "arXiv:2301.00774"}],
             "machine": {},
@@ -159,7 +162,7 @@ def test_the_sections_of_a_folder_with_everything_beside_it(folder):
         "20.1250", "Over 2,032 tokens",
         "Rank correlation (Spearman) of the measured losses with the layers' errors: 0.81",
         "Loss with one alone pruned, over 2.7000 of the dense model", "2.7270 at 2:4",
-        "19.2 (18 to 21)", "1 token: 1.25x; 512 tokens: 0.75x, not faster", "from 5 probes",
+        "19.2 (18 to 21)", "99 (50 to inf)", "1 token: 1.25x; 512 tokens: 0.75x, not faster", "from 5 probes",
         "16.2", "16.5", "OPT-125M", "36.9", "arXiv:2301.00774",
         "10 matrices,", "18 matrices,",  # of 28 every third is dense
         "embedding", "output layer",
@@ -199,16 +202,32 @@ def test_speed_is_what_was_measured_here_or_not_measured(pruned, monkeypatch, tm
 
 
 def test_a_structured_report_is_shown_whole(folder):
-    def change(found):
-        kept = {"seconds": 3.5}
-        found.clear()
-        found.update(
-            kept, structured={"heads": {"model.layers.0": [1, 3]}, "layers": [{"name": "model.layers.2", "influence": 0.0625}]}
-        )
-
-    change_report(folder, change)
+    steps = [
+        {"part": "layers", "removed": [5, 1], "importance": [0.0625, 0.125], "seconds": 1.5},
+        {
+            "part": "heads", "method": "taylor", "removed": [[2], []], "importance": [[1.0, 2.0, 1.0], [3.0, 1.0, 1.0]],
+            "output_error_plain": [0.25, None], "output_error": [0.125, None], "damping": [0.01, None], "seconds": 2,
+        },
+        {"part": "ffn", "removed": [list(range(100, 120)), [7]], "importance": [0.375, 0.5], "seconds": 2},
+    ]  # fmt: skip
+    found = {
+        "structured": True, "asked": {"layers": 2, "heads": 0.25}, "parameters_before": 900_000, "parameters": 675_000,
+        "steps": steps, "seconds": 6.5, "format": "dense",
+    }  # fmt: skip
+    (folder / "report.json").write_text(json.dumps(found))
+    text = " ".join(Parts(make_page(folder)).text.split())
+    for said in (
+        "Asked for: layers: 2, heads: 0.25.", "675,000", "of 900,000, -25.0%",
+        "layers, 1.5 s", "1 5 0.0625 2 1 0.125",  # in the order in which they went
+        "heads, taylor, 2 s", "0 1 2 25.0% 25.00% 12.50% 1 0 none 0.0% - -",
+        "0 20 100, 101, 102, 103, 104, 105, 106, 107, 108, 109, 110, 111, 112, 113, 114, 115 and 4 more 37.5% 1 1 7 50.0%",
+    ):  # fmt: skip
+        assert said in text, said
+    # In a form of another's making, as what it says.
+    found = {"structured": {"heads": {"model.layers.0": [1, 3]}, "layers": [{"name": "model.layers.2", "influence": 0.0625}]}}
+    (folder / "report.json").write_text(json.dumps(found))
     text = Parts(make_page(folder)).text
-    assert all(said in text for said in ("What was taken out whole", "heads", "1, 3", "model.layers.2", "0.0625", "3.5"))
+    assert all(said in text for said in ("What was taken out whole", "heads", "1, 3", "model.layers.2", "0.0625"))
 
 
 def test_experts_share_a_cell_that_tells_mean_and_most(folder):

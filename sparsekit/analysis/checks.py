@@ -60,6 +60,8 @@ def pattern(patient: Patient) -> Check:
     if not patient.rows:
         checked = f"the zeros of {_count(patient.matrices)}"
         pruned = [matrix for matrix in patient.matrices if matrix.sparsity >= DENSE_BELOW]
+        if patient.structured and not pruned:
+            return _not_made(*about, checked, "parts were taken out whole, and nothing was pruned within matrices")
         if pruned:
             return _ok(*about, checked, f"{len(pruned)} hold zeros; without a report nobody says which pattern was asked for")
         return _finding(

@@ -56,7 +56,8 @@ def diagnose(
         raise SparsekitError("errors on a text are measured against the dense model, and none is given; give --dense")
     weights, place = Weights(folder), resolve_device(device)
     path = weights.folder / "report.json"
-    report = read_report(read_json(path), path) if path.is_file() else None
+    raw = read_json(path) if path.is_file() else {}
+    report = read_report(raw, path)
     beside = weights.folder / SENSITIVITY
     stored = stored_dtype(weights.folder)
     patient = Patient(
@@ -69,6 +70,7 @@ def diagnose(
         place,
         gpu,
         batch,
+        bool(raw.get("structured")),
         Sensitivity.load(beside) if beside.is_file() else None,
         perplexities,
     )

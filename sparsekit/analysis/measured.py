@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from .charts import bars, lines, ranges
 from .curves import Curve
 from .html import Html, change, faster, join, number, plural, share, size, tag
@@ -63,31 +65,19 @@ def forecast(known: Known) -> Html | None:
     found = known.forecast
     if not found:
         return None
-    rows, dense = found.get("rows") or [], found.get("dense_perplexity")
-    parts = []
-    if rows:
+    parts, dense = [], found.get("dense_perplexity")
+    if rows := found.get("rows") or []:
         mark = (dense, f"dense: {dense:.2f}") if dense else None
-        shown = [
-            (
-                row["pattern"], row["low"], row["perplexity"], row["high"], f"{number(row['perplexity'])}",
-                f"{row['pattern']}: {_interval(row)}\n{row.get('said', '')}",
-            )
-            for row in rows if None not in (row.get("low"), row.get("perplexity"), row.get("high"))
-        ]  # fmt: skip
-        if shown:
-            parts += [
-                ranges(shown, mark),
-                tag("p", "Predicted perplexity with its interval; the line is the dense model.", class_="note"),
-            ]
+        shown = [(row["pattern"], *_bounds(row), _said(row), f"{row['pattern']}: {_said(row)}") for row in rows]
+        level = f"{share(found['level'], 0)} " if found.get("level") else ""
+        said = f"Predicted perplexity with its {level}interval; the line across is the dense model's, {number(dense)}."
+        parts += [ranges(shown, mark), tag("p", said, class_="note")]
         cells = [
-            (
-                row["pattern"], _share(row.get("sparsity")), _interval(row), size(row["bytes"]) if row.get("bytes") else "-",
-                _speedups(row.get("speedup")), row.get("said", ""),
-            )
+            (row["pattern"], _share(row["sparsity"]), _said(row), size(row["bytes"]), _speedups(row["speedup"]), row["said"])
             for row in rows
-        ]  # fmt: skip
+        ]
         parts.append(table(("pattern", "zeros", "perplexity", "bytes", "speed", "said"), cells))
-    if probes := [row for row in found.get("probes") or [] if row.get("predicted") and row.get("measured")]:
+    if probes := found.get("probes"):
         cells = [(row["pattern"], number(row["predicted"]), number(row["measured"])) for row in probes]
         parts += [tag("h3", "Prunings that it was fitted to"), table(("pattern", "predicted", "measured"), cells)]
     if published := found.get("published"):
@@ -98,15 +88,18 @@ def forecast(known: Known) -> Html | None:
     return join(parts) if parts else None
 
 
+def _bounds(row: dict) -> tuple[float, float, float]:
+    """Lowest, expected and highest perplexity; what is not finite is null in the file."""
+    return tuple(math.inf if row[name] is None else row[name] for name in ("low", "perplexity", "high"))
+
+
+def _said(row: dict) -> str:
+    low, expected, high = map(number, _bounds(row))
+    return f"{expected} ({low} to {high})"
+
+
 def _share(value: float | None) -> str:
     return "-" if value is None else share(value)
-
-
-def _interval(row: dict) -> str:
-    if row.get("perplexity") is None:
-        return "-"
-    span = f" ({number(row['low'])} to {number(row['high'])})" if row.get("low") is not None and row.get("high") is not None else ""
-    return number(row["perplexity"]) + span
 
 
 def _speedups(found: dict | None) -> str:

@@ -68,6 +68,7 @@ class Patient:
     device: torch.device
     gpu: str | None  # asked about, in place of this machine's
     batch: int
+    structured: bool = False  # whether parts were taken out whole
     sensitivity: Sensitivity | None = None
     perplexities: tuple[float, float] | None = None
     errors: dict[str, tuple[float, tuple[float, ...]]] = field(default_factory=dict)

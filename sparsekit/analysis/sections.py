@@ -12,7 +12,7 @@ from .html import Html, change, duration, faster, join, number, plural, share, s
 from .known import Known, split_name
 from .tables import MOST_ROWS, nested, plain, table
 
-MOST_PATTERNS = 12  # of a list of bars: a plan may have hundreds
+MOST_PATTERNS, MOST_NUMBERS = 12, 16  # of a list of bars: a plan may have hundreds; of neurons in a cell
 
 
 # ---- what stands at the top ----
@@ -33,6 +33,9 @@ def summary(known: Known) -> Html:
     if rows := _measured(known):
         worst, middle = max(rows, key=_error), statistics.median(map(_error, rows))
         tiles.append(_tile("Output error, median", share(middle), f"worst {share(worst.output_error)}: {worst.name}"))
+    if now := known.raw.get("parameters"):
+        before = known.raw.get("parameters_before") or now
+        tiles.append(_tile("Parameters", f"{now:,}", f"of {before:,}, {change(now, before)}"))
     dense_bytes = _dense_bytes(held)
     tiles.append(_tile("Weight files", size(held["bytes"]), f"{share(held['bytes'] / dense_bytes)} of {size(dense_bytes)} dense"))
     if report:
@@ -269,7 +272,48 @@ def skipped(known: Known) -> Html | None:
 
 
 def structured(known: Known) -> Html | None:
-    return nested(known.raw["structured"]) if known.raw.get("structured") else None
+    """What was taken out whole, a step at a time."""
+    raw = known.raw
+    if not raw.get("structured"):
+        return None
+    sizes = [(name, raw[key]) for name, key in (("before", "parameters_before"), ("now", "parameters")) if raw.get(key)]
+    parts = [tag("p", f"Asked for: {plain(raw['asked'])}.")] if raw.get("asked") else []
+    if sizes:
+        shown = [(name, [(count, "fill", "")], f"{count:,} parameters") for name, count in sizes]
+        parts.append(bars(shown))
+    for step in raw.get("steps") or []:
+        parts.append(tag("h3", ", ".join(filter(None, (step["part"], step.get("method"), duration(step.get("seconds", 0)))))))
+        whole = all(isinstance(number, int) for number in step["removed"])
+        parts.append((_taken_whole if whole else _taken_by_block)(step))
+    return join(parts) if parts else nested(raw["structured"])
+
+
+def _taken_whole(step: dict) -> Html:
+    """Layers and sub-layers, in the order in which they went."""
+    rows = [
+        (str(i + 1), str(block), _cell(importance, number))
+        for i, (block, importance) in enumerate(zip(step["removed"], step["importance"]))
+    ]
+    return table(("went", "block", "importance"), rows)
+
+
+def _taken_by_block(step: dict) -> Html:
+    """Heads, neurons and experts: of each block how many went, which, and what that did to the linear that reads them."""
+    rows, errors = [], {"output_error_plain": "error, plain", "output_error": "error, made up for"}
+    errors = {key: name for key, name in errors.items() if step.get(key)}
+    for i, (gone, importance) in enumerate(zip(step["removed"], step["importance"])):
+        which = plain(gone[:MOST_NUMBERS]) + (f" and {len(gone) - MOST_NUMBERS:,} more" if len(gone) > MOST_NUMBERS else "")
+        lost = sum(importance[k] for k in gone) / (sum(importance) or 1) if isinstance(importance, list) else importance
+        rows.append(
+            (
+                (str(i), i),
+                (f"{len(gone):,}", len(gone)),
+                which,
+                _cell(lost, share),
+                *(_cell(step[key][i], lambda value: share(value, 2)) for key in errors),
+            )
+        )
+    return table(("block", "gone", "which", "of the importance", *errors.values()), rows)
 
 
 def run(known: Known) -> Html:
