@@ -1,6 +1,7 @@
 """The doctor: each way to break a pruned model is found, by its name and nothing else, and a healthy one has no finding."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from models import build, token_batches
 from safetensors.torch import load_file, save_file
 from test_cli import CALIB, MODEL, TEST, assert_refused, content, invoke
+from typer.main import get_command
 
 import sparsekit
 from sparsekit import bench, checkpoint, data, tune
 from sparsekit.analysis.checks import CHECKS
 from sparsekit.analysis.doctor import diagnose, summarise, to_dict
 from sparsekit.analysis.patient import FINDING, NOT_MADE, SEVERITIES, TREES
+from sparsekit.cli import app
 
 ENOUGH = ("--samples", "16", "--seq-len", "64", "--device", "cpu")  # 1024 tokens for matrices of up to 384 inputs
 FIRST = "model.layers.0.self_attn.q_proj"
@@ -331,6 +334,32 @@ def test_a_few_matrices_carry_the_loss(broken):
     findings = found(folder)
     assert set(findings) == {"sensitive"} and "2 of 28 make up half of it" in findings["sensitive"].found
     assert "model.layers.3.mlp.down_proj" in findings["sensitive"].do
+
+
+# ---- the page of documentation ----
+
+DOCS = (Path(__file__).parents[1] / "docs/report.md").read_text(encoding="utf-8")
+
+
+def test_the_page_names_the_checks_in_their_order(prune):
+    rows = re.findall(r"^\| ([\w :-]*)\| `(\w+)` \|", DOCS, re.MULTILINE)
+    tree, told = "", []
+    for named, check in rows:
+        tree = named.strip() or tree
+        told.append((tree, check))
+    assert told == [(check.tree, check.name) for check in diagnose(prune(), device="cpu")]
+
+
+def test_the_code_of_the_page(prune, capsys):
+    exec(re.search(r"(?m)^```python\n(.*?)^```", DOCS, re.S)[1], {"folder": prune(), "dense": MODEL})
+    assert capsys.readouterr().out == "[]\n"
+
+
+@pytest.mark.parametrize("command", ["report", "doctor"])
+def test_the_options_of_the_page_are_those_of_the_command(command):
+    told = re.search(rf"^sparsekit {command} DIR (\[.*?)^```", DOCS, re.MULTILINE | re.DOTALL)[1]
+    options = {option for parameter in get_command(app).commands[command].params for option in parameter.opts if option[:2] == "--"}
+    assert set(re.findall(r"--[\w-]+", told)) == options - {"--device", "--dtype"}
 
 
 # ---- the command, and what is refused ----
