@@ -34,11 +34,11 @@ def groups(model: nn.Module) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def loss(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> float:
-    """Of one sample without its padding, which stands on the left."""
+def loss(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None, labels: torch.Tensor | None = None) -> float:
+    """Of one sample without its padding, which stands on the left, or of what its labels count."""
     logits = model(input_ids=ids, attention_mask=mask).logits.double()[:, :-1]
     counted = slice(0 if mask is None else int((mask == 0).sum()), None)
-    return F.cross_entropy(logits[0, counted], ids[0, 1:][counted]).item()
+    return F.cross_entropy(logits[0, counted], (ids if labels is None else labels)[0, 1:][counted]).item()
 
 
 def with_gate(model: nn.Module, output: nn.Module, group: int, width: int, gate: float, *args) -> float:
@@ -93,9 +93,10 @@ def test_taylor_leaves_padding_out_and_takes_labels():
     expected = by_differences(model, [(ids[:1],), (ids[1:], mask[1:])], 1e-4)
     assert [scores.tolist() for scores in found] == [pytest.approx(row, rel=1e-5) for row in expected]
     labels = ids.masked_fill(mask == 0, -100)
-    labels[:, 3] = -100  # the first token of the second sample, which nothing counted comes before
-    some = head_importance(model, [{"input_ids": ids, "attention_mask": mask, "labels": labels}])
-    assert all((a != b).all() for a, b in zip(some, found))
+    labels[:, 5] = -100
+    found = head_importance(model, [{"input_ids": ids, "attention_mask": mask, "labels": labels}])
+    expected = by_differences(model, [(ids[:1], None, labels[:1]), (ids[1:], mask[1:], labels[1:])], 1e-4)
+    assert [scores.tolist() for scores in found] == [pytest.approx(row, rel=1e-5) for row in expected]
 
 
 def test_samples_do_not_cancel():

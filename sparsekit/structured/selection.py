@@ -85,24 +85,25 @@ def _global(importance: Sequence[Tensor], orders: Sequence[Sequence[int]], asked
     """How many go from each block: the least important step by step, until one more would exceed what is asked for.
 
     Blocks are compared by the mean importance of the step that would go next. The first one leaves a multiple of step."""
-    ranked = [scores[order].double() for scores, order in zip(importance, orders)]
-    counts = [0] * len(ranked)
+    ranked = [scores[order].tolist() for scores, order in zip(importance, orders)]
+    counts, total = [0] * len(ranked), 0
 
     def coming(i: int) -> tuple[float, int, int] | None:
         size = (len(ranked[i]) - counts[i]) % step or step
         if counts[i] + size >= len(ranked[i]):
             return None
-        return ranked[i][counts[i] : counts[i] + size].mean().item(), -i, size
+        return sum(ranked[i][counts[i] : counts[i] + size]) / size, -i, size
 
     queue = [first for i in range(len(ranked)) if (first := coming(i))]
     heapify(queue)
     while queue:
         _, negative, size = heappop(queue)
-        if sum(counts) + size > asked:
+        if total + size > asked:
             if step == 1:
                 break
             continue
         counts[-negative] += size
+        total += size
         if (following := coming(-negative)) is not None:
             heappush(queue, following)
     return counts
