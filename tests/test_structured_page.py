@@ -11,16 +11,18 @@ import transformers
 
 import sparsekit
 from sparsekit.errors import listed
-from sparsekit.structured import ARCHITECTURES, architecture_of
+from sparsekit.pipeline.structured import PARTS
+from sparsekit.structured import ARCHITECTURES, architecture_of, shape_model
+from sparsekit.structured.entries import entries_of
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "structured.md").read_text(encoding="utf-8")
 CODE = re.findall(r"(?m)^```python\n(.*?)^```", PAGE, re.S)
 
 
-def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch):
+def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("sparsekit.structured.architecture.ARCHITECTURES", dict(ARCHITECTURES))
-    names = {"folder": shipped.MODEL, "batches": shipped.calibration(4)}
+    names = {"folder": shipped.MODEL, "batches": shipped.calibration(4), "out": tmp_path / "out"}
     for block in CODE:
         exec(block, names)
     heads, neurons = names["heads"], names["neurons"]
@@ -29,6 +31,9 @@ def test_the_code_runs_from_top_to_bottom(capsys, monkeypatch):
     sizes = [names["architecture"].shape(block).intermediate_size for block in names["architecture"].blocks(names["model"])]
     assert sum(sizes) == 4 * 320 - 128 and len(set(sizes)) > 1, "a tenth of all, not of each"
     assert torch.isfinite(names["model"](names["batches"][0]).logits).all()
+    with torch.no_grad():
+        thin, loaded = names["thin"], sparsekit.load(tmp_path / "out", device="cpu")
+        assert torch.equal(loaded(names["batches"][0]).logits, thin(names["batches"][0]).logits)
 
 
 def test_the_descriptor_of_the_page_is_right(monkeypatch):
@@ -76,6 +81,25 @@ def test_the_figures_are_those_on_file():
                 assert float(text) == pytest.approx(held[kind, method, cells[2], compensate], abs=0.0051), line
                 seen += 1
     assert seen == 15
+    ours, random = re.search(r"loses least: perplexity ([\d.]+), and ([\d.]+) in the mean", PAGE.replace("\n", " ")).groups()
+    assert float(ours) == pytest.approx(held["layers", "influence", "global", False], abs=0.0051)
+    assert float(random) == pytest.approx(held["layers", "random", "layer", False], abs=0.0051)
+
+
+def test_the_entries_of_the_page_are_followed():
+    text = re.search(r"(?m)^```json\n(.*?)^```", PAGE, re.S)[1]
+    model = shipped.load()
+    model.config.update(json.loads(text))
+    shape_model(model, entries_of(model.config))
+    architecture = architecture_of(model)
+    shapes = [architecture.shape(block) for block in architecture.blocks(model)]
+    assert [shape.num_attention_heads for shape in shapes] == [4, None, 4, 4]
+    assert [shape.intermediate_size for shape in shapes] == [384, 384, 320, None]
+
+
+def test_the_parts_of_the_page_are_those_of_the_command():
+    rows = re.search(r"\| part \|.*?\n\n", PAGE, re.S)[0].splitlines()[2:]
+    assert tuple(name for row in rows for name in re.findall(r"`(\w+)`", row)) == PARTS
 
 
 def test_links_lead_somewhere():
