@@ -261,6 +261,7 @@ def forecast(
     max_loss: Annotated[
         float | None, typer.Option(help="Say what to choose, if the perplexity may rise by this share: 0.05 is 5 %.")
     ] = None,
+    keep_plan: Annotated[Path | None, typer.Option(help="With --max-loss: where to write the plan that is recommended.")] = None,
     sensitivity: Annotated[
         Path | None, typer.Option(help="What `sparsekit sensitivity` wrote of this model, to measure less.")
     ] = None,
@@ -288,8 +289,10 @@ def forecast(
     if max_loss is not None and len(batches) > 1:
         raise SparsekitError(f"--max-loss chooses for one --batch, got {', '.join(map(str, batches))}")
     known = None if sensitivity is None else Sensitivity.load(sensitivity)
-    if out is not None:
-        checkpoint.check_new_file(out)
+    if keep_plan is not None and max_loss is None:
+        raise SparsekitError(f"--keep-plan keeps what --max-loss recommends, got {keep_plan} without it; leave it out")
+    for path in filter(None, (out, keep_plan)):
+        checkpoint.check_new_file(path)
     tokenizer, shown, length = _batches(model_dir, calib, calib_field, samples, seq_len, seed, device)
     how = dict(
         seq_len=length,
@@ -311,6 +314,8 @@ def forecast(
             told = found.forecast
     if out is not None:
         checkpoint.write_whole(out, lambda part: write_json(part, found.to_dict()))
+    if keep_plan is not None and found.plan is not None:
+        checkpoint.write_whole(keep_plan, found.plan.save)
     if json_out:
         print(json.dumps(found.to_dict()))
         return
@@ -333,3 +338,5 @@ def forecast(
             print(f"  {reason}")
         for name, reason in found.rejected.items():
             print(f"  not {name}: {reason}")
+        if keep_plan is not None and found.plan is not None:
+            print(f"its plan is in {keep_plan}")

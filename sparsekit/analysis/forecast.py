@@ -15,10 +15,12 @@ from .. import bench, catalog, checkpoint
 from ..checkpoint.lazy import LazyModel
 from ..data import evaluation_windows
 from ..errors import SparsekitError
+from ..linear import NM24
 from ..patterns import Pattern
 from ..pipeline.blocks import Target, find_blocks, find_targets
 from ..pipeline.source import Resident
 from ..plan import Plan, parse
+from .allocation import allocate_choices
 from .costs import DTypeOf, size_of, speed_of
 from .published import Published, published
 from .quality import LEVEL, PROBES, Probe, Quality, calibrate
@@ -193,29 +195,20 @@ def _told(subject: Subject, quality: Quality, rows: Sequence[Row], patterns: Seq
 
 @dataclass(frozen=True)
 class Recommendation:
-    """pattern: what to prune to, None where nothing within the limit gains any. row: what to expect of it. why: the reasons, a
-    sentence each. rejected: of each other candidate the reason. forecast: of all of them."""
+    """pattern: what to prune to, None where nothing within the limit gains any; plan: the same, linear by linear. row: what to
+    expect of it. why: the reasons, a sentence each. rejected: of each other candidate the reason. forecast: of all of them."""
 
     pattern: Pattern | Plan | None
+    plan: Plan | None
     row: Row | None
     why: tuple[str, ...]
     rejected: dict[str, str]
     forecast: Forecast
 
     def to_dict(self) -> dict[str, Any]:
-        """Of JSON's types alone."""
-        found = self.forecast.to_dict()
-        chosen = next((row for row in found["rows"] if self.row is not None and row["pattern"] == self.row.pattern), None)
-        plan = self.pattern.to_dict() if isinstance(self.pattern, Plan) else None
-        pattern = None if self.pattern is None else str(self.pattern)
-        return {
-            "pattern": pattern,
-            "plan": plan,
-            "row": chosen,
-            "why": list(self.why),
-            "rejected": self.rejected,
-            "forecast": found,
-        }
+        """The forecast's ``to_dict`` with the choice under "recommended", whose row is that of the same pattern."""
+        told = {"plan": self.plan and self.plan.to_dict(), "why": list(self.why), "rejected": self.rejected}
+        return {**self.forecast.to_dict(), "recommended": {"pattern": self.row and self.row.pattern, **told}}
 
 
 def recommend(
@@ -242,8 +235,9 @@ def recommend(
     0.05 is 5 % more than the dense model's. The upper end of the interval must stay below that.
 
     Of those that do, the fastest with ``batch`` tokens a product if one is faster than dense, else the smallest file, if one is
-    smaller than the dense one. hardware: as for ``catalog.capability_of``; speeds were measured on this machine (None) alone.
-    The other arguments, and what is raised, are those of ``forecast``; SparsekitError too for a limit that is not above 0."""
+    smaller than the dense one. Where 2:4 is a candidate that loses too much, so is a plan that leaves some linears dense, those
+    that lose most (``allocate_choices``). hardware: as for ``catalog.capability_of``; speeds were measured on this machine (None)
+    alone. The other arguments are those of ``forecast``. Raises SparsekitError as that does, and for a limit not above 0."""
     if not 0 < max_quality_loss < math.inf:
         raise SparsekitError(f"the quality loss must be a share above 0, such as 0.05, got {max_quality_loss!r}")
     capability = catalog.capability_of(hardware)
@@ -255,8 +249,12 @@ def recommend(
     quality = _calibrated(subject, batches, tokens, seq_len, list(plans.values()), how)
     here = next(subject.model.parameters()).device if hardware is None else None
     runs = catalog.entry("2:4", capability).kernel is not None
-    rows = {text: _row(subject, quality, text, plan, (batch,), here) for text, plan in plans.items()}
     limit, rejected, left = quality.dense * (1 + max_quality_loss), {}, {}
+    if part := _partly(quality, limit) if asked.get(str(NM24)) == NM24 else None:
+        held = sum(pattern is not None for pattern in part.patterns.values())
+        text = f"{NM24} in {held} of {len(part.patterns)} linears"
+        asked[text], plans[text] = part, part
+    rows = {text: _row(subject, quality, text, plan, (batch,), here) for text, plan in plans.items()}
     for text, row in rows.items():
         faster = runs and (row.speedup[batch] or 0) > 1
         if row.high > limit:
@@ -274,7 +272,7 @@ def recommend(
     told = _told(subject, quality, list(rows.values()), patterns)
     if best is None:
         why = (f"no candidate keeps the perplexity below {limit:.2f} for certain enough and gains size or speed", *advice.why)
-        return Recommendation(None, None, why, rejected, told)
+        return Recommendation(None, None, None, why, rejected, told)
     row = rows[best]
     why = (
         f"perplexity {row.perplexity:.2f}, with {LEVEL:.0%} between {row.low:.2f} and {row.high:.2f}",
@@ -283,4 +281,14 @@ def recommend(
         row.said,
         *advice.why,
     )
-    return Recommendation(asked[best], row, why, rejected, told)
+    return Recommendation(asked[best], plans[best], row, why, rejected, told)
+
+
+def _partly(quality: Quality, limit: float) -> Plan | None:
+    """2:4 in as many linears as the limit allows, by tenths of all weights; None where it allows all of them, or hardly any."""
+    curves, weights = list(quality.damages.curves.values()), quality.damages.weights
+    for tenths in range(10, 0, -1):
+        plan = allocate_choices(curves, tenths * NM24.sparsity / 10, (None, NM24), weights=weights)
+        if quality.expected(plan).high <= limit:
+            return None if tenths == 10 else plan
+    return None

@@ -25,12 +25,12 @@ from ..patterns import Pattern, Unstructured
 from ..pipeline.blocks import Target
 from ..plan import Plan
 from .curves import Curve, error_curves
+from .planning import SHARES
 from .regression import FEWEST, Line
 from .sensitivity import Sensitivity
 from .weights import gradient_weights
 
 LEVEL = 0.8  # of the interval: that share of prunings should end within it
-SHARES = tuple(f"{10 * tenth}%" for tenth in range(1, 10))  # at which curves are measured
 PROBES = 6
 # How far the shares of a probe's blocks, and those of the linears of a block, lie from their middle at most: a probe shall differ
 # from a uniform pruning as much as the plans do that are asked about.
