@@ -69,11 +69,7 @@ def cpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) 
     sparse = times.pop("sparse")
     fastest = min(times, key=times.__getitem__)
     return {
-        "layer": name,
-        "m": m,
-        "n": n,
-        "k": k,
-        "dtype": str(dtype).removeprefix("torch."),
+        **sizes(name, m, n, k, dtype),
         "kernel": SPARSE_CPU,
         "sparse_us": round(sparse, 1),
         "sparse_eager_us": round(sparse, 1),
@@ -92,6 +88,11 @@ def cpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) 
     }
 
 
+def sizes(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict:
+    """What a row is of."""
+    return {"layer": name, "m": m, "n": n, "k": k, "dtype": str(dtype).removeprefix("torch.")}
+
+
 def gpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) -> dict:
     x, w, s = problem(m, n, k, dtype, "cuda")
     x = x.to(dtype)
@@ -106,11 +107,7 @@ def gpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) 
     sparse = times["sparse"]
     mhz, watts = clocks(calls["sparse"])
     return {
-        "layer": name,
-        "m": m,
-        "n": n,
-        "k": k,
-        "dtype": str(dtype).removeprefix("torch."),
+        **sizes(name, m, n, k, dtype),
         "kernel": f"{choice.kernel} {choice.tile}/{choice.split}",
         "sparse_us": round(sparse, 2),
         "sparse_eager_us": round(eager, 2),

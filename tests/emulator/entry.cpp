@@ -1,23 +1,16 @@
 // What tests/test_cuda_emulated.py calls through ctypes: the machine's controls, every launcher, single instructions.
 #include "../../csrc/launch.h"
+#include "controls.h"
 #include "ptx_host.h"
 
 using emulator::machine;
 
 extern "C" {
 
-void emulator_seed(uint64_t seed) { machine.seed(seed); }
-void emulator_forget_memory() { machine.ranges.clear(); }
-void emulator_allow(const void *pointer, size_t bytes, int writable) {
-    const auto begin = reinterpret_cast<uintptr_t>(pointer);
-    machine.ranges.push_back({begin, begin + bytes, writable != 0});
-}
 size_t emulator_bytes_read(int range) { return machine.ranges[range].bytes_read; } // numbered as they were allowed
 long emulator_bank_conflicts() { return std::exchange(machine.bank_conflicts, 0); }
 int emulator_blocks() { return static_cast<int>(machine.grid_dim.x); } // of the last launch
 size_t emulator_shared_bytes() { return machine.shared_bytes(); }      // of a block of it
-void emulator_multiprocessors(int count) { emulator::multiprocessors = count; }
-const char *emulator_error() { return machine.error.c_str(); }
 
 int emulated_linear24_sm80(const void *x, const void *values, const void *meta, const void *bias, void *y, int m, int n,
                            int k, int64_t ldx, int dtype, int activation, int tile) {

@@ -1,5 +1,6 @@
 // What tests/test_cuda_hopper.py calls through ctypes: the machine's controls, the launcher, single instructions.
 #include "../../csrc/launch.h"
+#include "controls.h"
 #include "hopper_host.h"
 
 namespace ptx = sparsekit::ptx;
@@ -76,15 +77,6 @@ void load(Load p) {
 } // namespace
 
 extern "C" {
-
-void emulator_seed(uint64_t seed) { machine.seed(seed); }
-void emulator_forget_memory() { machine.ranges.clear(); }
-void emulator_allow(const void *pointer, size_t bytes, int writable) {
-    const auto begin = reinterpret_cast<uintptr_t>(pointer);
-    machine.ranges.push_back({begin, begin + bytes, writable != 0});
-}
-const char *emulator_error() { return machine.error.c_str(); }
-void emulator_multiprocessors(int count) { emulator::multiprocessors = count; }
 
 int emulated_linear24_sm90a(const void *x, const void *values, const void *meta, const void *bias, void *y,
                             void *workspace, int m, int n, int k, int64_t ldx, int dtype, int activation, int tile,
