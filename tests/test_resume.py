@@ -242,6 +242,12 @@ def test_two_runs_of_one_seed_are_the_same_bytes_and_of_another_are_not(calib, t
     assert weights and [name for name in weights if made["first"][name] != made["other"][name]]
 
 
+def test_a_rank_that_writes_nothing_leaves_it_to_rank_0_to_say_what_is_left(tmp_path):
+    with pytest.raises(KeyboardInterrupt) as error, unfinished.looked_at(tmp_path / "out", 3):
+        raise KeyboardInterrupt
+    assert error.value.left == "; rank 0 says what is left" and not any(tmp_path.iterdir())
+
+
 # ---- another run ----
 
 

@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import __version__
 from ..checkpoint import check_format, check_model_folder, resolve_device, weight_files
 from ..checkpoint.lazy import LazyModel
-from ..checkpoint.unfinished import Unfinished, check_same, partial_folder, unfinished
+from ..checkpoint.unfinished import Unfinished, check_same, looked_at, partial_folder, unfinished
 from ..checkpoint.writing import compressed_shapes, metadata_of, put_right, tensors_of, write_beside, write_index
 from ..criteria import Criterion
 from ..data import hash_batches
@@ -103,7 +103,7 @@ def prune_folder(
         outside = _share_out(lazy)
         count = len(lazy.blocks) + len(outside)
         how = dict(overwrite=overwrite, resume=resume)
-        with unfinished(out, count, this, **how) if world.leads else nullcontext(Unfinished(out.resolve(), count)) as work:
+        with unfinished(out, count, this, **how) if world.leads else looked_at(out, count) as work:
             world.gather(None)  # the others look at it when rank 0 has made it
             store = None
             offload = None if offload is None else Path(offload)
