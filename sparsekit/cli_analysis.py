@@ -145,6 +145,8 @@ def sensitivity(
         raise SparsekitError(f"losses need an --eval text and a --unit, linear or block, got --eval {eval} and --unit {unit}")
     if stream and eval:
         raise SparsekitError("losses need the whole model in memory, got --eval with --stream; leave one of them out")
+    if max_tokens is not None and not eval:
+        raise SparsekitError(f"--max-tokens is how much of --eval is read, got {max_tokens} without it; leave it out")
     checkpoint.check_new_file(out)
     tokenizer, batches, length = _batches(model_dir, calib, calib_field, samples, seq_len, seed, device)
     how = dict(device=device, dtype=compute_dtype("auto", device))
@@ -210,6 +212,8 @@ def plan(
         unit = "block"
     bounds = dict(low=low or 0.0, high=high, choices=None if choices is None else _split(choices))
     check_ways(target, by, unit, weigh, **bounds)
+    if batch != 1 and by != "latency":
+        raise SparsekitError(f"--batch is for plans by latency, got {batch} for a plan by {by}; leave it out")
     checkpoint.check_new_file(out)
     known = Sensitivity.load(sensitivity) if sensitivity else None
     batches: list = []

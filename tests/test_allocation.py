@@ -7,7 +7,7 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from models import build, token_batches, weight_of
 
@@ -149,7 +149,7 @@ def test_the_solvers_refuse_what_cannot_be():
     assert lower_hull([(0, 0.0), (1, 3.0), (2, 2.0), (3, 3.0), (4, 10.0)]) == [(0, 0.0), (3, 3.0), (4, 10.0)]
 
 
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 10**9 // 3, 10**9 - 1, 10**9])
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 144_272_509, 10**9 - 1, 10**9])  # the fifth is such a one
 def test_a_share_removes_its_count(count):
     # A thousand million weights: the float nearest to a share may lie below it, and would remove one weight less.
     for of in (7, 31 * 17, 10**9):
@@ -206,6 +206,7 @@ def by_hand(curves, patterns, weights, feasible):
     return min(costs)
 
 
+@settings(max_examples=50)
 @given(st.data())
 def test_choices_are_the_best_that_reach_the_target(data):
     shapes = st.sampled_from([(8, 8), (8, 24), (3, 7)])  # alike, three times as large, and of tails

@@ -91,13 +91,15 @@ def make_plan(
     matrices = [matrix for group in find_targets(source.blocks, names, ()) for matrix in group]
     if by == "owl":
         return allocate_owl(outlier_shares(model, batches, progress=progress, **where), target, low=low, high=high)
+    weigh = weigh or ("size" if not isinstance(model, nn.Module) and not (sensitivity and sensitivity.weights) else "gradient")
+    _check_weigh(model, weigh, sensitivity)
+    times = measured_times(matrices, source.device, tokens) if by == "latency" else {}
     wanted = list(CHOICES[by] if choices is None else choices) if by in CHOICES else SHARES
     if sensitivity is None:
         curves = error_curves(model, batches, [p for p in wanted if p not in (None, DENSE)], progress=progress, **where)
     else:
         curves = sensitivity.curves
         check_curves(curves, matrices)
-    weigh = weigh or ("size" if not isinstance(model, nn.Module) and not (sensitivity and sensitivity.weights) else "gradient")
     how: dict[str, Any] = {
         "weights": _weights(model, batches, curves, weigh, sensitivity, progress),
         "groups": blocks_of(source) if unit == "block" else None,
@@ -107,7 +109,7 @@ def make_plan(
     elif by == "choices":
         plan = allocate_choices(curves, target, wanted, low=low, high=1.0 if high is None else high, **how)
     else:
-        plan = allocate_latency(curves, read_speedup(target), measured_times(matrices, source.device, tokens), wanted, **how)
+        plan = allocate_latency(curves, read_speedup(target), times, wanted, **how)
     return Plan(plan.patterns, plan.shapes, plan.method, {**plan.made, "weights": weigh, "unit": unit})
 
 
@@ -137,6 +139,13 @@ def measured_times(matrices: Iterable[Target], device: torch.device, tokens: int
     return found
 
 
+def _check_weigh(model: nn.Module | str | Path, weigh: str, sensitivity: Sensitivity | None) -> None:
+    if weigh == "loss" and not (sensitivity and sensitivity.losses):
+        raise SparsekitError("weights by loss need a sensitivity that holds losses; measure them, or weigh by gradient")
+    if weigh == "gradient" and not isinstance(model, nn.Module) and not (sensitivity and sensitivity.weights):
+        raise SparsekitError("weights by gradient need the whole model in memory; load it, or weigh by size")
+
+
 def _weights(
     model: nn.Module | str | Path,
     batches: Sequence[Tensor | Mapping[str, Tensor]],
@@ -148,12 +157,6 @@ def _weights(
     if weigh == "size":
         return None
     if weigh == "loss":
-        if not sensitivity or not sensitivity.losses:
-            raise SparsekitError("weights by loss need a sensitivity that holds losses; measure them, or weigh by gradient")
         groups = sensitivity.blocks if sensitivity.unit == "block" else None
         return loss_weights(curves, sensitivity.losses, sensitivity.dense_loss, groups)
-    if sensitivity and sensitivity.weights:
-        return sensitivity.weights
-    if not isinstance(model, nn.Module):
-        raise SparsekitError("weights by gradient need the whole model in memory; load it, or weigh by size")
-    return gradient_weights(model, batches, progress=progress)
+    return sensitivity.weights if sensitivity and sensitivity.weights else gradient_weights(model, batches, progress=progress)
