@@ -1,7 +1,8 @@
 """Masks of torch's own pruning tools: taken from a model, and put on one.
 
 torch.nn.utils.prune keeps ``weight_orig`` and ``weight_mask`` beside a module; torch.ao.pruning keeps a mask in a parametrization
-of ``weight``. Either way the mask is the shape of the module's weight, and that is what is given and taken here.
+of ``weight``. What is given and taken here is (out_features, in_features) bool, True where kept, by the module's name: what
+``sparsekit.prune`` takes as its pattern. Only transformers' Conv1D, which holds its weight transposed, has it otherwise itself.
 """
 
 from __future__ import annotations
@@ -10,22 +11,40 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import prune
+from torch.nn.utils import parametrize, prune
 
 from ..errors import SparsekitError
+from ..linear import is_conv1d
 
 
 def read_masks(model: nn.Module) -> dict[str, Tensor]:
-    """The mask of each module's weight, by the module's name, bool in the shape of the weight, True where kept.
-
-    Modules without one are left out."""
+    """The mask of each module's weight that has one. Other weights than matrices keep the shape that they have."""
     masks = {}
     for name, module in model.named_modules():
-        if isinstance(mask := getattr(module, "weight_mask", None), Tensor):
-            masks[name] = mask.bool()
-        for parametrization in getattr(getattr(module, "parametrizations", None), "weight", ()):
-            if isinstance(mask := getattr(parametrization, "mask", None), Tensor):
-                masks[name] = mask.bool()
+        found = [getattr(module, "weight_mask", None), *(getattr(one, "mask", None) for one in _parametrizations(module))]
+        for mask in found:
+            if isinstance(mask, Tensor):
+                masks[name] = _turned(module, mask.bool())
+    return masks
+
+
+@torch.no_grad()
+def take_masks(model: nn.Module) -> dict[str, Tensor]:
+    """The mask of each module's weight that has one, off the model: its weights are parameters again, as they were without masks.
+
+    Raises SparsekitError, before anything is changed, for a weight that something else than a mask stands before."""
+    masks = read_masks(model)
+    modules = {name: model.get_submodule(name) for name in masks}
+    for name, module in modules.items():
+        if any(not isinstance(getattr(one, "mask", None), Tensor) for one in _parametrizations(module)):
+            raise SparsekitError(f"masks are taken from weights that nothing else changes, and {name} has another parametrization")
+    for module in modules.values():
+        if _parametrizations(module):
+            parametrize.remove_parametrizations(module, "weight", leave_parametrized=False)
+        else:
+            whole = module.weight_orig.detach().clone()
+            prune.remove(module, "weight")
+            module.weight.copy_(whole)
     return masks
 
 
@@ -36,10 +55,19 @@ def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     Raises SparsekitError, before anything is changed, for a name that the model does not have and a mask of another shape."""
     modules = dict(model.named_modules())
     for name, mask in masks.items():
-        weight = getattr(modules.get(name), "weight", None)
-        if not isinstance(weight, Tensor):
+        module = modules.get(name)
+        if not isinstance(getattr(module, "weight", None), Tensor):
             raise SparsekitError(f"a mask must be for a module of the model that has a weight, got {name!r}")
-        if weight.shape != mask.shape:
-            raise SparsekitError(f"the mask of {name} must be of its weight's shape {tuple(weight.shape)}, got {tuple(mask.shape)}")
+        if (shape := _turned(module, module.weight).shape) != mask.shape:
+            raise SparsekitError(f"the mask of {name} must be of its weight's shape {tuple(shape)}, got {tuple(mask.shape)}")
     for name, mask in masks.items():
-        prune.custom_from_mask(modules[name], "weight", mask.to(modules[name].weight.device))
+        prune.custom_from_mask(modules[name], "weight", _turned(modules[name], mask).to(modules[name].weight.device))
+
+
+def _parametrizations(module: nn.Module) -> list[nn.Module]:
+    return list(getattr(getattr(module, "parametrizations", None), "weight", ()))
+
+
+def _turned(module: nn.Module, held: Tensor) -> Tensor:
+    """From the module's own order of dimensions to (out_features, in_features), or back."""
+    return held.T.contiguous() if is_conv1d(module) else held

@@ -132,6 +132,11 @@ def find_targets(
         raise SparsekitError("there must be a linear to prune, and every one is skipped")
     held: set[tuple[int, int | None]] = set()
     for target in (target for group in targets for target in group):
+        if not isinstance(getattr(target.module, target.parameter), nn.Parameter):
+            raise SparsekitError(
+                f"the weight of {target.name} must be a parameter, and is made anew at each pass; take the masks of torch's own "
+                f"pruning off with sparsekit.integrations.torch_prune.take_masks"
+            )
         place = (id(getattr(target.module, target.parameter)), target.index)
         if place in held:
             raise SparsekitError(f"the weight of {target.name} must be used once, and another linear or block uses it too; skip it")
