@@ -108,6 +108,23 @@ def test_rows_lie_apart(case, kernel, record):
         assert rows.stride() == (ldx, 1)
 
 
+@pytest.mark.parametrize("kernel", [product.DECODE, product.HOPPER, product.MMA_SP])
+def test_a_weight_in_a_larger_buffer_is_brought_to_where_it_can_be_read(kernel, record):
+    x, f, _ = problem(3)
+    views = []
+    for t in f[:2]:
+        buffer = t.new_empty(t.numel() + 1)
+        views.append(buffer[1:].view(t.shape).copy_(t))
+        assert views[-1].data_ptr() % 16
+    recorder = record()
+    product.run_on_gpu(Choice(kernel), x, f._replace(values=views[0], meta=views[1]), None, None)
+    given = recorder.calls[-1][1]
+    assert given["values"] % 16 == given["meta"] % 16 == 0
+    product.run_on_gpu(Choice(kernel), x, f, None, None)
+    given = recorder.calls[-1][1]
+    assert (given["values"], given["meta"]) == (f.values.data_ptr(), f.meta.data_ptr()), "else no copy is made"
+
+
 @pytest.mark.parametrize("kernel", [product.DECODE, product.HOPPER])
 def test_what_is_not_there_is_a_null(kernel, record):
     x, f, _ = problem(3)

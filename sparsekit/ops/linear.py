@@ -124,6 +124,12 @@ def _rows(x: Tensor, apart: bool = False) -> tuple[Tensor, int]:
     return rows, across
 
 
+def _aligned(t: Tensor) -> Tensor:
+    """The tensor where 16-byte loads can read it: a view into a larger buffer may begin anywhere."""
+    t = t.contiguous()
+    return t if t.data_ptr() % 16 == 0 else t.clone()
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -258,7 +264,7 @@ def run_on_gpu(choice: Choice, x: Tensor, s: Sparse24 | Fragments24, bias: Tenso
         return _expanded(x, s, bias, activation)
     f = s if isinstance(s, Fragments24) else to_fragments(s)
     (rows, ldx), (n, k), index = _rows(x, apart=True), f.shape, x.device.index
-    values, meta = f.values.contiguous(), f.meta.contiguous()
+    values, meta = _aligned(f.values), _aligned(f.meta)
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
     m, tile, split = rows.shape[0], choice.tile, choice.split
