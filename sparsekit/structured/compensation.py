@@ -14,7 +14,7 @@ DAMPING_LADDER = (1e-6, *Gram.DAMPING_LADDER)
 
 
 def compensated(weight: Tensor, gram: Gram, kept: Sequence[int]) -> tuple[Tensor, float]:
-    """The weight (n, len(kept)), fp32, that gives of the kept inputs what comes closest to what ``weight`` (n, k) gives of all.
+    """The weight (n, len(kept)), fp32, by rising column, that gives of the kept inputs what is closest to what ``weight`` (n, k) gives.
 
     It is V = W_K + W_R G_RK (G_KK + damping)^-1 of least |X W' - X_K V'|^2 for the inputs X with Gram matrix G, K those kept and R
     the others: optimal brain surgery (Hassibi and Stork 1993) on all of R at once. Damping pulls towards W_K. Where each of R is a
@@ -27,10 +27,8 @@ def compensated(weight: Tensor, gram: Gram, kept: Sequence[int]) -> tuple[Tensor
     g, w = gram.sum.double(), weight.double()
     inner = g[keep][:, keep]
     lost = w[:, ~keep] @ g[~keep][:, keep]
-    diagonal = inner.diagonal().clone()
-    fired = diagonal > 0
-    mean = diagonal[fired].mean() if fired.any() else diagonal.new_ones(())
-    inner.diagonal()[~fired] = mean  # an input that never fired takes nothing over
+    fired = inner.diagonal() > 0
+    mean = inner.diagonal()[fired].mean() if fired.any() else 1.0  # an input that never fired says nothing about the scale
     for damping in DAMPING_LADDER:
         damped = inner.clone()
         damped.diagonal().add_(damping * mean)
