@@ -14,7 +14,7 @@ DAMPING_LADDER = (1e-6, *Gram.DAMPING_LADDER)
 
 
 def compensated(weight: Tensor, gram: Gram, kept: Sequence[int]) -> tuple[Tensor, float]:
-    """The weight (n, len(kept)), fp32, by rising column, that gives of the kept inputs what is closest to what ``weight`` (n, k) gives.
+    """The weight (n, len(kept)), fp32, by rising column, that makes of the kept inputs what ``weight`` (n, k) makes of all, nearly.
 
     It is V = W_K + W_R G_RK (G_KK + damping)^-1 of least |X W' - X_K V'|^2 for the inputs X with Gram matrix G, K those kept and R
     the others: optimal brain surgery (Hassibi and Stork 1993) on all of R at once. Damping pulls towards W_K. Where each of R is a
