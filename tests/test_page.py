@@ -461,7 +461,7 @@ def test_a_mark_says_what_it_stands_for(browser, page):
         tip = seen.view.locator("#tip")
         assert tip.is_hidden()
         seen.view.locator("#errors .cell").first.hover()
-        assert tip.inner_text() == f"{row['name']}\noutput error {100 * row['output_error']:.2f}%"
+        assert tip.is_visible() and tip.inner_text() == f"{row['name']}\noutput error {100 * row['output_error']:.2f}%"
         seen.view.keyboard.press("Escape")
         assert tip.is_hidden()
         others = seen.view.locator("#errors .dot.dim")

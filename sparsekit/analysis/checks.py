@@ -13,6 +13,7 @@ from ..inspection import DENSE_BELOW
 from ..linear import NM24
 from ..ops import linear as product
 from ..pipeline.observe import OWN
+from .costs import NEAR_TOKENS, NEAR_WEIGHT
 from .html import change, faster, plural, share
 from .known import split_name
 from .patient import FINDING, LEVELS, NOT_MADE, OK, QUALITY, SEMI, SPEED, Check, Checker, Patient
@@ -26,7 +27,6 @@ UNCHANGED = 0.01  # share of kept weights that differ from the dense ones: 0.99
 UNLIKE = 1.5  # times the error that SparseGPT makes of it on the text that is asked about: 1.06, on other chapters
 FREER = 1.5  # times the error of 4:8: 1.33
 FEW = 0.1  # of the matrices, that make up half of all loss
-NEAR_WEIGHT, NEAR_TOKENS = 2, 4
 
 _NO_REPORT = "there is no report.json of a pruning within matrices in the folder"
 

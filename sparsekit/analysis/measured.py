@@ -8,22 +8,35 @@ from .charts import bars, lines, ranges
 from .curves import Curve
 from .html import Html, change, faster, join, number, plural, share, size, tag
 from .known import Known, split_name
-from .patient import FINDING, OK
+from .patient import FINDING, OK, Check
 from .tables import plain, table
 
 MOST_LINES, MOST_PANELS, MOST_CURVES = 20, 12, 128  # of a list of bars; of curves; in one of those
 
 
 def findings(known: Known) -> Html | None:
+    """The findings, and the other checks for who opens them."""
     if known.checks is None:
         return None
+    found = [check for check in known.checks if check.result == FINDING]
+    others = sorted((check for check in known.checks if check.result != FINDING), key=lambda check: check.result != OK)
+    passed = sum(check.result == OK for check in others)
+    said = f"{plural(passed, 'check')} without a finding, {len(others) - passed} that could not be made"
+    parts = [_listed(found)] if found else [tag("p", f"No finding in {plural(passed, 'check')}.")]
+    return join((*parts, tag("details", tag("summary", said), _listed(others)) if others else None))
+
+
+def _listed(checks: list[Check]) -> Html:
     items = []
-    for check in sorted(known.checks, key=lambda check: (check.result != FINDING, check.result != OK)):
+    for check in checks:
         mark = check.severity or check.result
-        head = tag("p", tag("b", mark, class_=mark.replace(" ", "-")), f"{check.tree}: {check.name}")
-        said = tag("p", f"Checked {check.checked}: {check.found}.", class_="note")
-        items.append(tag("li", head, said, tag("p", f"To do: {check.do}.") if check.do else None))
+        head = tag("p", tag("b", mark, class_=mark.replace(" ", "-")), f"{check.tree}: {check.found}.")
+        items.append(tag("li", head, tag("p", f"To do: {check.do}.") if check.do else None, _looked(check)))
     return tag("ul", *items, class_="checks")
+
+
+def _looked(check: Check) -> Html:
+    return tag("p", f"{check.name}: checked {check.checked}.", class_="note")
 
 
 def sensitivity(known: Known) -> Html | None:

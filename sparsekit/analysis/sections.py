@@ -259,7 +259,9 @@ def matrices(known: Known) -> Html:
         )
     left = len(names) - len(shown)
     note = f"The {len(shown):,} with the largest errors of {len(names):,}; report.json holds the others." if left else None
-    return join((table(head, cells, find=True), tag("p", note, class_="note") if note else None))
+    kept = [i for i in range(len(head)) if any(row[i] not in ("-", _cell(None, str)) for row in cells)]  # of what is known at all
+    rows = [[row[i] for i in kept] for row in cells]
+    return join((table([head[i] for i in kept], rows, find=True), tag("p", note, class_="note") if note else None))
 
 
 def _cell(value: float | None, said: Callable) -> tuple[str, float]:
@@ -306,7 +308,7 @@ def _taken_by_block(step: dict) -> Html:
         lost = sum(importance[k] for k in gone) / (sum(importance) or 1) if isinstance(importance, list) else importance
         rows.append(
             (
-                (str(i), i),
+                str(i),
                 (f"{len(gone):,}", len(gone)),
                 which,
                 _cell(lost, share),
