@@ -9,7 +9,7 @@ namespace sparsekit::cpu {
 namespace {
 
 // Eight integers: what a compiler turns into registers of SSE or NEON.
-template <class Int> struct Eight {
+template <class Int> struct Eight : MasksOfBits<Eight<Int>, Eight<int8_t>> {
     struct V {
         Int v[8];
     };
@@ -21,7 +21,7 @@ template <class Int> struct Eight {
             a.v[i] = static_cast<Int>(each(i));
         return a;
     }
-    template <class Each> static uint64_t bits(const Each &each) {
+    template <class Each> static uint64_t each_lane(const Each &each) {
         uint64_t found = 0;
         for (int i = 0; i < 8; ++i)
             found |= uint64_t{each(i)} << i;
@@ -50,10 +50,10 @@ template <class Int> struct Eight {
         return make([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
     }
     static uint64_t gt(V a, V b) {
-        return bits([&](int i) { return a.v[i] > b.v[i]; });
+        return each_lane([&](int i) { return a.v[i] > b.v[i]; });
     }
     static uint64_t test(V a, V b) {
-        return bits([&](int i) { return (a.v[i] & b.v[i]) != 0; });
+        return each_lane([&](int i) { return (a.v[i] & b.v[i]) != 0; });
     }
     static V from_bits(uint64_t bits) {
         return make([&](int i) { return -static_cast<Int>(bits >> i & 1); });

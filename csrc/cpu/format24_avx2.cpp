@@ -3,35 +3,60 @@
 
 #include <immintrin.h>
 #include <type_traits>
+#include <utility>
 
 namespace sparsekit::cpu {
 namespace {
 
-// By the mask of eight columns: the first four that it has, and for each column its place among those that it has.
+// By the mask of eight columns: those that it has, and for each column its place among them; as lanes, and as the bytes
+// of lanes of two.
 struct Columns {
-    static constexpr uint8_t kNone =
-        0xc0; // a shuffle writes a zero for an index with the top bit, here also when doubled
-    alignas(64) uint8_t kept[256][4] = {}, place[256][8] = {};
+    static constexpr uint8_t kNone = 0x80; // a shuffle writes a zero for an index with the top bit
+    alignas(64) uint8_t kept[256][8] = {}, place[256][8] = {}, kept_bytes[256][16] = {}, place_bytes[256][16] = {};
 
     constexpr Columns() {
         for (int mask = 0; mask < 256; ++mask)
             for (int column = 0, found = 0; column < 8; ++column) {
-                place[mask][column] = kNone;
-                if (mask >> column & 1) {
-                    if (found < 4)
-                        kept[mask][found] = static_cast<uint8_t>(column);
-                    place[mask][column] = static_cast<uint8_t>(found++);
+                const bool has = mask >> column & 1;
+                place[mask][column] = has ? static_cast<uint8_t>(found) : kNone;
+                for (int byte = 0; byte < 2; ++byte) {
+                    place_bytes[mask][2 * column + byte] = has ? static_cast<uint8_t>(2 * found + byte) : kNone;
+                    if (has)
+                        kept_bytes[mask][2 * found + byte] = static_cast<uint8_t>(2 * column + byte);
                 }
+                if (has)
+                    kept[mask][found] = static_cast<uint8_t>(column);
+                found += has;
             }
     }
 };
 constexpr Columns kColumnsOf;
+
+// In the ring of m columns, of the r-th neighbour of each lane: all ones where it is on the right; the lane that it is,
+// and its bytes in their half of a vector.
+template <class Int, int m, int r> struct Ring {
+    static constexpr int kLanes = 32 / sizeof(Int);
+    alignas(32) Int right[kLanes] = {}, lane[kLanes] = {};
+    alignas(32) int8_t bytes[32] = {};
+
+    constexpr Ring() {
+        for (int i = 0; i < kLanes; ++i) {
+            const int from = i / m * m + (i + r) % m;
+            right[i] = i % m + r < m ? -1 : 0;
+            lane[i] = static_cast<Int>(from);
+            for (size_t byte = 0; byte < sizeof(Int); ++byte)
+                bytes[i * sizeof(Int) + byte] = static_cast<int8_t>((from * sizeof(Int) + byte) % 16);
+        }
+    }
+};
+template <class Int, int m, int r> constexpr Ring<Int, m, r> kRing;
 
 template <class Int> struct Vector {
     using V = __m256i;
     static constexpr int kLanes = 32 / sizeof(Int);
 
     static V load(const Int *p) { return _mm256_loadu_si256(reinterpret_cast<const V *>(p)); }
+    static V load_bytes(const int8_t *p) { return _mm256_load_si256(reinterpret_cast<const V *>(p)); }
     static void store(Int *p, V a) { _mm256_storeu_si256(reinterpret_cast<V *>(p), a); }
     static void stream(Int *p, V a) { _mm256_stream_si256(reinterpret_cast<V *>(p), a); }
     static V land(V a, V b) { return _mm256_and_si256(a, b); }
@@ -39,13 +64,52 @@ template <class Int> struct Vector {
     static V flipped_abs(V a) { return _mm256_xor_si256(_mm256_abs_epi8(a), _mm256_set1_epi8(-128)); }
 };
 
-struct Bytes : Vector<int8_t> {
+// What is made of masks that are vectors, of L's: bytes, 32 columns as a byte each; sum; rotate<m, r>, in which a lane
+// has its r-th neighbour in the ring of m; wins(a, b, right), where a > b, or equal in the lanes of `right`.
+template <class L, class Int> struct Masks {
+    using V = __m256i;
+    static constexpr int kMostRanked = sizeof(Int) == 8 ? 4 : 8;
+
+    static V lanes(V mask) { return mask; }
+    template <class Body> static uint64_t word(const Body &body) {
+        const auto half = [&](int i) {
+            return uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(L::bytes(body, i)))};
+        };
+        return half(0) | half(32) << 32;
+    }
+    template <class Body> static void store_ones(const Body &body, uint8_t *out) {
+        for (int i = 0; i < kWord; i += 32)
+            _mm256_storeu_si256(reinterpret_cast<V *>(out + i), L::bytes(body, i) & _mm256_set1_epi8(1));
+    }
+    // Those that beat m - n of the m - 1 others or more: a win is a minus one.
+    template <int m> static V best(V v, int n) {
+        return L::gt(L::set(static_cast<Int>(n - m + 1)), wins<m>(v, std::make_integer_sequence<int, m - 1>()));
+    }
+
+  private:
+    template <int m, int... r> static V wins(V v, std::integer_sequence<int, r...>) {
+        V found = _mm256_setzero_si256();
+        ((found = L::sum(found, L::wins(v, L::template rotate<m, r + 1>(v), L::load(kRing<Int, m, r + 1>.right)))),
+         ...);
+        return found;
+    }
+};
+
+struct Bytes : Vector<int8_t>, Masks<Bytes, int8_t> {
+    using V = __m256i;
     static V set(int8_t a) { return _mm256_set1_epi8(a); }
     static V min(V a, V b) { return _mm256_min_epi8(a, b); }
     static V max(V a, V b) { return _mm256_max_epi8(a, b); }
     static uint64_t bits(V a) { return static_cast<uint32_t>(_mm256_movemask_epi8(a)); }
-    static uint64_t gt(V a, V b) { return bits(_mm256_cmpgt_epi8(a, b)); }
-    static uint64_t test(V a, V b) { return bits(_mm256_cmpeq_epi8(land(a, b), _mm256_setzero_si256())) ^ 0xffffffff; }
+    static V gt(V a, V b) { return _mm256_cmpgt_epi8(a, b); }
+    static V test(V a, V b) { return ~_mm256_cmpeq_epi8(land(a, b), _mm256_setzero_si256()); }
+    template <class Body> static V bytes(const Body &body, int i) { return body(i); }
+    static V sum(V a, V b) { return _mm256_add_epi8(a, b); }
+    template <int m, int r> static V rotate(V a) {
+        return _mm256_shuffle_epi8(a, load_bytes(kRing<int8_t, m, r>.bytes));
+    }
+    // Not by one less, which -128 has not.
+    static V wins(V a, V b, V right) { return gt(a, b) | (_mm256_cmpeq_epi8(a, b) & right); }
     static V from_bits(uint64_t bits) {
         const V byte_of_lane = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
         const V bit_of_lane = _mm256_set1_epi64x(static_cast<int64_t>(0x8040201008040201));
@@ -53,20 +117,11 @@ struct Bytes : Vector<int8_t> {
         return _mm256_cmpeq_epi8(land(spread, bit_of_lane), bit_of_lane);
     }
     static V nonzero(V a, V b) { return _mm256_andnot_si256(_mm256_cmpeq_epi8(land(a, b), _mm256_setzero_si256()), a); }
-    template <int r> static V rotate(V a) {
-        const __m128i from = _mm_add_epi8(_mm_setr_epi8(r, (r + 1) % 4, (r + 2) % 4, (r + 3) % 4, r, (r + 1) % 4,
-                                                        (r + 2) % 4, (r + 3) % 4, r, (r + 1) % 4, (r + 2) % 4,
-                                                        (r + 3) % 4, r, (r + 1) % 4, (r + 2) % 4, (r + 3) % 4),
-                                          _mm_setr_epi8(0, 0, 0, 0, 4, 4, 4, 4, 8, 8, 8, 8, 12, 12, 12, 12));
-        return _mm256_shuffle_epi8(a, _mm256_broadcastsi128_si256(from));
-    }
-    static V order(V a, V magnitude) {
-        const V sign = _mm256_cmpgt_epi8(_mm256_setzero_si256(), a);
-        return _mm256_sub_epi8(lxor(land(a, magnitude), sign), sign);
-    }
+    static V order(V a, V magnitude) { return _mm256_sign_epi8(land(a, magnitude), a); }
 };
 
-struct Words : Vector<int16_t> {
+struct Words : Vector<int16_t>, Masks<Words, int16_t> {
+    using V = __m256i;
     static V set(int16_t a) { return _mm256_set1_epi16(a); }
     static V min(V a, V b) { return _mm256_min_epi16(a, b); }
     static V max(V a, V b) { return _mm256_max_epi16(a, b); }
@@ -74,8 +129,17 @@ struct Words : Vector<int16_t> {
         const __m128i bytes = _mm_packs_epi16(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
         return static_cast<uint32_t>(_mm_movemask_epi8(bytes));
     }
-    static uint64_t gt(V a, V b) { return bits(_mm256_cmpgt_epi16(a, b)); }
-    static uint64_t test(V a, V b) { return bits(_mm256_cmpeq_epi16(land(a, b), _mm256_setzero_si256())) ^ 0xffff; }
+    static V gt(V a, V b) { return _mm256_cmpgt_epi16(a, b); }
+    static V test(V a, V b) { return ~_mm256_cmpeq_epi16(land(a, b), _mm256_setzero_si256()); }
+    // The masks of 32 columns as bytes.
+    template <class Body> static V bytes(const Body &body, int i) {
+        return _mm256_permute4x64_epi64(_mm256_packs_epi16(body(i), body(i + 16)), 0xd8); // quarters came as 0 2 1 3
+    }
+    static V sum(V a, V b) { return _mm256_add_epi16(a, b); }
+    template <int m, int r> static V rotate(V a) {
+        return _mm256_shuffle_epi8(a, load_bytes(kRing<int16_t, m, r>.bytes));
+    }
+    static V wins(V a, V b, V right) { return gt(a, sum(b, right)); } // no key is the lowest integer
     static V from_bits(uint64_t bits) {
         const V bit_of_lane =
             _mm256_setr_epi16(1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, -32768);
@@ -84,23 +148,30 @@ struct Words : Vector<int16_t> {
     static V nonzero(V a, V b) {
         return _mm256_andnot_si256(_mm256_cmpeq_epi16(land(a, b), _mm256_setzero_si256()), a);
     }
-    template <int r> static V rotate(V a) {
-        constexpr int kOrder = r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93;
-        return _mm256_shufflehi_epi16(_mm256_shufflelo_epi16(a, kOrder), kOrder);
-    }
-    static V order(V a, V magnitude) {
-        const V sign = _mm256_srai_epi16(a, 15);
-        return _mm256_sub_epi16(lxor(land(a, magnitude), sign), sign);
-    }
+    static V order(V a, V magnitude) { return _mm256_sign_epi16(land(a, magnitude), a); }
 };
 
-struct Doublewords : Vector<int32_t> {
+struct Doublewords : Vector<int32_t>, Masks<Doublewords, int32_t> {
+    using V = __m256i;
     static V set(int32_t a) { return _mm256_set1_epi32(a); }
     static V min(V a, V b) { return _mm256_min_epi32(a, b); }
     static V max(V a, V b) { return _mm256_max_epi32(a, b); }
     static uint64_t bits(V a) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a))); }
-    static uint64_t gt(V a, V b) { return bits(_mm256_cmpgt_epi32(a, b)); }
-    static uint64_t test(V a, V b) { return bits(_mm256_cmpeq_epi32(land(a, b), _mm256_setzero_si256())) ^ 0xff; }
+    static V gt(V a, V b) { return _mm256_cmpgt_epi32(a, b); }
+    static V test(V a, V b) { return ~_mm256_cmpeq_epi32(land(a, b), _mm256_setzero_si256()); }
+    template <class Body> static V bytes(const Body &body, int i) {
+        const V low = _mm256_packs_epi32(body(i), body(i + 8)), high = _mm256_packs_epi32(body(i + 16), body(i + 24));
+        const V order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        return _mm256_permutevar8x32_epi32(_mm256_packs_epi16(low, high), order);
+    }
+    static V sum(V a, V b) { return _mm256_add_epi32(a, b); }
+    template <int m, int r> static V rotate(V a) {
+        if constexpr (m == 4)
+            return _mm256_shuffle_epi32(a, r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93);
+        else
+            return _mm256_permutevar8x32_epi32(a, load(kRing<int32_t, m, r>.lane));
+    }
+    static V wins(V a, V b, V right) { return gt(a, sum(b, right)); } // no key is the lowest integer
     static V from_bits(uint64_t bits) {
         const V bit_of_lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
         return _mm256_cmpeq_epi32(land(_mm256_set1_epi32(static_cast<int>(bits)), bit_of_lane), bit_of_lane);
@@ -108,21 +179,29 @@ struct Doublewords : Vector<int32_t> {
     static V nonzero(V a, V b) {
         return _mm256_andnot_si256(_mm256_cmpeq_epi32(land(a, b), _mm256_setzero_si256()), a);
     }
-    template <int r> static V rotate(V a) { return _mm256_shuffle_epi32(a, r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93); }
-    static V order(V a, V magnitude) {
-        const V sign = _mm256_srai_epi32(a, 31);
-        return _mm256_sub_epi32(lxor(land(a, magnitude), sign), sign);
-    }
+    static V order(V a, V magnitude) { return _mm256_sign_epi32(land(a, magnitude), a); }
 };
 
-struct Quadwords : Vector<int64_t> {
+struct Quadwords : Vector<int64_t>, Masks<Quadwords, int64_t> {
+    using V = __m256i;
     static V set(int64_t a) { return _mm256_set1_epi64x(a); }
     static V min(V a, V b) { return _mm256_blendv_epi8(a, b, _mm256_cmpgt_epi64(a, b)); }
     static V max(V a, V b) { return _mm256_blendv_epi8(b, a, _mm256_cmpgt_epi64(a, b)); }
     static uint64_t bits(V a) { return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_castsi256_pd(a))); }
-    static uint64_t gt(V a, V b) { return bits(_mm256_cmpgt_epi64(a, b)); }
-    static uint64_t test(V a, V b) { return bits(_mm256_cmpeq_epi64(land(a, b), _mm256_setzero_si256())) ^ 0xf; }
-    template <int r> static V rotate(V a) { return _mm256_permute4x64_epi64(a, r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93); }
+    static V gt(V a, V b) { return _mm256_cmpgt_epi64(a, b); }
+    static V test(V a, V b) { return ~_mm256_cmpeq_epi64(land(a, b), _mm256_setzero_si256()); }
+    template <class Body> static V bytes(const Body &body, int i) {
+        const auto doublewords = [&](int at) { // the lower halves
+            const __m256 low = _mm256_castsi256_ps(body(at)), high = _mm256_castsi256_ps(body(at + 4));
+            return _mm256_permute4x64_epi64(_mm256_castps_si256(_mm256_shuffle_ps(low, high, 0x88)), 0xd8);
+        };
+        return Doublewords::bytes(doublewords, i);
+    }
+    static V sum(V a, V b) { return _mm256_add_epi64(a, b); }
+    template <int m, int r> static V rotate(V a) {
+        return _mm256_permute4x64_epi64(a, r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93);
+    }
+    static V wins(V a, V b, V right) { return gt(a, sum(b, right)); } // no key is the lowest integer
     static V order(V a, V magnitude) {
         const V sign = _mm256_cmpgt_epi64(_mm256_setzero_si256(), a);
         return _mm256_sub_epi64(lxor(land(a, magnitude), sign), sign);
@@ -141,38 +220,54 @@ __m128i load4(const void *p) {
 }
 __m128i load8(const void *p) { return _mm_loadl_epi64(static_cast<const __m128i *>(p)); }
 
-// Indices of 16-bit lanes as those of their bytes.
-__m128i byte_indices(__m128i lanes) {
-    const __m128i twice = _mm_unpacklo_epi8(lanes, lanes);
-    return _mm_add_epi8(_mm_add_epi8(twice, twice), _mm_set1_epi16(0x0100));
-}
+__m128i load16(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
+__m256i two(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
 
-// Eight columns, of which four are kept.
-void pack8(const int8_t *p, const uint8_t *kept, int8_t *out) {
-    const int32_t four = _mm_cvtsi128_si32(_mm_shuffle_epi8(load8(p), load4(kept)));
-    std::memcpy(out, &four, sizeof four);
+// Of a vector of columns the half that is kept, by the mask of its first ones.
+void pack_lanes(__m256i v, uint64_t kept, int8_t *out) {
+    const auto half = [&](int i) {
+        const int32_t *second = reinterpret_cast<const int32_t *>(kColumnsOf.kept[kept >> (i + 8) & 255]);
+        return _mm_insert_epi32(load4(kColumnsOf.kept[kept >> i & 255]), *second, 1);
+    };
+    const __m256i index = _mm256_add_epi8(two(half(0), half(16)), _mm256_set1_epi64x(0x0808080800000000));
+    const __m256i found = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, index), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(found));
 }
-void pack8(const int16_t *p, const uint8_t *kept, int16_t *out) {
-    const __m128i all = _mm_loadu_si128(reinterpret_cast<const __m128i *>(p));
-    _mm_storel_epi64(reinterpret_cast<__m128i *>(out), _mm_shuffle_epi8(all, byte_indices(load4(kept))));
+void pack_lanes(__m256i v, uint64_t kept, int16_t *out) {
+    const __m256i index = two(load8(kColumnsOf.kept_bytes[kept & 255]), load8(kColumnsOf.kept_bytes[kept >> 8 & 255]));
+    const __m256i found = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, index), 0x08);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(found));
 }
-void pack8(const int32_t *p, const uint8_t *kept, int32_t *out) {
-    const __m256i all = _mm256_loadu_si256(reinterpret_cast<const __m256i *>(p));
-    const __m256i four = _mm256_permutevar8x32_epi32(all, _mm256_cvtepu8_epi32(load4(kept)));
+void pack_lanes(__m256i v, uint64_t kept, int32_t *out) {
+    const __m256i four = _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(load4(kColumnsOf.kept[kept & 255])));
     _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(four));
 }
 
+// Of eight columns those that are kept, next to one another; eight are written.
+void gather8(const int8_t *p, uint64_t kept, int8_t *out) {
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(out), _mm_shuffle_epi8(load8(p), load8(kColumnsOf.kept[kept])));
+}
+void gather8(const int16_t *p, uint64_t kept, int16_t *out) {
+    const __m128i all = _mm_shuffle_epi8(load16(p), load16(kColumnsOf.kept_bytes[kept]));
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), all);
+}
+void gather8(const int32_t *p, uint64_t kept, int32_t *out) {
+    const __m256i index = _mm256_cvtepu8_epi32(load8(kColumnsOf.kept[kept]));
+    Doublewords::store(out, _mm256_permutevar8x32_epi32(Doublewords::load(p), index));
+}
+
 // Four values to eight columns.
-void unpack8(const int8_t *values, const uint8_t *place, int8_t *out) {
-    _mm_storel_epi64(reinterpret_cast<__m128i *>(out), _mm_shuffle_epi8(load4(values), load8(place)));
+void unpack8(const int8_t *values, uint64_t kept, int8_t *out) {
+    const __m128i place = load8(kColumnsOf.place[kept]);
+    _mm_storel_epi64(reinterpret_cast<__m128i *>(out), _mm_shuffle_epi8(load4(values), place));
 }
-void unpack8(const int16_t *values, const uint8_t *place, int16_t *out) {
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm_shuffle_epi8(load8(values), byte_indices(load8(place))));
+void unpack8(const int16_t *values, uint64_t kept, int16_t *out) {
+    const __m128i place = load16(kColumnsOf.place_bytes[kept]);
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm_shuffle_epi8(load8(values), place));
 }
-void unpack8(const int32_t *values, const uint8_t *place, int32_t *out) {
-    const __m256i four = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i *>(values)));
-    const __m256i index = _mm256_cvtepi8_epi32(load8(place)); // of none: negative
-    const __m256i all = _mm256_permutevar8x32_epi32(four, index);
+void unpack8(const int32_t *values, uint64_t kept, int32_t *out) {
+    const __m256i index = _mm256_cvtepi8_epi32(load8(kColumnsOf.place[kept])); // of none: negative
+    const __m256i all = _mm256_permutevar8x32_epi32(_mm256_castsi128_si256(load16(values)), index);
     _mm256_storeu_si256(reinterpret_cast<__m256i *>(out), _mm256_andnot_si256(_mm256_srai_epi32(index, 31), all));
 }
 
@@ -183,16 +278,22 @@ struct Avx2 {
 
     template <class W, class Clean> static void pack(const W *p, uint64_t kept, const Clean &clean, W *out) {
         using L = Lanes<W>;
-        W copy[kWord];
+#pragma GCC unroll 8
         for (int i = 0; i < kWord; i += L::kLanes)
-            L::store(copy + i, clean(L::load(p + i), i));
-        for (int i = 0; i < kWord / 8; ++i)
-            pack8(copy + 8 * i, kColumnsOf.kept[kept >> 8 * i & 255], out + 4 * i);
+            pack_lanes(clean(L::load(p + i), i), kept >> i, out + i / 2);
     }
-    template <class W> static void gather(const W *p, uint64_t kept, W *out) { gather_each(p, kept, out); }
+    template <class W> static void gather(const W *p, uint64_t kept, W *out) {
+        if constexpr (sizeof(W) == 8)
+            return gather_each(p, kept, out);
+        else
+            for (; kept; kept >>= 8, p += 8) {
+                gather8(p, kept & 255, out);
+                out += __builtin_popcountll(kept & 255);
+            }
+    }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
         for (int i = 0; i < kWord / 8; ++i)
-            unpack8(values + 4 * i, kColumnsOf.place[kept >> 8 * i & 255], out + 8 * i);
+            unpack8(values + 4 * i, kept >> 8 * i & 255, out + 8 * i);
     }
 };
 

@@ -28,7 +28,7 @@ struct Starts {
 constexpr Starts kStarts;
 
 // The low `count` bits of every group of m columns, of as many groups as a word holds whole.
-inline uint64_t in_groups(int m, int count) { return low_bits(count) * kStarts.bits[m]; }
+constexpr uint64_t in_groups(int m, int count) { return low_bits(count) * kStarts.bits[m]; }
 
 // The n best of every group of m columns; the rest of the word, where m does not divide it, is empty. higher(r) has the
 // bit of each column whose r-th neighbour to the right beats it, a tie being no beating; what it says of neighbours in
@@ -59,6 +59,39 @@ template <int PLANES, class Word = uint64_t, class Higher> inline Word best(int 
         fewer = n >> plane & 1 ? ~beaten_by[plane] | fewer : ~beaten_by[plane] & fewer;
     return fewer & in_groups(m, m);
 }
+
+// What Lanes (see format24_body.h) whose masks are bits do with them; Bytes are the lanes of bytes.
+template <class L, class Bytes> struct MasksOfBits {
+    static constexpr int kMostRanked = 4;
+
+    static uint64_t bits(uint64_t mask) { return mask; }
+    static auto lanes(uint64_t mask) { return L::from_bits(mask); }
+    template <class Body> static uint64_t word(const Body &body) {
+        uint64_t found = 0;
+#pragma GCC unroll 16
+        for (int i = 0; i < kWord; i += L::kLanes)
+            found |= (body(i) & low_bits(L::kLanes)) << i;
+        return found;
+    }
+    template <class Body> static void store_ones(const Body &body, uint8_t *out) {
+        const uint64_t ones = word(body);
+        for (int i = 0; i < kWord; i += Bytes::kLanes)
+            Bytes::store(reinterpret_cast<int8_t *>(out) + i, Bytes::land(Bytes::from_bits(ones >> i), Bytes::set(1)));
+    }
+    template <int m, class V> static uint64_t best(V v, int n) {
+        static_assert(m == 4);
+        const uint64_t a = beats<1>(v), b = beats<2>(v), c = beats<3>(v);
+        return n == 2 ? (a & b) | (c & (a | b)) : n == 1 ? a & b & c : n == 3 ? a | b | c : -uint64_t(n == 4);
+    }
+
+  private:
+    // The columns that beat their r-th neighbour in the ring of four, by a tie one on the right.
+    template <int r, class V> static uint64_t beats(V v) {
+        constexpr uint64_t kRivalOnTheRight = in_groups(4, 4 - r);
+        const V rival = L::template rotate<r>(v);
+        return L::gt(v, rival) | (kRivalOnTheRight & ~L::gt(rival, v));
+    }
+};
 
 // Two of every four columns: those that `bits` has, then the lowest.
 template <class Word> inline Word two_of(Word bits) {

@@ -7,12 +7,15 @@
 // written written once.
 //
 // Isa provides Lanes<Int>, a vector of kLanes signed integers: load, store, stream (a store past the caches, to a whole
-// aligned vector), set, land (and), lxor, min, max, the bit masks gt (of a > b) and test (of a & b != 0), from_bits
+// aligned vector), set, land (and), lxor, min, max, the masks gt (of a > b) and test (of a & b != 0), from_bits
 // (all ones in the lanes of a bit mask), nonzero(a, b) (a where a & b is not zero, else zero), rotate<r>, in which the
 // lane of column j of a group of four has its column (j + r) % 4, order (integers ordered as the numbers are, -0.0 as
-// +0.0) and flipped_abs (|int8| with the sign bit flipped). Isa::pack gathers the 32 kept of 64 values, each vector of
-// them from the i-th on as clean(v, i) makes it; Isa::unpack puts 32 values at the kept of 64 places and zeros
-// elsewhere; Isa::fence ends a run of streamed stores. Unnamed namespace: see epilogue.h.
+// +0.0) and flipped_abs (|int8| with the sign bit flipped). A mask is bits, or a vector whose lanes are all ones or
+// none: bits(mask) are its bits, word(body) those of 64 columns, of which body(i) gives the mask of the i-th on,
+// store_ones(body, out) makes them bytes, lanes(mask) is the mask as a vector. best<m>(v, n) has the n highest keys of
+// every group of m, a tie going to the left, for m = 4 and, up to kMostRanked, 8. Isa::pack gathers the 32 kept of 64
+// values, each vector of them from the i-th on as clean(v, i) makes it; Isa::unpack puts 32 values at the kept of 64
+// places and zeros elsewhere; Isa::fence ends a run of streamed stores. Unnamed namespace: see epilogue.h.
 #pragma once
 #include "format24.h"
 #include "format24_bits.h"
@@ -222,12 +225,7 @@ template <class Isa, class Int> using Lanes = typename Isa::template Lanes<Int>;
 
 // The bits that `test` finds in each vector of 64 numbers.
 template <class Isa, class Int, class Test> inline uint64_t each(const Int *p, const Test &test) {
-    constexpr int kLanes = Lanes<Isa, Int>::kLanes;
-    uint64_t bits = 0;
-#pragma GCC unroll 16
-    for (int i = 0; i < kWord; i += kLanes)
-        bits |= test(Lanes<Isa, Int>::load(p + i)) << i;
-    return bits;
+    return Lanes<Isa, Int>::word([&](int i) { return test(Lanes<Isa, Int>::load(p + i)); });
 }
 
 // The constants of a dtype in every lane.
@@ -235,51 +233,33 @@ template <class Isa, class Int> struct Reader {
     using L = Lanes<Isa, Int>;
     using V = typename L::V;
     V magnitude, largest;
-    bool integer;
+    const bool int8;
 
     explicit Reader(DType dtype)
         : magnitude(L::set(static_cast<Int>(numbers(dtype).magnitude))),
-          largest(L::set(static_cast<Int>(numbers(dtype).largest))), integer(numbers(dtype).integer) {}
+          largest(L::set(static_cast<Int>(numbers(dtype).largest))), int8(numbers(dtype).integer) {}
+
+    bool integer() const { return sizeof(Int) == 1 && int8; }
 
     uint64_t nonzero(const Int *p) const {
         return each<Isa>(p, [&](V v) { return L::test(v, magnitude); });
     }
     uint64_t nan(const Int *p) const {
-        return integer ? 0 : each<Isa>(p, [&](V v) { return L::gt(L::land(v, magnitude), largest); });
+        return integer() ? 0 : each<Isa>(p, [&](V v) { return L::gt(L::land(v, magnitude), largest); });
     }
     // Integers in the order of |x|, or of x.
-    V size(V v) const { return integer ? L::flipped_abs(v) : L::land(v, magnitude); }
-    V order(V v) const { return integer ? v : L::order(v, magnitude); }
+    V size(V v) const { return integer() ? L::flipped_abs(v) : L::land(v, magnitude); }
+    V order(V v) const { return integer() ? v : L::order(v, magnitude); }
+    // Was one of the numbers a NaN, of whose magnitudes this is the largest?
+    bool past(V highest) const { return !integer() && L::bits(L::gt(highest, largest)) != 0; }
 };
-
-// By the integers that key(v) gives of 64 numbers: higher[r - 1] has the bit of each column that is beaten by its r-th
-// neighbour in the ring of its group of four.
-template <class Isa, class Int, class Key>
-inline void compare_four(const Int *p, const Key &key, uint64_t (&higher)[3]) {
-    using L = Lanes<Isa, Int>;
-#pragma GCC unroll 16
-    for (int i = 0; i < kWord; i += L::kLanes) {
-        const auto v = key(L::load(p + i));
-        higher[0] |= L::gt(L::template rotate<1>(v), v) << i;
-        higher[1] |= L::gt(L::template rotate<2>(v), v) << i;
-        higher[2] |= L::gt(L::template rotate<3>(v), v) << i;
-    }
-}
-
-// The n best of every four of 64 numbers, all in registers.
-template <class Isa, class Int, class Key> inline uint64_t best_of_four(const Int *p, int n, const Key &key) {
-    uint64_t higher[3] = {};
-    compare_four<Isa>(p, key, higher);
-    return best<2>(4, n, [&](int r) { return higher[r - 1]; });
-}
 
 // ---- prune and compress ----
 
 // What is kept of each word of a tile, two of every four; by mask, of those, the live keep their values, the rest
 // become zeros. Arithmetic on bits goes by eight words, past the last of them too.
 struct Choice {
-    uint64_t kept[kTileWords], live[kTileWords], meta[kTileWords], higher[3][kTileWords];
-    bool masked = false;
+    uint64_t kept[kTileWords], live[kTileWords], meta[kTileWords];
 
     static EightWords get(const uint64_t *p) {
         EightWords words;
@@ -294,11 +274,10 @@ struct Choice {
             std::memcpy(meta + at, &code, sizeof code);
         }
     }
-    void keep_best(int64_t words) {
-        keep(words, [&](int64_t at) {
-            const EightWords h[3] = {get(higher[0] + at), get(higher[1] + at), get(higher[2] + at)};
-            return best<2, EightWords>(4, 2, [&](int r) { return h[r - 1]; });
-        });
+    // Of what is kept already.
+    void describe(int64_t words) {
+        std::fill(kept + words, kept + ceil_div(words, 8) * 8, 0);
+        keep(words, [&](int64_t at) { return get(kept + at); });
     }
     // Of `live`; returns whether a group has more than two.
     bool keep_live(int64_t words) {
@@ -336,13 +315,10 @@ template <class Isa, class Int, class Key, class Also>
 inline void choose_best(const Tile<Int> &tile, const Span &s, Int fill, Choice &choice, const Key &key,
                         const Also &also) {
     for_words(tile, s, fill, [&](int64_t row, int64_t col, const Int *at, int64_t, int64_t word) {
-        uint64_t higher[3] = {};
-        compare_four<Isa>(at, key, higher);
-        for (int r = 0; r < 3; ++r)
-            choice.higher[r][word] = higher[r];
+        choice.kept[word] = each<Isa>(at, [&](auto v) { return Lanes<Isa, Int>::template best<4>(key(v), 2); });
         also(row, col, at, word);
     });
-    choice.keep_best(words_of(s));
+    choice.describe(words_of(s));
 }
 
 // Those of `live`; a group that has more than two is reported.
@@ -372,8 +348,7 @@ template <class Isa, class S>
     S room[kRoom<S>];
     const Tile<S> rank = fetch<Isa>(p.rank, s, room);
     const Ahead<S> ahead(p.rank, next);
-    choice.masked = p.kind == kByMask;
-    if (choice.masked) {
+    if (p.kind == kByMask) {
         const auto any = Lanes<Isa, S>::set(-1);
         for_words(rank, s, S{0}, [&](int64_t, int64_t, const S *at, int64_t, int64_t word) {
             ahead.word(word);
@@ -395,9 +370,12 @@ inline bool whole_lines(const void *to, int64_t bytes) {
     return bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
+// How a tile knows what is kept: by its choice, of which a mask may let fewer live; or by the weights themselves.
+enum class Kept { kChosen, kMasked, kLargest };
+
 // A row of a large matrix that was turned over goes past the caches, a tile's part of it a line or more: they would
 // read it from memory first.
-template <class Isa, class W>
+template <Kept kept_by, class Isa, class W>
 [[gnu::flatten]] void write_tile(const Prune24 &p, const Span &s, const Span &next, const Tile<W> &w,
                                  const Choice &choice, Found &found) {
     using L = Lanes<Isa, W>;
@@ -410,12 +388,12 @@ template <class Isa, class W>
         ahead.word(word);
         row += s.row;
         col += s.col;
-        const uint64_t kept = choice.kept[word];
+        const uint64_t kept = kept_by == Kept::kLargest ? 0 : choice.kept[word];
         const auto clean = [&](auto v, int i) { // columns i on of the word
             largest = L::max(largest, L::land(v, reader.magnitude));
             // -0.0 becomes +0.0: compressing what was expanded then gives the same bits.
             v = L::nonzero(v, reader.magnitude);
-            return choice.masked ? L::land(v, L::from_bits(choice.live[word] >> i)) : v;
+            return kept_by == Kept::kMasked ? L::land(v, L::from_bits(choice.live[word] >> i)) : v;
         };
         alignas(64) W copy[kWord];
         if (p.dense) {
@@ -423,7 +401,10 @@ template <class Isa, class W>
             const bool lines = past && to == out && whole_lines(out, sizeof copy);
 #pragma GCC unroll 16
             for (int i = 0; i < kWord; i += L::kLanes) {
-                const auto v = L::land(clean(L::load(at + i), i), L::from_bits(kept >> i));
+                const auto all = L::load(at + i);
+                const auto v = L::land(clean(all, i), kept_by == Kept::kLargest
+                                                          ? L::lanes(L::template best<4>(reader.size(all), 2))
+                                                          : L::from_bits(kept >> i));
                 lines ? L::stream(to + i, v) : L::store(to + i, v);
             }
             if (to == copy)
@@ -447,7 +428,7 @@ template <class Isa, class W>
     });
     if (past)
         Isa::fence();
-    if (!reader.integer && L::gt(largest, reader.largest)) // a NaN: where?
+    if (reader.past(largest)) // a NaN: where?
         for_words(w, s, W{0}, [&](int64_t row, int64_t col, const W *at, int64_t, int64_t) {
             report_word(found.nan, reader.nan(at), s.row + row, s.col + col, p.cols);
         });
@@ -473,11 +454,14 @@ template <class Isa, class W> void prune(Prune24 p, int threads) {
         W room[kRoom<W>];
         const Tile<W> w = fetch<Isa>(p.w, s, room);
         Choice choice;
+        if (p.dense && p.kind == kByWeight)
+            return write_tile<Kept::kLargest, Isa, W>(p, s, next, w, choice, found);
         if (ranked)
             choose(p, s, next, choice, found);
         else
             choose_by_weight<Isa, W>(p, s, w, choice, found);
-        write_tile<Isa, W>(p, s, next, w, choice, found);
+        const auto write = p.kind == kByMask ? write_tile<Kept::kMasked, Isa, W> : write_tile<Kept::kChosen, Isa, W>;
+        write(p, s, next, w, choice, found);
     });
     p.status[0] = found.nan.place();
     p.status[1] = found.over.place();

@@ -154,7 +154,7 @@ template <class Isa, int kMost, class Key>
             for (int i = 0; i < kHalf; ++i)
                 v[i] = L::load(turned + (half * kHalf + i) * kWord + lane);
             sort_lanes<L>(v, std::make_index_sequence<kNetwork<kHalf>.pairs>());
-            bad |= (L::gt(v[0], highest) | L::gt(lowest, v[kHalf - 1])) << lane;
+            bad |= L::bits(L::gt(v[0], highest) | L::gt(lowest, v[kHalf - 1])) << lane;
 #pragma GCC unroll 16
             for (int i = 0; i < kHalf; ++i)
                 L::store(sorted[half] + (i + 1) * L::kLanes, v[i]);
@@ -168,13 +168,9 @@ template <class Isa, int kMost, class Key>
     Counters<kMost == 32 ? 6 : kMost == 16 ? 5 : 4> kept(-n); // less n: zero where there is no room
     uint64_t above[kMost], ties[kMost];
     for (int member = 0; member < m; ++member) {
-        uint64_t over = 0, under = 0;
-#pragma GCC unroll 16
-        for (int lane = 0; lane < kWord; lane += L::kLanes) {
-            const auto key = L::load(turned + member * kWord + lane), at = L::load(cut + lane);
-            over |= L::gt(key, at) << lane;
-            under |= L::gt(at, key) << lane;
-        }
+        const Key *key = turned + member * kWord;
+        const uint64_t over = L::word([&](int i) { return L::gt(L::load(key + i), L::load(cut + i)); }),
+                       under = L::word([&](int i) { return L::gt(L::load(cut + i), L::load(key + i)); });
         kept.add(over);
         above[member] = over;
         ties[member] = ~(over | under);
@@ -252,11 +248,7 @@ void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key
         for (int64_t first = 0; first < members; first += per) {
             const Key *at = keys + first;
             const auto higher = [&](int right) {
-                uint64_t bits = 0;
-#pragma GCC unroll 16
-                for (int i = 0; i < kWord; i += L::kLanes)
-                    bits |= L::gt(L::load(at + i + right), L::load(at + i)) << i;
-                return bits;
+                return L::word([&](int i) { return L::gt(L::load(at + i + right), L::load(at + i)); });
             };
             const uint64_t kept = best<3>(p.m, p.n, higher);
             if (!n.integer) {
@@ -278,26 +270,44 @@ void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key
     }
 }
 
+// A span of groups of m columns, ranked in registers.
+template <class Isa, int m, class Int>
+[[gnu::flatten]] void mask_small_groups(const MaskNM &p, const Span &s, const Tile<Int> &tile, First &nan) {
+    using L = Lanes<Isa, Int>;
+    const Reader<Isa, Int> reader(p.scores.dtype);
+    const Int lowest = static_cast<Int>(numbers(p.scores.dtype).lowest); // what is past the end loses: it is the last
+    auto largest = L::set(0);
+    for_words(tile, s, lowest, [&](int64_t row, int64_t col, const Int *at, int64_t count, int64_t) {
+        uint8_t copy[kWord], *out = p.mask + (s.row + row) * p.cols + s.col + col, *to = count == kWord ? out : copy;
+        const auto kept = [&](int i) {
+            const auto v = L::load(at + i);
+            largest = L::max(largest, L::land(v, reader.magnitude));
+            return L::template best<m>(reader.order(v), p.n);
+        };
+        L::store_ones(kept, to);
+        if (to == copy)
+            std::memcpy(out, copy, count);
+    });
+    if (reader.past(largest)) // a NaN: where?
+        for_words(tile, s, lowest, [&](int64_t row, int64_t col, const Int *at, int64_t, int64_t) {
+            if (const uint64_t bad = reader.nan(at))
+                nan.report((s.row + row) * ceil_div(p.cols, m) + (s.col + col + __builtin_ctzll(bad)) / m);
+        });
+}
+
 template <class Isa, class Int>
 [[gnu::flatten]] void mask_columns(const MaskNM &p, const Span &s, const Span &next, First &nan) {
     Int room[kRoom<Int>];
     const Tile<Int> tile = fetch<Isa>(p.scores, s, room);
     Ahead<Int>(p.scores, next).all();
+    if (p.m == 4)
+        return mask_small_groups<Isa, 4>(p, s, tile, nan);
+    if constexpr (Lanes<Isa, Int>::kMostRanked == 8)
+        if (p.m == 8)
+            return mask_small_groups<Isa, 8>(p, s, tile, nan);
     const Reader<Isa, Int> reader(p.scores.dtype);
-    if (p.m != 4) {
-        mask_by_keys<Isa, Int>(p, s, tile, p.scores.dtype, nan, [&](const Int *row, int64_t cols, Int *keys) {
-            return read_keys<Isa>(reader, row, cols, keys);
-        });
-        return;
-    }
-    const Int lowest = static_cast<Int>(numbers(p.scores.dtype).lowest);
-    for_words(tile, s, lowest, [&](int64_t row, int64_t col, const Int *at, int64_t count, int64_t) {
-        row += s.row;
-        col += s.col;
-        const uint64_t kept = best_of_four<Isa>(at, p.n, [&](auto v) { return reader.order(v); });
-        store_mask<Isa>(kept, p.mask + row * p.cols + col, count);
-        if (const uint64_t bad = reader.nan(at))
-            nan.report(row * ceil_div(p.cols, 4) + (col + __builtin_ctzll(bad)) / 4);
+    mask_by_keys<Isa, Int>(p, s, tile, p.scores.dtype, nan, [&](const Int *row, int64_t cols, Int *keys) {
+        return read_keys<Isa>(reader, row, cols, keys);
     });
 }
 

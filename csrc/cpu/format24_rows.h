@@ -242,7 +242,7 @@ template <class Isa, class Int> class Search {
 template <class Isa, class Int>
 bool write_row(const Reader<Isa, Int> &reader, const Int *row, int64_t cols, const Cut &cut, uint8_t *mask) {
     using L = Lanes<Isa, Int>;
-    const Above<Isa, Int> over(cut.key, reader.integer), least(before(cut.key), reader.integer);
+    const Above<Isa, Int> over(cut.key, reader.integer()), least(before(cut.key), reader.integer());
     int64_t room = cut.room;
     const bool all = room >= cut.ties;
     auto highest = L::set(0);
@@ -263,7 +263,7 @@ bool write_row(const Reader<Isa, Int> &reader, const Int *row, int64_t cols, con
         for (int i = 0; i < kWord; i += L::kLanes)
             highest = L::max(highest, L::land(L::load(at + i), reader.magnitude));
     });
-    return !reader.integer && L::gt(highest, reader.largest);
+    return reader.past(highest);
 }
 
 // The cut of all or none of a row's columns.
@@ -275,7 +275,7 @@ template <class Isa, class Int>
 [[gnu::flatten]] void mask_row(const MaskRows &p, const Int *row, int64_t place, int64_t next, Bracket &guess,
                                Int *list, Int *sample, First &nan) {
     const Reader<Isa, Int> reader(p.scores.dtype);
-    const Search<Isa, Int> search{reader.integer};
+    const Search<Isa, Int> search{reader.integer()};
     const Cut cut = p.kept == 0 || p.kept == p.cols ? of_all<Int>(p.cols, p.kept)
                                                     : search.find(row, p.cols, p.kept, guess, list, sample, next);
     if (write_row<Isa>(reader, row, p.cols, cut, p.mask + place * p.cols))
@@ -306,7 +306,7 @@ template <class Isa, class Int> class SharedRow {
 
   public:
     SharedRow(const MaskRows &p, int threads)
-        : p_(p), reader_(p.scores.dtype), search_{reader_.integer},
+        : p_(p), reader_(p.scores.dtype), search_{reader_.integer()},
           threads_(static_cast<int>(min(threads, kMaxThreads))), cols_(p.cols),
           size_(max(kLeast, ceil_div(ceil_div(p.cols, kParts), kWord) * kWord)), parts_(ceil_div(cols_, size_)),
           room_(cols_ / 8 + 2 * kWord), scratch_(floats((threads_ + 2) * room_ + S::kMostSampled)) {}

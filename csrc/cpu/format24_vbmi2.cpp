@@ -20,7 +20,7 @@ template <class Int> struct Vector {
     static V flipped_abs(V a) { return _mm512_xor_si512(_mm512_abs_epi8(a), _mm512_set1_epi8(-128)); }
 };
 
-struct Bytes : Vector<int8_t> {
+struct Bytes : Vector<int8_t>, MasksOfBits<Bytes, Bytes> {
     static V set(int8_t a) { return _mm512_set1_epi8(a); }
     static V min(V a, V b) { return _mm512_min_epi8(a, b); }
     static V max(V a, V b) { return _mm512_max_epi8(a, b); }
@@ -37,7 +37,7 @@ struct Bytes : Vector<int8_t> {
     static V expand(uint64_t kept, __m512i a) { return _mm512_maskz_expand_epi8(kept, a); }
 };
 
-struct Words : Vector<int16_t> {
+struct Words : Vector<int16_t>, MasksOfBits<Words, Bytes> {
     static V set(int16_t a) { return _mm512_set1_epi16(a); }
     static V min(V a, V b) { return _mm512_min_epi16(a, b); }
     static V max(V a, V b) { return _mm512_max_epi16(a, b); }
@@ -54,7 +54,7 @@ struct Words : Vector<int16_t> {
     static V expand(uint64_t kept, __m512i a) { return _mm512_maskz_expand_epi16(static_cast<__mmask32>(kept), a); }
 };
 
-struct Doublewords : Vector<int32_t> {
+struct Doublewords : Vector<int32_t>, MasksOfBits<Doublewords, Bytes> {
     static V set(int32_t a) { return _mm512_set1_epi32(a); }
     static V min(V a, V b) { return _mm512_min_epi32(a, b); }
     static V max(V a, V b) { return _mm512_max_epi32(a, b); }
@@ -73,7 +73,7 @@ struct Doublewords : Vector<int32_t> {
     static V expand(uint64_t kept, __m512i a) { return _mm512_maskz_expand_epi32(static_cast<__mmask16>(kept), a); }
 };
 
-struct Quadwords : Vector<int64_t> {
+struct Quadwords : Vector<int64_t>, MasksOfBits<Quadwords, Bytes> {
     static V set(int64_t a) { return _mm512_set1_epi64(a); }
     static V min(V a, V b) { return _mm512_min_epi64(a, b); }
     static V max(V a, V b) { return _mm512_max_epi64(a, b); }
