@@ -11,6 +11,7 @@ import sparsekit
 from sparsekit import SparsekitError
 from sparsekit.structured import ARCHITECTURES, Architecture, BlockShape, architecture_of, register
 from sparsekit.structured.architecture import submodule
+from sparsekit.structured.removed import take_out
 
 # heads, key-value heads, width of a head, neurons, experts of each block of the small models
 SHAPES = {
@@ -53,6 +54,16 @@ def test_what_has_been_removed_is_none():
     block.self_attn, block.mlp = nn.Identity(), nn.Identity()
     assert architecture_of(model).shape(block) == BlockShape()
     assert architecture_of(model).projections(block) == architecture_of(model).neurons(block) == {}
+
+
+@pytest.mark.parametrize("name", ["opt", "gpt2", "mixtral"])  # the MLP's linears are the block's own; fused q, k and v; experts
+def test_what_stands_in_place_of_the_removed_is_none_of_it(name):
+    model = build(name)
+    architecture = architecture_of(model)
+    block = architecture.blocks(model)[1]
+    for sublayer in ("attention", "mlp"):
+        take_out(architecture, block, sublayer)
+    assert architecture_of(model).shape(block) == BlockShape()
 
 
 def test_an_unknown_architecture_is_told_what_a_descriptor_needs():
