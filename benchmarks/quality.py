@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -33,6 +34,7 @@ SHARE = "50%"  # what the groups are compared at
 SAMPLES, SEQ_LEN, TOKENS = 64, 128, 64 * 128
 
 
+@cache
 def texts() -> tuple[list[Tensor], Tensor]:
     """The batches to calibrate on, and the tokens to evaluate on, of another text."""
     tokenizer = checkpoint.load_tokenizer(MODEL)
@@ -40,25 +42,24 @@ def texts() -> tuple[list[Tensor], Tensor]:
     return data.calibration_batches(calibration, SAMPLES, SEQ_LEN), test
 
 
-def rows(methods: Iterable[str] = METHODS, patterns: Iterable[str] = PATTERNS, groups: Iterable[str] = GROUPS) -> Iterable[dict]:
-    """Of the dense model, of each method at each pattern, and of each criterion at SHARE in each group: the perplexity."""
+def measure(method: str | None, pattern: str | None, group: str | None) -> dict:
+    """The perplexity of the model pruned so, or of the dense one."""
     batches, test = texts()
+    model = checkpoint.load(MODEL, device="cpu", dtype=torch.float32)
+    sparsity = prune(model, batches, method, pattern, group=group).sparsity if method else 0.0
+    found = perplexity(model, test, SEQ_LEN, TOKENS)["perplexity"]
+    return {"method": method, "pattern": pattern, "group": group, "sparsity": sparsity, "perplexity": found}
 
-    def row(method: str | None, pattern: str | None, group: str | None) -> dict:
-        model = checkpoint.load(MODEL, device="cpu", dtype=torch.float32)
-        sparsity = prune(model, batches, method, pattern, group=group).sparsity if method else 0.0
-        found = perplexity(model, test, SEQ_LEN, TOKENS)["perplexity"]
-        return {"method": method, "pattern": pattern, "group": group, "sparsity": sparsity, "perplexity": found}
 
-    yield row(None, None, None)
-    methods = list(methods)
-    for pattern in patterns:
-        for method in methods:
-            yield row(method, pattern, None)
-    for group in groups:
-        for method in methods:
-            if method in CRITERIA:
-                yield row(method, SHARE, group)
+def rows() -> Iterator[dict]:
+    """Of the dense model, of each method at each pattern, and of each criterion at SHARE in each group."""
+    yield measure(None, None, None)
+    for pattern in PATTERNS:
+        for method in METHODS:
+            yield measure(method, pattern, None)
+    for group in GROUPS:
+        for method in CRITERIA:
+            yield measure(method, SHARE, group)
 
 
 def tables(result: dict) -> str:

@@ -188,6 +188,20 @@ def test_a_criterion_counted_in_rows(tmp_path):
         assert (zeros == row["shape"][1] // 2).all() and row["damping"] == 0.01 and row["output_error"] > 0
 
 
+@pytest.mark.parametrize(
+    "criterion, group, pattern, share",
+    [("gradient", "layer", "2:4", 0.5), ("wanda", "model", "30%", 0.3), ("obd", "block", "block:4x4@25%", 0.25)],
+)
+def test_criteria_and_groups(criterion, group, pattern, share, tmp_path):
+    options = ("--criterion", criterion, "--pattern", pattern, "--json", *(("--group", group) if "%" in pattern else ()))
+    done = invoke("prune", MODEL, "--calib", CALIB, "--out", tmp_path / "out", *options, *SMALL)
+    assert done.exit_code == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["method"] == criterion and report["sparsity"] == pytest.approx(share, abs=1e-3) and report["tokens"] > 0
+    alike = len({round(row["sparsity"], 4) for row in report["linears"]}) == 1
+    assert alike == (group == "layer")
+
+
 def test_calibration_sources_of_the_same_tokens_give_the_same_weights(tmp_path):
     text = CALIB.read_text(encoding="utf-8")[:40_000]
     ids = checkpoint.load_tokenizer(MODEL)(text, add_special_tokens=False, verbose=False)["input_ids"]

@@ -42,16 +42,16 @@ def test_masks_are_applied_as_they_are_and_nothing_else_changes(method, dtype):
 def test_sparsegpt_makes_up_for_what_a_mask_removes():
     """Against its definition in fp64: what goes is made up for, at the least cost, by the columns to its right."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(16, 40, generator=generator)
-    x = torch.randn(300, 40, generator=generator) @ torch.randn(40, 40, generator=generator)
-    mask = torch.rand(16, 40, generator=generator) < 0.6
-    pruner = SparseGPT(40, Given(mask))
+    weight = torch.randn(8, 150, generator=generator)  # wider than the 128 columns that are pruned in one go
+    x = torch.randn(900, 150, generator=generator) @ torch.randn(150, 150, generator=generator)
+    mask = torch.rand(8, 150, generator=generator) < 0.6
+    pruner = SparseGPT(150, Given(mask))
     pruner.observe(x)
     result = pruner.prune(weight)
     h = x.double().T @ x.double()
-    h += 0.01 * h.diagonal().mean() * torch.eye(40)
+    h += 0.01 * h.diagonal().mean() * torch.eye(150)
     expected = weight.double()
-    for j in range(40):
+    for j in range(150):
         inverse = torch.linalg.inv(h[j:, j:])
         lost = torch.where(mask[:, j], 0, expected[:, j])
         expected[:, j:] -= lost[:, None] * inverse[0] / inverse[0, 0]
