@@ -111,7 +111,7 @@ def test_blocks_that_differ_are_read_back(name, tmp_path):
     assert checkpoint.load(tmp_path / "half", device="cpu", dtype=torch.float32).dtype == torch.float32
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "mixtral"])
 @pytest.mark.parametrize("what", ["widths", "attention", "mlp"])
 def test_transformers_alone_refuses_blocks_that_differ(name, what, tmp_path):
     # A removed sub-layer's weights are missing, and what is missing it would fill with random numbers.
@@ -138,7 +138,8 @@ def test_a_folder_that_transformers_wrote_of_such_a_model(name, tmp_path):
 # ---- with 2:4 after it ----
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+# Plain and tied; Conv1D; the MLP's linears the block's own; experts, which stay dense parameters.
+@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "opt", "qwen3_moe"])
 @pytest.mark.parametrize("format", checkpoint.FORMATS)
 @pytest.mark.parametrize("shape", ["even", "uneven"])
 def test_structured_first_and_2_4_after(name, format, shape, tmp_path):
