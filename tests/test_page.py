@@ -3,6 +3,7 @@
 import html.parser
 import io
 import json
+import math
 import re
 import shutil
 from importlib.resources import files
@@ -18,8 +19,13 @@ from test_cli import CALIB, MODEL, SMALL, assert_refused, content, invoke
 from sparsekit import bench, tune
 from sparsekit.analysis import charts
 from sparsekit.analysis import html as numbers
+from sparsekit.analysis.curves import Curve
+from sparsekit.analysis.forecast import Forecast, Row
 from sparsekit.analysis.known import split_name
 from sparsekit.analysis.page import make_page, write_page
+from sparsekit.analysis.published import Published
+from sparsekit.analysis.quality import Probe
+from sparsekit.analysis.sensitivity import Loss, Sensitivity
 from sparsekit.plan import Plan
 
 HOSTILE = "</td></script><script>window.broken=1</script><img src=x onerror=window.broken=1>\"' {{script}}"
@@ -80,38 +86,23 @@ def add_all(folder: Path) -> None:
     names = [row["name"] for row in report["linears"]]
     patterns = {name: "4:8" if i % 3 else "dense" for i, name in enumerate(names)}
     Plan(patterns, {row["name"]: row["shape"] for row in report["linears"]}).save(folder / "plan.yaml")
-    levels = ["30%", "50%", "2:4", "70%"]
+    levels = ("30%", "50%", "2:4", "70%")
     curves = [
-        {
-            "name": row["name"],
-            "shape": row["shape"],
-            "levels": levels,
-            "errors": [row["output_error"] * i for i in (0.3, 0.8, 1, 3)],
-        }
+        Curve(row["name"], tuple(row["shape"]), levels, tuple(row["output_error"] * i for i in (0.3, 0.8, 1, 3)))
         for row in report["linears"]
     ]
-    losses = [{"name": name, "level": "2:4", "loss": 2.7 + i / 1000} for i, name in enumerate(names)]
+    losses = [Loss(name, "2:4", 2.7 + i / 1000) for i, name in enumerate(names)]
+    rows = (
+        Row("2:4", 0.5, 19.25, 18.0, 21.0, 1_162_312, 1_850_000, {1: 1.25, 512: 0.75, 2048: None}, "from 5 probes"),
+        Row("99%", 0.99, 99.0, 50.0, math.inf, 9, 9, {}, "far out"),
+    )
+    papers = (Published("OPT-125M", "sparsegpt", "50%", 27.66, 36.85, "arXiv:2301.00774"),)
     beside = {
-        "sensitivity": {"tokens": 256, "curves": curves, "losses": losses, "dense_loss": 2.7, "spearman": 0.8125},
-        "forecast": {
-            "dense_perplexity": 14.9,
-            "probes": [{"pattern": "50%", "predicted": 16.25, "measured": 16.5}],
-            "rows": [
-                {
-                    "pattern": "2:4", "sparsity": 0.5, "perplexity": 19.25, "low": 18.0, "high": 21.0, "bytes": 1_162_312,
-                    "dense_bytes": 1_850_000, "speedup": {"1": 1.25, "512": 0.75, "2048": None}, "said": "from 5 probes",
-                },
-                {
-                    "pattern": "99%", "sparsity": 0.99, "perplexity": 99.0, "low": 50.0, "high": None, "bytes": 9, "dense_bytes": 9,
-                    "speedup": {}, "said": "far out",
-                },
-            ],
-            "published": [{"model": "OPT-125M", "perplexity": 36.85, "source": "arXiv:2301.00774"}],
-            "machine": {},
-        },
+        "sensitivity": Sensitivity(256, curves, unit="linear", losses=losses, dense_loss=2.7, spearman=0.8125).to_dict(),
+        "forecast": Forecast(14.9, 256, 0.8, (Probe("50%", 0.1, 16.25, 16.5),), rows, papers, {}).to_dict(),
         "eval": {"perplexity": 20.125, "tokens": 2032, "seconds": 1.0},
         "eval-dense": {"perplexity": 14.875, "tokens": 2032, "seconds": 1.0},
-    }  # fmt: skip
+    }
     for name, found in beside.items():
         (folder / f"{name}.json").write_text(json.dumps(found))
 

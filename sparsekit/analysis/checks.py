@@ -93,7 +93,7 @@ def perplexity(patient: Patient) -> Check:
     if patient.perplexities is None:
         return _not_made(*about, checked, "it takes the dense model and a text; give --dense and --eval")
     dense, now = patient.perplexities
-    said = f"{now:.4g}, dense {dense:.4g}: {change(now, dense)}"
+    said = f"perplexity {now:.4g}, dense {dense:.4g}: {change(now, dense)}"
     if now <= (1 + ROSE) * dense:
         return _ok(*about, checked, said)
     return _finding(

@@ -185,7 +185,8 @@ def sizes(known: Known) -> Html:
 def speed(known: Known) -> Html:
     shapes = sorted({tuple(row["shape"]) for row in known.held["linears"] if row["pattern"] in ("2:4", "1:4")}, reverse=True)
     if not shapes:
-        return tag("p", "No linear holds 2:4, so that every product is the dense one: not faster.")
+        left = ", of what is left" if known.raw.get("structured") else ": not faster"
+        return tag("p", f"No linear holds 2:4, so that every product is the dense one{left}.")
     measured = {key: found for key, found in known.speeds.items() if key[1:] in shapes}
     missing = [shape for shape in shapes if not any(key[1:] == shape for key in measured)]
     parts = []
