@@ -176,6 +176,14 @@ def test_bytes_of_the_shipped_model(tmp_path):
     assert found.dense - found.stored == pruned * 2 * 7 // 16  # 9/16 of a 16-bit weight is left
 
 
+def test_a_matrix_too_narrow_to_gain_stays_dense(tmp_path):
+    checkpoint.save(build("llama", dtype=torch.float16, intermediate_size=4), tmp_path / "dense")  # 4 columns are padded to 8, and 9 bytes are more than 8
+    subject = subject_of(tmp_path / "dense", device="cpu")
+    found = size_of(subject.model, subject.flat, subject.plan("2:4"), subject.dtype_of)
+    sparsekit.prune_folder(tmp_path / "dense", tmp_path / "out", method="magnitude", pattern="2:4", device="cpu")
+    assert found.stored == stored(tmp_path / "out")
+
+
 def test_a_matrix_left_alone_is_looked_at():
     model = build("llama", dtype=torch.float16)
     subject = subject_of(model)
@@ -299,7 +307,7 @@ def known(monkeypatch):
         curves = {t.name: Curve(t.name, tuple(t.weight.shape), ("50%", "4:8", "2:4", "1:4"), (0.02, 0.03, 0.04, 0.4))
                   for of in targets for t in of}  # fmt: skip
         weights = dict.fromkeys(curves, 1 / len(curves))
-        line = Line.through([0.0, 0.5, 1.0, 0.5], [0.05, 0.0, -0.05, 0.0])  # a rise about as large as the damage
+        line = Line.through([0.0, 0.5, 1.0, 0.5], [0.05, 0.02, -0.05, -0.02])  # a rise about as large as the damage
         return Quality(10.0, 99, Damages(curves, weights), (), line)
 
     monkeypatch.setattr("sparsekit.analysis.forecast.calibrate", settled)
@@ -335,6 +343,13 @@ def test_some_linears_stay_dense_where_all_would_lose_too_much(known, rows):
     )
     # A tenth more would be beyond the limit.
     assert found.pattern.sparsity < 0.5 and found.row.perplexity > 10 * math.exp(0.02)
+
+
+def test_what_may_end_above_the_limit_is_rejected(known, rows):
+    row = chosen(known, 1.0).row
+    between = (row.perplexity + row.high) / 20 - 1
+    assert row.perplexity < 10 * (1 + between) < row.high
+    assert "may reach" in chosen(known, between).rejected["2:4"]
 
 
 def test_of_two_as_small_the_better_one(known, rows):

@@ -43,7 +43,7 @@ def compressible(model: nn.Module, targets: Sequence[Target], plan: Plan, dtype_
     found = []
     for target in targets:
         pattern, (n, k) = plan.patterns[target.name], target.weight.shape
-        if target.index is not None or not is_linear(target.module) or owners[id(target.module.weight)] > 1:
+        if not is_linear(target.module) or owners[id(target.module.weight)] > 1:
             continue
         dtype = dtype_of(target.tensor)
         holds = NM24.check(target.weight) is None if pattern is None else holds_24(pattern)
