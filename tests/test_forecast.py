@@ -177,7 +177,8 @@ def test_bytes_of_the_shipped_model(tmp_path):
 
 
 def test_a_matrix_too_narrow_to_gain_stays_dense(tmp_path):
-    checkpoint.save(build("llama", dtype=torch.float16, intermediate_size=4), tmp_path / "dense")  # 4 columns are padded to 8, and 9 bytes are more than 8
+    model = build("llama", dtype=torch.float16, intermediate_size=4)  # 4 columns are padded to 8, and 9 bytes are more than 8
+    checkpoint.save(model, tmp_path / "dense")
     subject = subject_of(tmp_path / "dense", device="cpu")
     found = size_of(subject.model, subject.flat, subject.plan("2:4"), subject.dtype_of)
     sparsekit.prune_folder(tmp_path / "dense", tmp_path / "out", method="magnitude", pattern="2:4", device="cpu")
