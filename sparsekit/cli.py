@@ -124,7 +124,7 @@ def prune(
             checkpoint.check_new_folder(out, overwrite or resume)
         checkpoint.check_model_folder(model_dir)
         if parts:
-            pipeline.check_amounts(checkpoint.skeleton(model_dir), parts, scope, round_to)
+            pipeline.check_amounts(checkpoint.skeleton(model_dir), parts, scope, round_to, compensate)
         dtype, length = compute_dtype("auto", device), sequence_length(seq_len, model_dir)
         tokenizer, batches = checkpoint.load_tokenizer(model_dir), ()
         if calib:

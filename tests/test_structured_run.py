@@ -104,6 +104,16 @@ def test_each_part_is_measured_on_what_is_left_by_then():
         ("llama", {"layers": 1, "heads": 4}, "2 of 4 at a time and not all, got 4 to remove"),
         ("llama", {"layers": 1, "heads": 3}, "2 of 4 at a time .*got 3 to remove"),
         ("llama", {"heads": 0.25}, "2 of 4 at a time .*got 0.25 to remove"),
+        # Rounded to whole key-value heads it would be fewer than asked for.
+        ("llama", {"heads": 3, "scope": "global"}, "2 at a time, .* at most 6 of 12 can go, got 3 to remove"),
+        ("llama", {"heads": 1, "scope": "global"}, "2 at a time, .*got 1 to remove"),
+        # Enough while all blocks are there, too many when their turn comes.
+        ("llama", {"layers": 2, "heads": 4, "scope": "global"}, "at most 2 of 4 can go, got 4 to remove"),
+        ("llama", {"attention": 2, "heads": 4, "scope": "global"}, "at most 2 of 4 can go, got 4 to remove"),
+        ("llama", {"layers": 2, "ffn": 44, "scope": "global"}, "at most 43 of 44 can go, got 44 to remove"),
+        ("llama", {"layers": 1, "mlp": 1, "ffn": 44, "scope": "global"}, "at most 43 of 44 can go, got 44 to remove"),
+        ("llama", {"layers": 1, "scope": "global"}, "scope=global is for heads and ffn, and neither is to go; leave it out"),
+        ("llama", {"mlp": 1, "compensate": False}, "compensate=False is for heads and ffn, and neither is to go; leave it out"),
         ("llama", {"layers": 1, "ffn": 44}, "must keep at least one of its 44 neurons, got 44"),
         ("llama", {"ffn": 0.01}, "at least one of the neurons must go"),
         ("llama", {"ffn": 1.0}, "ffn to remove must be a count of at least 1"),
@@ -122,6 +132,16 @@ def test_what_cannot_be_is_refused_before_anything_has_changed(name, asked, says
     with pytest.raises(SparsekitError, match=says):
         prune_structured(model, IDS, **asked)
     assert state.keys() == model.state_dict().keys() and all(torch.equal(t, state[n]) for n, t in model.state_dict().items())
+
+
+def test_parts_that_may_all_have_gone_by_their_turn_are_refused_before():
+    model = build("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[0])  # one block of three has neurons
+    count_before = count(model)
+    with pytest.raises(SparsekitError, match="all 1 that have any may go with the 1 layers and mlp asked for"):
+        prune_structured(model, IDS, layers=1, ffn=0.5)
+    with pytest.raises(SparsekitError, match="all 2 that have any may go with the 2 layers and mlp asked for"):
+        prune_structured(model, IDS, mlp=2, experts=1)
+    assert count(model) == count_before
 
 
 def test_no_batches():
@@ -258,6 +278,8 @@ def test_the_table(tmp_path):
         (("--scope", "global"), "--scope belongs to --structured, and is given without it"),
         (("--round-to", "64"), "--round-to belongs to --structured, and is given without it"),
         (("--structured", "layers=1", "--round-to", "64"), "round_to=64 is for the neurons"),
+        (("--structured", "layers=1", "--no-compensate"), "compensate=False is for heads and ffn"),
+        (("--structured", "heads=4", "--structured", "layers=3", "--scope", "global"), "at most 2 of 4 can go, got 4"),
     ],
 )
 def test_what_cannot_be_is_one_sentence_and_leaves_nothing(arguments, says, tmp_path):

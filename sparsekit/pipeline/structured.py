@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,7 +17,7 @@ from ..data import model_call
 from ..errors import SparsekitError, listed
 from ..report import StructuredReport, StructuredStep
 from ..structured import architecture_of, prune_experts, prune_layers, select_experts, select_heads, select_neurons
-from ..structured.architecture import Architecture, BlockShape
+from ..structured.architecture import Architecture
 from ..structured.entries import SUBLAYERS, entries_of
 from ..structured.experts import experts_a_token
 from .narrow import Narrowed, prune_heads, prune_neurons
@@ -57,7 +57,7 @@ def prune_structured(
     begin, batches = time.perf_counter(), list(batches)
     amounts = dict(zip(PARTS, (layers, attention, mlp, experts, heads, ffn)))
     asked = {part: parse_amount(part, amount) for part, amount in amounts.items() if amount is not None}
-    counts = check_amounts(model, asked, scope, round_to)
+    counts = check_amounts(model, asked, scope, round_to, compensate)
     if not batches:
         raise SparsekitError("what matters least is measured on calibration batches, got none")
     report = StructuredReport(asked, tokens=_tokens(model, batches), parameters_before=_parameters(model))
@@ -140,41 +140,67 @@ def parse_amount(part: str, amount: Amount) -> int | float:
 
 
 def check_amounts(
-    model: nn.Module, asked: Mapping[str, int | float], scope: str = "layer", round_to: int | None = None
+    model: nn.Module, asked: Mapping[str, int | float], scope: str = "layer", round_to: int | None = None, compensate: bool = True
 ) -> dict[str, int | float]:
     """What to ask of each part in turn: a count of layers, sub-layers and experts, a count or a share of neurons and of key-value
-    heads. Raises SparsekitError where that is none or more than there is; nothing is measured for it."""
+    heads. Raises SparsekitError where that is none or more than is sure to be there when its turn comes, and for options that are
+    of parts not asked for; nothing is measured for it."""
     if not asked:
         raise SparsekitError(f"something must be asked for, of {listed(PARTS, 'or')}, got nothing")
     if round_to is not None and "ffn" not in asked:
         raise SparsekitError(f"round_to={round_to} is for the neurons that are kept, and no ffn is to go; leave it out")
+    narrowing = {
+        name: value for name, value, usual in (("scope", scope, "layer"), ("compensate", compensate, True)) if value != usual
+    }
+    if narrowing and not {"heads", "ffn"} & set(asked):
+        name, value = next(iter(narrowing.items()))
+        raise SparsekitError(f"{name}={value} is for heads and ffn, and neither is to go; leave it out")
     architecture = architecture_of(model)
     blocks = architecture.blocks(model)
     shapes = [architecture.shape(block) for block in blocks]
     counts: dict[str, int | float] = {}
-    for part, amount in asked.items():
+    for part in (part for part in PARTS if part in asked):
+        amount = asked[part]
         if part == "layers":
             counts[part] = _count(part, amount, len(blocks))
         elif part in SUBLAYERS:
             there = sum(getattr(architecture, part)(block) is not None for block in blocks)
-            counts[part] = _count(part, amount, there, gone=counts.get("layers", 0) if there == len(blocks) else 0)
+            counts[part] = _count(part, amount, there, gone=counts.get("layers", 0))
         elif part == "experts":
-            held = {i: torch.zeros(shape.num_experts) for i, shape in enumerate(shapes) if shape.num_experts}
+            held = [shape.num_experts for shape in shapes if shape.num_experts]
             if not held:
                 raise SparsekitError(f"the model must have experts to remove some, got {type(model).__name__} without one")
-            counts[part] = _count(part, amount, min(map(len, held.values())))
-            select_experts(held, counts[part], experts_a_token(architecture, model))
+            counts[part] = _count(part, amount, min(held))
+            left = dict(enumerate(torch.zeros(n) for n in _surely_left(held, counts, "mlp", "experts")))
+            select_experts(left, counts[part], experts_a_token(architecture, model))
         elif part == "heads":
-            counts[part] = _groups(amount, shapes, scope)
-            select_heads([torch.zeros(shape.num_key_value_heads or 0) for shape in shapes], counts[part], scope=scope)
+            held = _surely_left([shape.num_key_value_heads for shape in shapes], counts, "attention", "heads")
+            size = next(s.num_attention_heads // s.num_key_value_heads for s in shapes if s.num_key_value_heads)
+            counts[part] = _groups(amount, size, held, scope)
+            select_heads([torch.zeros(n) for n in held], counts[part], scope=scope)
         else:
             counts[part] = amount
-            select_neurons([torch.zeros(shape.intermediate_size or 0) for shape in shapes], amount, scope=scope, round_to=round_to)
+            held = _surely_left([shape.intermediate_size for shape in shapes], counts, "mlp", "neurons")
+            select_neurons([torch.zeros(n) for n in held], amount, scope=scope, round_to=round_to)
     return counts
 
 
+def _surely_left(units: Iterable[int | None], counts: Mapping[str, int | float], sublayer: str, what: str) -> list[int]:
+    """Of the blocks' units those that are left whichever layers and sub-layers go before: of the blocks with fewest."""
+    held = sorted(filter(None, units))
+    gone = counts.get("layers", 0) + counts.get(sublayer, 0)
+    if not held:
+        raise SparsekitError(f"there must be {what} to remove, and no block has any")
+    if gone >= len(held):
+        raise SparsekitError(
+            f"a block must be left to take parts out of, and all {len(held)} that have any may go with the {gone} layers and "
+            f"{sublayer} asked for; take out fewer, or those first and the rest in a second run"
+        )
+    return held[: len(held) - gone]
+
+
 def _count(part: str, amount: int | float, there: int, gone: int = 0) -> int:
-    """The amount of what is there as a count; ``gone`` of it will have gone by then."""
+    """The amount of what is there as a count; as many as ``gone`` of it may have gone by then."""
     count = amount if isinstance(amount, int) else int((there - gone) * amount + 1e-6)
     if not 1 <= count < there - gone:
         raise SparsekitError(
@@ -183,16 +209,20 @@ def _count(part: str, amount: int | float, there: int, gone: int = 0) -> int:
     return count
 
 
-def _groups(amount: int | float, shapes: list[BlockShape], scope: str) -> int | float:
-    """An amount of query heads as one of key-value heads."""
-    held = [shape for shape in shapes if shape.num_key_value_heads]
-    size = max((shape.num_attention_heads // shape.num_key_value_heads for shape in held), default=1)
-    most = max((shape.num_attention_heads for shape in held), default=0)
-    count = amount if isinstance(amount, int) else int(most * amount + 1e-6)
-    whole = count % size == 0 if isinstance(amount, int) else count >= size
-    if held and (not whole or count >= most) and scope == "layer":
+def _groups(amount: int | float, size: int, groups: Sequence[int], scope: str) -> int | float:
+    """An amount of query heads as one of key-value heads, each with ``size`` of them, of which blocks have ``groups``."""
+    of_block, left = size * max(groups), size * (sum(groups) - len(groups))
+    if scope == "layer":
+        count = amount if isinstance(amount, int) else int(of_block * amount + 1e-6)
+        if count < size or count >= of_block or (isinstance(amount, int) and amount % size):
+            raise SparsekitError(
+                f"heads go with the others of their key-value head, {size} of {of_block} at a time and not all, "
+                f"got {amount} to remove"
+            )
+    elif isinstance(amount, int) and (amount % size or amount > left):
         raise SparsekitError(
-            f"heads go with the others of their key-value head, {size} of {most} at a time and not all, got {amount} to remove"
+            f"heads go with the others of their key-value head, {size} at a time, and each block keeps one of those, so that at "
+            f"most {left} of {size * sum(groups)} can go, got {amount} to remove"
         )
     return amount // size if isinstance(amount, int) else amount
 
