@@ -13,7 +13,7 @@ from test_cli import CALIB, MODEL, TEST, assert_refused, content, invoke
 from typer.main import get_command
 
 import sparsekit
-from sparsekit import bench, checkpoint, data, tune
+from sparsekit import SparsekitError, bench, checkpoint, data, tune
 from sparsekit.analysis.checks import CHECKS
 from sparsekit.analysis.doctor import diagnose, summarise, to_dict
 from sparsekit.analysis.patient import FINDING, NOT_MADE, SEVERITIES, TREES
@@ -114,6 +114,23 @@ def test_parts_taken_out_whole_are_no_lost_mask(tmp_path):
     folder = Path(shutil.copytree(MODEL, tmp_path / "narrow"))
     (folder / "report.json").write_text(json.dumps({"structured": True, "steps": []}))
     assert set(found(folder)) == set()
+
+
+def test_a_model_without_some_parts_is_compared_with_the_whole_one_by_perplexity_alone(tmp_path, text):
+    folder, thin = tmp_path / "narrow", tmp_path / "thin"
+    for out, part in ((folder, "ffn=25%"), (thin, "layers=1")):
+        done = invoke("prune", MODEL, "--calib", CALIB, "--out", out, *ENOUGH, "--structured", part)
+        assert done.exit_code == 0, done.stderr
+    checks = {check.name: check for check in diagnose(folder, dense=MODEL, perplexities=(15.0, 30.0), device="cpu")}
+    assert "dense 15" in checks["perplexity"].found and checks["perplexity"].result == FINDING
+    with pytest.raises(SparsekitError, match=r"parts were taken whole out of those of .*narrow; leave --calib out"):
+        diagnose(folder, dense=MODEL, batches=text, device="cpu")
+    # Pruned further, it came from what was left: its layers have other numbers in the whole model, and the same shapes.
+    done = invoke("prune", thin, "--calib", CALIB, "--out", tmp_path / "sparse", *ENOUGH)
+    assert done.exit_code == 0, done.stderr
+    with pytest.raises(SparsekitError, match=r"that .*sparse was pruned from, and model\.layers\.3.* in one of them"):
+        diagnose(tmp_path / "sparse", dense=MODEL, device="cpu")
+    assert diagnose(tmp_path / "sparse", dense=thin, device="cpu")
 
 
 # ---- quality dropped ----

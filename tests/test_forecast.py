@@ -421,7 +421,9 @@ def test_the_figures_of_the_page_are_those_on_file():
 def test_curves_of_another_model():
     model, batches = build("llama"), token_batches((2, 9))
     curves = error_curves(build("gpt2"), batches, SHARES)
-    with pytest.raises(SparsekitError, match="curves must be of this model's linears"):
+    with pytest.raises(
+        SparsekitError, match=r"must be those of this model, and model\.layers\.0\.self_attn\.q_proj is in one alone"
+    ):
         forecast(model, batches, torch.arange(64), ["50%"], seq_len=8, sensitivity=Sensitivity(0, curves))
     curves = error_curves(model, batches, SHARES)
     with pytest.raises(SparsekitError, match="curves must be measured at 2:4"):

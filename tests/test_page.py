@@ -305,6 +305,7 @@ def test_a_folder_without_a_report(tmp_path):
         ("eval-dense.json", "{}", "eval-dense.json must be what sparsekit eval"),
         ("sensitivity.json", '{"curves": [{"levels": []}]}', "sensitivity.json must be what sparsekit sensitivity wrote"),
         ("forecast.json", '{"rows": [{}]}', "forecast.json must be what sparsekit forecast writes"),
+        ("forecast.json", '{"linears": [], "tokens": 3}', "forecast.json must be what sparsekit forecast writes, and has no rows"),
         ("plan.yaml", "linears: 3", 'a plan must hold "linears"'),
     ],
 )

@@ -23,7 +23,7 @@ from ..pruners import METHODS, SparseGPT, method_named
 from ..report import LinearReport, PruneReport
 from .checks import CHECKS
 from .dense import dense_blocks, source_of
-from .known import SENSITIVITY, read_json, read_report
+from .known import SENSITIVITY, read_json, read_report, split_name
 from .patient import FINDING, LEVELS, NOT_MADE, OK, SEVERITIES, Check, Matrix, Patient
 from .sensitivity import Sensitivity
 
@@ -43,9 +43,9 @@ def diagnose(
     """Every check of the three trees on a pruned folder, in their order. What cannot be made says why.
 
     dense: the folder that it was pruned from. batches: token ids, as for ``prune``, of text that the model is for; the errors of
-    each matrix are measured on it against ``dense``. perplexities: of the dense model and of this one, on one text.
-    batch: tokens a product, and gpu: a name or capability as the catalog reads it, by default this machine's: what speed is asked
-    about. dtype: of activations, by default fp32 on a CPU and the stored one elsewhere.
+    each matrix are measured on it against ``dense``; not where parts were taken out whole. perplexities: of the dense model and of
+    this one, on one text. batch: tokens a product, and gpu: a name or capability as the catalog reads it, by default this
+    machine's: what speed is asked about. dtype: of activations, by default fp32 on a CPU and the stored one elsewhere.
     Raises SparsekitError where the folder cannot be loaded or did not come from ``dense``, and for what is out of range."""
     if batch < 1:
         raise SparsekitError(f"the batch must be at least one token, got {batch}")
@@ -59,18 +59,23 @@ def diagnose(
     raw = read_json(path) if path.is_file() else {}
     report = read_report(raw, path)
     beside = weights.folder / SENSITIVITY
-    stored = stored_dtype(weights.folder)
+    stored, structured = stored_dtype(weights.folder), bool(raw.get("structured"))
+    if structured and batches:
+        raise SparsekitError(
+            f"errors are measured matrix by matrix, and parts were taken whole out of those of {weights.folder}; leave --calib out"
+        )
+    before = None if dense is None else Weights(dense)
     patient = Patient(
         weights.folder,
         report,
-        _matrices(weights, report, None if dense is None else Weights(dense)),
+        _matrices(weights, report, None if structured else before),
         weights.format,
         stored,
         dtype or (torch.float32 if place.type == "cpu" else stored),
         place,
         gpu,
         batch,
-        bool(raw.get("structured")),
+        structured,
         Sensitivity.load(beside) if beside.is_file() else None,
         perplexities,
     )
@@ -91,6 +96,10 @@ def _matrices(weights: Weights, report: PruneReport | None, dense: Weights | Non
     if missing := [name for name in asked if name not in names]:
         raise SparsekitError(f"the report in {weights.folder} must be of its weights, and {missing[0]} is not among them")
     original = set() if dense is None else {*dense.linears, *dense.experts}
+    if dense is not None and (odd := sorted(name for name in original ^ {*names} if split_name(name, ())[0])):  # of a block
+        raise SparsekitError(
+            f"--dense must be the model that {weights.folder} was pruned from, and {odd[0]} is in one of them alone"
+        )
     found = []
     for name in names:
         held = weights.read(name)

@@ -97,6 +97,8 @@ def read(
         found = beside[name]
         if found is not None and not isinstance(found.get("perplexity"), int | float):
             raise SparsekitError(f"{given or folder / name} must be what sparsekit eval --json prints, and has no perplexity")
+    if beside[FORECAST] is not None and not beside[FORECAST].get("rows"):
+        raise SparsekitError(f"{forecast or folder / FORECAST} must be what sparsekit forecast writes, and has no rows")
     path = Path(sensitivity or folder / SENSITIVITY)
     losses = Sensitivity.load(path) if sensitivity or path.is_file() else None
     checks = beside.pop(DOCTOR)

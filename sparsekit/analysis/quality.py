@@ -25,7 +25,7 @@ from ..patterns import Pattern, Unstructured
 from ..pipeline.blocks import Target
 from ..plan import Plan
 from .curves import Curve, error_curves
-from .planning import SHARES
+from .planning import SHARES, check_curves
 from .regression import FEWEST, Line
 from .sensitivity import Sensitivity
 from .weights import gradient_weights
@@ -193,14 +193,6 @@ def _settled(evaluated: Mapping[str, Any], damages: Damages, done: Sequence[tupl
         others = _fit(dense, points[:i] + points[i + 1 :])
         told.append(Probe(str(plan), damage, _expected(dense, others, damage).perplexity, measured))
     return Quality(dense, evaluated["tokens"], damages, tuple(told), _fit(dense, points))
-
-
-def check_curves(curves: Sequence[Curve], targets: Sequence[Target]) -> None:
-    """Raises SparsekitError where the curves are not those of the targets, naming the first that differs."""
-    found = {curve.name: curve.shape for curve in curves}
-    wanted = {target.name: tuple(target.weight.shape) for target in targets}
-    if odd := next((name for name in (*wanted, *found) if found.get(name) != wanted.get(name)), None):
-        raise SparsekitError(f"the curves must be of this model's linears, and {odd} differs; measure them anew")
 
 
 def _levels(plans: Iterable[Plan]) -> Iterator[str]:
