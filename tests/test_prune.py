@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from sparsekit import NM, PairNM, Pattern, SparsekitError, Unstructured
-from sparsekit.criteria import Gram, SquaredNorm
-from sparsekit.pruners import METHODS, Magnitude, SparseGPT, Wanda, method_named
+from sparsekit.criteria import Gram, SquaredGradients, SquaredNorm
+from sparsekit.pruners import METHODS, Magnitude, Pruner, SparseGPT, Wanda, by_gradient, method_named
 
 NM24 = NM(2, 4)
 
@@ -36,6 +36,16 @@ def sparsegpt(weight: torch.Tensor, x: torch.Tensor, pattern: Pattern):
     pruner = SparseGPT(weight.shape[1], pattern)
     pruner.observe(x)
     return pruner.prune(weight)
+
+
+def shown(kind: type[Pruner], pattern: Pattern, x: torch.Tensor, rows: int) -> Pruner:
+    """A pruner of a weight (rows, k) that knows what it needs: the inputs x (tokens, k), or some gradients."""
+    pruner = kind(x.shape[1], pattern)
+    pruner.observe(x)
+    if by_gradient(kind):
+        pruner.statistics = SquaredGradients((rows, x.shape[1]))
+        pruner.statistics.update(normal(rows, x.shape[1], seed=9))
+    return pruner
 
 
 # ---- the truth ----
@@ -87,8 +97,13 @@ def obs(w: torch.Tensor, h: torch.Tensor, pattern: Pattern, block: int):
     return w, kept, gap
 
 
-def assert_like_obs(w: torch.Tensor, x: torch.Tensor, pattern: Pattern, block: int = 128):
-    result = sparsegpt(w, x, pattern)
+def block_of(pattern: Pattern, k: int) -> int:
+    """Columns after which the mask of a share of k columns is chosen anew: 16 times at least, but 8 columns or more, 128 or fewer."""
+    return min(128, max(k // 16, 8)) if isinstance(pattern, Unstructured) else 128
+
+
+def assert_like_obs(w: torch.Tensor, x: torch.Tensor, pattern: Pattern, block: int | None = None):
+    result, block = sparsegpt(w, x, pattern), block or block_of(pattern, w.shape[1])
     h = hessian(x, result.damping)
     wanted, mask, gap = obs(torch.where((x == 0).all(0), 0, w), h, pattern, block)
     assert gap > 1e-4, "two scores of the test's own problem are too close to tell apart in fp32"
@@ -116,6 +131,15 @@ def test_sparsegpt_is_exact_obs_over_many_blocks(pattern, monkeypatch):
 @pytest.mark.parametrize("pattern", [NM24, NM(3, 7), Unstructured(0.5)], ids=str)
 def test_sparsegpt_is_exact_obs_past_a_block_of_128(pattern):
     assert_like_obs(normal(2, 150, seed=3), correlated(600, 150), pattern)
+
+
+@pytest.mark.parametrize("k", [16, 150, 2047, 2048, 4100])
+def test_a_share_is_chosen_from_sixteen_times_or_as_the_paper_does(k):
+    # Each block of columns loses half: the narrowest, one between, the last before the paper's 128, that, and a ragged end.
+    mask, width = sparsegpt(normal(3, k, seed=1), normal(20, k), Unstructured(0.5)).mask, block_of(Unstructured(0.5), k)
+    ends = [*range(width, k, width), k]
+    assert [int((~mask[:, :end]).sum()) for end in ends] == [3 * end // 2 for end in ends]
+    assert width == {16: 8, 150: 9, 2047: 127}.get(k, 128)
 
 
 @pytest.mark.parametrize("pattern", [NM24, Unstructured(0.5)], ids=str)
@@ -192,9 +216,7 @@ def test_a_duplicate_takes_over():
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
 def test_exact_counts(kind, k, text):
     pattern, w = Pattern.parse(text), normal(9, k, seed=1)
-    pruner = kind(k, pattern)
-    pruner.observe(correlated(2 * k, k))
-    result = pruner.prune(w)
+    result = shown(kind, pattern, correlated(2 * k, k), 9).prune(w)
     assert result.mask.dtype == torch.bool and result.weight.shape == result.mask.shape == w.shape
     assert torch.equal(result.weight != 0, result.mask)  # no weight of the test is zero by itself
     assert not torch.signbit(result.weight[~result.mask]).any()
@@ -213,7 +235,7 @@ def test_exact_counts(kind, k, text):
 @pytest.mark.parametrize("text", ["50%", "33.3%", "1%"])
 def test_unstructured_sparsegpt_keeps_its_share_after_every_block(text):
     mask = sparsegpt(normal(7, 300, seed=1), correlated(600, 300), Pattern.parse(text)).mask
-    for end in (128, 256, 300):
+    for end in (*range(18, 300, 18), 300):  # 300 // 16
         assert (~mask[:, :end]).sum() == math.floor(Fraction(text.rstrip("%")) / 100 * 7 * end)
 
 
@@ -276,8 +298,7 @@ def test_inputs_that_are_not_finite(kind, bad):
 
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
 def test_weights_with_nan(kind):
-    pruner, w = kind(8, NM24), normal(4, 8)
-    pruner.observe(normal(20, 8))
+    pruner, w = shown(kind, NM24, normal(20, 8), 4), normal(4, 8)
     w[2, 6] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
         pruner.prune(w)
@@ -301,8 +322,7 @@ def test_no_inputs(kind):
 @pytest.mark.parametrize("kind", METHODS.values(), ids=METHODS)
 def test_arithmetic_is_fp32_and_the_dtype_comes_back(kind, pattern, dtype):
     w = normal(8, 150, seed=1).to(dtype)
-    pruner = kind(150, pattern)
-    pruner.observe(correlated(300, 150))
+    pruner = shown(kind, pattern, correlated(300, 150), 8)
     result = pruner.prune(w)
     assert same_bits(result.weight, pruner.prune(w.float()).weight.to(dtype))
     assert result.weight.is_contiguous() and result.mask.is_contiguous()
@@ -316,8 +336,7 @@ def test_the_argument_is_left_alone(kind, shape, transposed):
     w = w.T.contiguous().T if transposed else w
     before, x = w.clone(memory_format=torch.contiguous_format), correlated(50, shape[1])
     x[:, 0] = 0
-    pruner = kind(shape[1], NM(1, 4))
-    pruner.observe(x)
+    pruner = shown(kind, NM(1, 4), x, shape[0])
     result = pruner.prune(w)
     assert torch.equal(w, before)
     assert same_bits(result.weight, pruner.prune(before).weight)
@@ -329,8 +348,9 @@ def test_the_argument_is_left_alone(kind, shape, transposed):
 def test_two_runs_agree_bit_for_bit(kind):
     results = []
     for _ in range(2):
-        pruner = kind(200, NM24)
-        for batch in correlated(600, 200).split(150):
+        first, *others = correlated(600, 200).split(150)
+        pruner = shown(kind, NM24, first, 64)
+        for batch in others:
             pruner.observe(batch)
         results.append(pruner.prune(normal(64, 200, seed=1)))
     assert same_bits(results[0].weight, results[1].weight) and torch.equal(results[0].mask, results[1].mask)

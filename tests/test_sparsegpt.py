@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from test_prune import correlated, hessian, normal, output_error, same_bits
+from test_prune import block_of, correlated, hessian, normal, output_error, same_bits
 
 from benchmarks.sparsegpt import paper_loop
 from sparsekit import Pattern
@@ -29,7 +29,7 @@ def test_the_loop_of_the_paper(k, text):
     w, sparsegpt = normal(40, k, seed=1), pruner(correlated(3 * k, k), text)
     factor = sparsegpt.statistics.factor
     w[:, factor.dead] = 0
-    block = {"3:7": 133}.get(text, 128)  # whole groups
+    block = 133 if text == "3:7" else block_of(sparsegpt.pattern, k)  # whole groups
     wanted, mask = paper_loop(w.double(), factor.upper.double(), Pattern.parse(text), block)
     result = sparsegpt.prune(w)
     assert torch.equal(result.mask, mask)

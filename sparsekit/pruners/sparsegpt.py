@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import ops
 from ..criteria import Gram
-from ..patterns import NM, Given, PairNM, Pattern, keep_top
+from ..patterns import NM, Given, PairNM, Pattern, Share, keep_top
 from ..timing import Phases
 from .base import PruneResult
 
@@ -24,11 +24,13 @@ class SparseGPT:
     """Prunes a weight column by column, left to right, updating the columns that are left.
 
     An N:M group chooses its mask when its first column is reached, on the weights as updated by then. A pattern that counts over
-    the whole weight chooses once a block of columns, over all rows: after each block exactly the share asked for is gone."""
+    the whole weight chooses once a block of columns, over all rows: after each block exactly the share asked for is gone. Its
+    blocks are the paper's 128 columns from 2048 inputs on, and narrower below, so that there too most are chosen after updates."""
 
     gathers, rowwise = Gram, False
 
     BLOCK = 128  # columns that one call of ops.obs_block_ prunes; rounded up to whole groups
+    CHOICES, NARROWEST = 16, 8  # how often a share is chosen from at least, each time from so many units of a row
     PANEL = 512  # columns that are brought up to date after each block; those after the panel once, by one large product
 
     def __init__(self, columns: int, pattern: Pattern, device: torch.device | str = "cpu"):
@@ -60,6 +62,12 @@ class SparseGPT:
             for (pruned, kept, loss, phases), after, masked in zip(found, errors[::2], errors[1::2])
         ]
 
+    def _width(self, level: Pattern, k: int) -> int:
+        """Columns of k that are pruned at a time, whole groups or blocks."""
+        least = self.NARROWEST * level.columns
+        width = min(self.BLOCK, max(k // self.CHOICES, least)) if isinstance(level, Share) else self.BLOCK
+        return math.ceil(width / level.columns) * level.columns
+
     def _prune(self, weight: Tensor, level: Pattern) -> tuple[Tensor, Tensor, float, Phases]:
         """The pruned weight, its mask, the loss, and the clock of the phases."""
         phases = Phases(weight.device)
@@ -67,7 +75,7 @@ class SparseGPT:
             factor = self.statistics.factor
         w = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # not the memory of weight
         w[:, factor.dead] = 0
-        (n, k), width = w.shape, math.ceil(self.BLOCK / level.columns) * level.columns  # no group or block is cut in two
+        (n, k), width = w.shape, self._width(level, w.shape[1])
         panel = max(self.PANEL // width, 1) * width
         kept, loss = torch.empty_like(w, dtype=torch.bool), w.new_zeros(n, dtype=torch.float64)
         for begin in range(0, k, panel):
