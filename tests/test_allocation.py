@@ -22,7 +22,7 @@ from sparsekit.analysis import (
     error_curves,
     outlier_shares,
 )  # fmt: skip
-from sparsekit.analysis.allocation import share_of
+from sparsekit.analysis.allocation import read_share, share_of
 from sparsekit.analysis.costs import holds_24
 from sparsekit.analysis.solve import apportion, choose, lower_hull, spend
 from sparsekit.patterns import NM, Pattern, Unstructured
@@ -191,6 +191,11 @@ def test_a_curve_with_a_bump_never_costs_more_than_the_uniform_plan():
         even = {"bump": percent, "flat": percent}
         assert damage([bump, flat], removed(plan), None) <= damage([bump, flat], even, None) + 1e-12
         assert plan.made["damage of the uniform plan"] == pytest.approx(damage([bump, flat], even, None))
+
+
+@pytest.mark.parametrize("share", ["60%", "60.0 %", "0.6", " .6", 0.6, "6e-1", np.float64(0.6)])
+def test_a_share_as_people_write_it(share):
+    assert read_share(share) == Fraction(3, 5)
 
 
 # ---- choices ----
@@ -381,6 +386,10 @@ NONE = [curve("a", (10, 10), (0.1,), ("2:4",))]
         (lambda: allocate([TWO[0], TWO[0]], "60%"), "there must be one curve for each linear, got 2 of 1 linears"),
         (lambda: allocate_choices([], "0%"), "there must be one curve for each linear, got 0 of 0 linears"),
         (lambda: allocate(TWO, "2:4"), "the target must be a share of the weights, 0 to 1 or a text such as .*, got '2:4'"),
+        (lambda: allocate(TWO, "abc"), "the target must be a share of the weights, 0 to 1 or a text such as .*, got 'abc'"),
+        (lambda: allocate(TWO, "110%"), "the target must be a share of the weights, .*, got '110%'"),
+        (lambda: allocate(TWO, "50%", low="-5%"), "the lower bound must be a share of the weights, .*, got '-5%'"),
+        (lambda: allocate(TWO, None), "the target must be a share of the weights, .*, got None"),
         (lambda: allocate(TWO, 60), "the target must be a share of the weights, 0 to 1 .* got 60"),
         (lambda: allocate(TWO, math.nan), "the target must be a share of the weights, 0 to 1 .* got nan"),
         (lambda: allocate(TWO, "60%", low=-0.1), "the lower bound must be a share .* got -0.1"),

@@ -421,12 +421,13 @@ def test_the_figures_of_the_page_are_those_on_file():
 def test_curves_of_another_model():
     model, batches = build("llama"), token_batches((2, 9))
     curves = error_curves(build("gpt2"), batches, SHARES)
-    with pytest.raises(
-        SparsekitError, match=r"must be those of this model, and model\.layers\.0\.self_attn\.q_proj is in one alone"
-    ):
+    with pytest.raises(SparsekitError, match=r"must be those of this model, and model\.layers\.0\.\S+ is in one"):
         forecast(model, batches, torch.arange(64), ["50%"], seq_len=8, sensitivity=Sensitivity(0, curves))
     curves = error_curves(model, batches, SHARES)
     with pytest.raises(SparsekitError, match="curves must be measured at 2:4"):
+        forecast(model, batches, torch.arange(64), ["2:4"], seq_len=8, sensitivity=Sensitivity(0, curves))
+    curves = error_curves(model, batches, ("50%", "60%", "2:4"))
+    with pytest.raises(SparsekitError, match=r"probes take shares from 10% to 90%, .* was measured at 50%, 2:4 and 60%; measure"):
         forecast(model, batches, torch.arange(64), ["2:4"], seq_len=8, sensitivity=Sensitivity(0, curves))
 
 

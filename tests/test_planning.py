@@ -121,7 +121,7 @@ def test_no_latency_without_rows_of_the_very_shape(model, rows, monkeypatch):
         ({"by": "latency", "target": "60%"}, "must be a speed-up of 1 or more, such as \"1.2x\", got '60%'"),
         ({"by": "latency", "target": "0.5x"}, "must be a speed-up of 1 or more"),
         ({"by": "latency", "target": "1.1x", "low": "10%"}, "bounds of the share are not for plans by latency"),
-        ({"target": "1.2x"}, "a pattern must be"),
+        ({"target": "1.2x"}, "the target must be a share of the weights"),
         ({"target": "50%", "high": "40%"}, "the target must lie within the bounds, 0% to 40%, got 50%"),
     ],
 )
@@ -217,7 +217,7 @@ PLAN, ERRORS = ("plan", MODEL, "--target", "60%"), ("sensitivity", MODEL, "--cal
     "arguments, says",
     [
         ((*PLAN,), "--calib must name a text to calibrate on"),
-        (("plan", MODEL, "--target", "half", "--calib", CALIB), "a pattern must be .* got 'half'"),
+        (("plan", MODEL, "--target", "half", "--calib", CALIB), "the target must be a share of the weights, .* got 'half'"),
         ((*PLAN, "--min", "70%", "--calib", CALIB), "the target must lie within the bounds, 70% to 80%"),
         ((*PLAN, "--by", "luck", "--calib", CALIB), "must be curves, owl, choices or latency, got 'luck'"),
         ((*PLAN, "--sensitivity", "none.json"), "the sensitivities none.json cannot be read"),
@@ -227,7 +227,7 @@ PLAN, ERRORS = ("plan", MODEL, "--target", "60%"), ("sensitivity", MODEL, "--cal
         ((*ERRORS, "--eval", TEST, "--unit", "none"), "losses need an --eval text and a --unit"),
         ((*ERRORS, "--eval", TEST, "--unit", "head"), "the unit must be linear or block, got 'head'"),
         ((*ERRORS, "--eval", TEST, "--stream"), "losses need the whole model in memory"),
-        ((*ERRORS, "--levels", "50%,half"), "a pattern must be .* got 'half'"),
+        ((*ERRORS, "--levels", "50%,half"), "the target must be a share of the weights, .* got 'half'"),
         ((*ERRORS, "--levels", ","), "there must be a level to prune to"),
         ((*ERRORS, "--eval", TEST, *SMALL, "--max-tokens", "8"), "at least one sequence of 32 tokens"),
         ((*ERRORS, "--max-tokens", "8"), "--max-tokens is how much of --eval is read, got 8 without it"),

@@ -23,11 +23,15 @@ Groups = Mapping[str, str]
 
 
 def read_share(value: str | float, what: str = "the target") -> Fraction:
-    """The share of weights that "60%" or 0.6 is, exactly. Raises SparsekitError for another text, and outside 0 to 1."""
-    share = Pattern.parse(value) if isinstance(value, str) else None
-    if not (isinstance(share, Unstructured) if isinstance(value, str) else 0 <= value <= 1):
+    """The share of weights that "60%", "0.6" or 0.6 is, exactly. Raises SparsekitError for anything else, and outside 0 to 1."""
+    text, share = str(value).strip(), None
+    try:
+        share = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except (ValueError, ZeroDivisionError):
+        pass
+    if share is None or not 0 <= share <= 1:
         raise SparsekitError(f'{what} must be a share of the weights, 0 to 1 or a text such as "60%", got {value!r}')
-    return Fraction(value if share is None else share.share).limit_denominator(10**9)
+    return share.limit_denominator(10**9)
 
 
 def read_target(target: str | float, low: str | float, high: str | float | None) -> tuple[Fraction, tuple[Fraction, Fraction]]:

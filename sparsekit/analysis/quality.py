@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import pipeline
-from ..errors import SparsekitError
+from ..errors import SparsekitError, listed
 from ..evaluate import perplexity
 from ..patterns import Pattern, Unstructured
 from ..pipeline.blocks import Target
@@ -160,13 +160,15 @@ def calibrate(
     if probes <= FEWEST:
         raise SparsekitError(f"a forecast with an interval takes at least {FEWEST + 1} probes, got {probes}")
     skip, batches, tell = tuple(skip), list(batches), progress or (lambda *_: None)
+    if sensitivity is not None:
+        check_curves(sensitivity.curves, [target for matrices in targets for target in matrices])
+        _check_span(sensitivity.curves)
     evaluated = perplexity(model, tokens, seq_len, max_tokens, progress=lambda *now: tell("the dense model", *now))
     flat, held = [target for matrices in targets for target in matrices], dict(skip=skip, blocks=blocks, progress=progress)
     if sensitivity is None:
         curves, weights = error_curves(model, batches, dict.fromkeys([*SHARES, *_levels(plans)]), **held), {}
     else:
         curves, weights = sensitivity.curves, sensitivity.weights
-        check_curves(curves, flat)
     weights = weights or gradient_weights(model, batches, **held)
     damages = Damages({curve.name: curve for curve in curves}, weights)
     done: list[tuple[Plan, float, float]] = []
@@ -193,6 +195,16 @@ def _settled(evaluated: Mapping[str, Any], damages: Damages, done: Sequence[tupl
         others = _fit(dense, points[:i] + points[i + 1 :])
         told.append(Probe(str(plan), damage, _expected(dense, others, damage).perplexity, measured))
     return Quality(dense, evaluated["tokens"], damages, tuple(told), _fit(dense, points))
+
+
+def _check_span(curves: Iterable[Curve]) -> None:
+    """Raises SparsekitError where curves that were measured before do not reach as far as probes may."""
+    for curve in curves:
+        if not {SHARES[0], SHARES[-1]} <= set(curve.levels):
+            raise SparsekitError(
+                f"probes take shares from {SHARES[0]} to {SHARES[-1]}, and the curve of {curve.name} was measured at "
+                f"{listed(curve.levels)}; measure at those levels too"
+            )
 
 
 def _levels(plans: Iterable[Plan]) -> Iterator[str]:
