@@ -227,7 +227,7 @@ PLAN, ERRORS = ("plan", MODEL, "--target", "60%"), ("sensitivity", MODEL, "--cal
         ((*ERRORS, "--eval", TEST, "--unit", "none"), "losses need an --eval text and a --unit"),
         ((*ERRORS, "--eval", TEST, "--unit", "head"), "the unit must be linear or block, got 'head'"),
         ((*ERRORS, "--eval", TEST, "--stream"), "losses need the whole model in memory"),
-        ((*ERRORS, "--levels", "50%,half"), "the target must be a share of the weights, .* got 'half'"),
+        ((*ERRORS, "--levels", "50%,half"), "a pattern must be .* got 'half'"),
         ((*ERRORS, "--levels", ","), "there must be a level to prune to"),
         ((*ERRORS, "--eval", TEST, *SMALL, "--max-tokens", "8"), "at least one sequence of 32 tokens"),
         ((*ERRORS, "--max-tokens", "8"), "--max-tokens is how much of --eval is read, got 8 without it"),
