@@ -100,6 +100,10 @@ def test_probes_spread_over_what_is_asked():
         steps = [wanted[0] * (wanted[1] / wanted[0]) ** ((i + 0.5) / 5) for i in range(5)]
         assert done == pytest.approx(steps, rel=0.05)  # shares are rounded to a thousandth
         assert all(len(set(plan.patterns.values())) > 1 for plan in plans), "a probe differs from a uniform pruning"
+    # What no probe can reach is left to the line: they end below 90 % everywhere, and differ.
+    reach = of.of(Plan(dict.fromkeys(of.curves, "90%"), {name: curve.shape for name, curve in of.curves.items()}))
+    done = [of.of(plan) for plan in probe_plans(of, groups, [reach, 3 * reach], 5, seed=3)]
+    assert done == pytest.approx([reach / 10 * 10 ** ((i + 0.5) / 5) for i in range(5)], rel=0.05)
     again = list(probe_plans(of, groups, [], 5, seed=3))
     assert again == plans and list(probe_plans(of, groups, [], 5, seed=4)) != plans
 

@@ -219,12 +219,15 @@ def probe_plans(
     damages: Damages, groups: Sequence[Sequence[str]], asked: Sequence[float], count: int, seed: int = 0
 ) -> Iterator[Plan]:
     """Plans of shares that differ by block and by linear, at random, whose damages are spread evenly, by ratio, over those asked
-    for and somewhat beyond: a tenth of the most if they are all alike. groups: the names by block."""
+    for and somewhat beyond: a tenth of the most if they are all alike; as far as shares of SHARES reach. groups: the names by
+    block."""
     chance, shapes = random.Random(seed), {name: curve.shape for name, curve in damages.curves.items()}
-    least, most = (min(asked), max(asked)) if asked else (1e-2, 1e-1)
-    wider = max(_SPAN * least / most, 1) ** 0.5
-    least, most = least / wider, most * wider
     lowest, highest = float(SHARES[0][:-1]) / 100, float(SHARES[-1][:-1]) / 100
+    reach = damages.of(Plan(dict.fromkeys(shapes, SHARES[-1]), shapes)) or math.inf
+    least, most = (min(end, reach) for end in ((min(asked), max(asked)) if asked else (1e-2, 1e-1)))
+    wider = max(_SPAN * least / most, 1) ** 0.5
+    over = max(most * wider / reach, 1)  # beyond it all probes would be one
+    least, most = least / wider / over, most * wider / over
     for i in range(count):
         wanted = least * (most / least) ** ((i + 0.5) / count)
         off = {
