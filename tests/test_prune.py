@@ -98,7 +98,7 @@ def obs(w: torch.Tensor, h: torch.Tensor, pattern: Pattern, block: int):
 
 
 def block_of(pattern: Pattern, k: int) -> int:
-    """Columns after which the mask of a share of k columns is chosen anew: 16 times at least, but 8 columns or more, 128 or fewer."""
+    """Columns until the mask of a share of k columns is chosen anew: 16 times at least, but 8 columns or more, 128 at most."""
     return min(128, max(k // 16, 8)) if isinstance(pattern, Unstructured) else 128
 
 

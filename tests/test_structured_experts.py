@@ -108,6 +108,9 @@ def test_the_least_go_and_of_equal_ones_the_first():
     scores = {0: torch.tensor([0.2, 0.1, 0.1, 0.3]), 3: torch.tensor([0.0, 0.0, 0.0, 0.0])}
     assert select_experts(scores, 1) == {0: [1], 3: [0]}
     assert select_experts(scores, 2, keep=2) == {0: [1, 2], 3: [0, 1]}
+    for broken in (float("nan"), float("inf")):
+        with pytest.raises(SparsekitError, match="importance of experts must be finite, got NaN or Inf for block 2"):
+            select_experts({0: torch.ones(4), 2: torch.tensor([1.0, broken, 2.0, 3.0])}, 1)
 
 
 def test_a_token_keeps_as_many_experts_as_it_is_given_to():

@@ -64,8 +64,10 @@ def select_experts(importance: Mapping[int, Tensor], remove: int, keep: int = 1)
     """By block, the numbers of the ``remove`` experts of least importance, in rising order; of equal ones the first go.
 
     keep: experts that each block has to keep, those that a token is given to. Raises SparsekitError for none, and for more than
-    that leaves."""
+    that leaves, and for importance that is not finite."""
     for i, scores in importance.items():
+        if not torch.isfinite(scores).all():
+            raise SparsekitError(f"the importance of experts must be finite, got NaN or Inf for block {i}")
         most = len(scores) - keep
         if isinstance(remove, bool) or not isinstance(remove, int) or not 1 <= remove <= most:
             raise SparsekitError(
