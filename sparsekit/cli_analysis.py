@@ -229,7 +229,10 @@ def plan(
     if json_out:
         print(json.dumps({"out": str(out), "sparsity": made.sparsity, **made.to_dict()}))
         return
-    rows = [(name, "x".join(map(str, made.shapes[name])), str(pattern or "dense")) for name, pattern in made.patterns.items()]
+    rows = [
+        (name, "x".join(map(str, made.shapes[name])), pattern.brief if pattern else "dense")
+        for name, pattern in made.patterns.items()
+    ]
     show(f"{out}: {made}", ("linear", "shape", "pattern"), rows)
     print(", ".join(f"{name} {value}" for name, value in made.made.items()))
 

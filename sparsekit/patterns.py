@@ -53,6 +53,11 @@ class Pattern:
     sparsity: float  # the share of weights removed, tails aside
     columns: int  # neighbours that are chosen from together, so that no block of columns may cut between them
 
+    @property
+    def brief(self) -> str:
+        """For a reader: as ``str``, but for a share to four digits."""
+        return str(self)
+
     def partway(self, share: float) -> Pattern:
         """The pattern with that share, 0 to 1, of its removals: what a schedule passes through. At 1 it is this pattern."""
         raise NotImplementedError
@@ -158,6 +163,10 @@ class Share(Pattern):
     @property
     def sparsity(self) -> float:
         return self.share
+
+    @property
+    def brief(self) -> str:
+        return str(replace(self, share=float(f"{self.share:.4g}")))
 
     def partway(self, share: float) -> Share:
         return replace(self, share=self.share * share)

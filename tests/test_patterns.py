@@ -400,3 +400,17 @@ def test_check_of_unstructured():
 def test_an_empty_weight_holds_every_pattern(shape):
     for pattern in (NM(0, 3), NM(2, 4), Unstructured(0.5), Unstructured(1.0)):
         assert pattern.check(torch.ones(shape)) is None and pattern.mask(torch.ones(shape)).shape == shape
+
+
+@pytest.mark.parametrize(
+    ("text", "brief"),
+    [
+        ("69.9951171875%", "70%"),
+        ("58.35774739583334%", "58.36%"),
+        ("0.00123456%", "0.001235%"),
+        ("block:4x4@33.333333%", "block:4x4@33.33%"),
+    ],
+)
+def test_a_share_is_rounded_for_readers_alone(text, brief):
+    assert Pattern.parse(text).brief == brief and str(Pattern.parse(text)) == text
+    assert Pattern.parse("2:4").brief == "2:4"

@@ -71,7 +71,7 @@ def pattern(patient: Patient) -> Check:
     checked = f"whether each of {_count(patient.rows)} holds the pattern that the report says"
     lost = [matrix for matrix in patient.matrices if matrix.broken]
     if not lost:
-        return _ok(*about, checked, f"all hold {_some(map(str, patient.patterns))}")
+        return _ok(*about, checked, f"all hold {_some(dict.fromkeys(each.brief for each in patient.patterns))}")
     return _finding(
         *about, "error", checked, f"not in {_count(lost)}, the first {lost[0].name}, where {lost[0].broken}: the mask was lost",
         "prune it anew, and train it afterwards under GradualPruner.fixed or as SparseLinear, which keep the zeros",
@@ -213,7 +213,7 @@ def outliers(patient: Patient) -> Check:
     said = _some(f"{row.name} ({share(row.output_error)})" for row in far)
     skips = " ".join(f"--skip {row.name}" for row in far[:3])
     return _finding(
-        *about, "warning", checked, f"{_count(far)} lose far more than their kind: {said}",
+        *about, "warning", checked, f"{_count(far)} {'loses' if len(far) == 1 else 'lose'} far more than their kind: {said}",
         f"leave them dense ({skips}; all of them are {share(weights)} of the weights), or let `sparsekit plan` spend less on them",
     )  # fmt: skip
 
@@ -265,7 +265,10 @@ def hardware(patient: Patient) -> Check:
     without = [entry for entry in found if entry.kernel is None]
     if not without:
         return _ok(*about, checked, "; ".join(f"{entry.pattern}: {entry.kernel}" for entry in found))
-    said = "; ".join(f"{entry.pattern}: {entry.unless}" for entry in without[:3])
+    reasons: dict[str, list[str]] = {}
+    for entry in without:
+        reasons.setdefault(entry.unless, []).append(entry.pattern.brief)
+    said = "; ".join(f"{_some(dict.fromkeys(patterns))}: {reason}" for reason, patterns in reasons.items())
     able = catalog.entry("2:4", patient.gpu or patient.device).kernel
     do = "prune to 2:4" if able else "nothing within a matrix is faster there; a freer pattern costs less quality for as many zeros"
     return _finding(*about, "warning", checked, said, f"{do}, or take out whole heads, neurons or layers, which is faster anywhere")

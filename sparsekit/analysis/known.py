@@ -140,7 +140,7 @@ def _plan(folder: Path) -> dict[str, tuple[str, float]] | None:
     if not (folder / FILE).is_file():
         return None
     patterns = Plan.load(folder / FILE).patterns
-    return {name: (DENSE, 0.0) if pattern is None else (str(pattern), pattern.sparsity) for name, pattern in patterns.items()}
+    return {name: (DENSE, 0.0) if pattern is None else (pattern.brief, pattern.sparsity) for name, pattern in patterns.items()}
 
 
 def measured_speeds(device: torch.device) -> tuple[str, dict[tuple[str, int, int], dict[int, float]]]:
