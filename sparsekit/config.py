@@ -39,7 +39,13 @@ class PruningConfig:
         put = object.__setattr__  # the way in for a frozen dataclass
         put(self, "pattern", Pattern.parse(self.pattern))
         put(self, "schedule", Schedule.parse(self.schedule))
-        put(self, "skip", tuple([self.skip] if isinstance(self.skip, str) else self.skip))
+        skip = (self.skip,) if isinstance(self.skip, str) else self.skip
+        if not isinstance(skip, list | tuple | set) or not all(isinstance(name, str) for name in skip):
+            raise SparsekitError(f"skip must be names of linears, got {self.skip!r}")
+        put(self, "skip", tuple(skip))
+        for name in ("start", "sparsity"):
+            if not isinstance(value := getattr(self, name), int | float) and (name, value) != ("sparsity", None):
+                raise SparsekitError(f"{name} must be a number from 0 to 1, got {value!r}")
         for name, known in (("criterion", CRITERIA), ("group", GROUPS)):
             if getattr(self, name) not in known:
                 raise SparsekitError(f"the {name} must be {listed(known, 'or')}, got {getattr(self, name)!r}")

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
 from itertools import islice
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -28,6 +29,11 @@ _KNOWN = (
 GROUPS = ("row", "layer", "block", "model")  # what a share can be counted in; a block is a decoder block
 JOINT = ("block", "model")  # those that hold several matrices
 _SHARE = r"(-?\d+(?:\.\d*)?|-?\.\d+)\s*%"
+
+
+def whole(count: int, share: float) -> int:
+    """A share of so many, rounded down, exactly: 0.29 stands for 29/100, and not for the float a hair below it."""
+    return math.floor(count * Fraction(share).limit_denominator(10**9))
 
 
 class Pattern:
@@ -45,9 +51,9 @@ class Pattern:
         if match := re.fullmatch(r"\s*(\d+)\s*:\s*(\d+)\s+pairs\s*", str(text)):
             return PairNM(int(match[1]), int(match[2]))
         if match := re.fullmatch(rf"\s*{_SHARE}\s*", str(text)):
-            return Unstructured(_share(match[1]))
+            return Unstructured(share_of(match[1]))
         if match := re.fullmatch(rf"\s*block\s*:\s*(\d+)\s*x\s*(\d+)\s*@\s*{_SHARE}\s*", str(text)):
-            return Block(int(match[1]), int(match[2]), _share(match[3]))
+            return Block(int(match[1]), int(match[2]), share_of(match[3]))
         raise SparsekitError(f"a pattern must be {_KNOWN}, got {text!r}")
 
     sparsity: float  # the share of weights removed, tails aside
@@ -79,7 +85,7 @@ class NM(Pattern):
     m: int
 
     def __post_init__(self):
-        if not 0 <= self.n <= self.m or self.m < 1:
+        if not _counts(self.n, self.m) or not 0 <= self.n <= self.m or self.m < 1:
             raise SparsekitError(f"N:M must keep 0 <= N <= M weights of M >= 1, got {self.n}:{self.m}")
 
     @classmethod
@@ -99,7 +105,7 @@ class NM(Pattern):
         return self.m
 
     def partway(self, share: float) -> NM:
-        return NM(self.m - int((self.m - self.n) * share), self.m)
+        return NM(self.m - whole(self.m - self.n, share), self.m)
 
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
         if self.m <= ops.LARGEST_M:
@@ -121,7 +127,14 @@ class PairNM(Pattern):
     m: int
 
     def __post_init__(self):
-        if not 0 <= self.n <= self.m or self.m < 2 or self.n % 2 or self.m % 2 or self.m > 2 * ops.LARGEST_M:
+        if (
+            not _counts(self.n, self.m)
+            or not 0 <= self.n <= self.m
+            or self.m < 2
+            or self.n % 2
+            or self.m % 2
+            or self.m > 2 * ops.LARGEST_M
+        ):
             raise SparsekitError(
                 f"pairs must keep an even N of an even M, 0 <= N <= M and 2 <= M <= {2 * ops.LARGEST_M}, got {self.n}:{self.m}"
             )
@@ -138,7 +151,7 @@ class PairNM(Pattern):
         return self.m
 
     def partway(self, share: float) -> PairNM:
-        return PairNM(self.m - 2 * int((self.m - self.n) // 2 * share), self.m)
+        return PairNM(self.m - 2 * whole((self.m - self.n) // 2, share), self.m)
 
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
         return ops.mask_nm(scores, self.n // 2, self.m // 2, pairs=True)
@@ -157,8 +170,10 @@ class Share(Pattern):
     _what, _line = "zeros", "row"  # what removed units are, and what ``rowwise`` counts within
 
     def __post_init__(self):
+        if not isinstance(self.share, int | float):
+            raise SparsekitError(f"a share must be a number from 0 to 1, got {self.share!r}")
         if not 0 <= self.share <= 1:
-            raise SparsekitError(f"sparsity must lie in 0% to 100%, got {_percent(self.share)}")
+            raise SparsekitError(f"sparsity must lie in 0% to 100%, got {percent(self.share)}")
 
     @property
     def sparsity(self) -> float:
@@ -172,8 +187,8 @@ class Share(Pattern):
         return replace(self, share=self.share * share)
 
     def removed(self, count: int) -> int:
-        """How many of so many units go, exactly: 0.29 stands for 29/100, and not for the float a hair below it."""
-        return math.floor(count * Fraction(self.share).limit_denominator(10**9))
+        """How many of so many units go, exactly."""
+        return whole(count, self.share)
 
     def units(self, scores: Tensor) -> Tensor:
         """The scores of the units (lines, units in a line) that scores (n, k) have. Raises ValueError for NaN, at the latest when
@@ -231,7 +246,7 @@ class Unstructured(Share):
     columns = 1
 
     def __str__(self) -> str:
-        return _percent(self.share)
+        return percent(self.share)
 
 
 @dataclass(frozen=True)
@@ -246,12 +261,12 @@ class Block(Share):
     _what, _line = "blocks of zeros", "line of blocks"
 
     def __post_init__(self):
-        if self.rows < 1 or self.cols < 1:
+        if not _counts(self.rows, self.cols) or self.rows < 1 or self.cols < 1:
             raise SparsekitError(f"a block must have at least one row and one column, got {self.rows}x{self.cols}")
         super().__post_init__()
 
     def __str__(self) -> str:
-        return f"block:{self.rows}x{self.cols}@{_percent(self.share)}"
+        return f"block:{self.rows}x{self.cols}@{percent(self.share)}"
 
     @property
     def columns(self) -> int:
@@ -320,11 +335,16 @@ def check_group(patterns: Iterable[Pattern], group: str) -> None:
         raise SparsekitError(f"the linears of a {group} must all have one pattern, got {patterns[0]} and {patterns[1]}")
 
 
-def _share(percent: str) -> float:
-    return float(Decimal(percent).scaleb(-2))
+def share_of(text: str) -> float:
+    """Of the number that stands before a percent sign."""
+    return float(Decimal(text).scaleb(-2))
 
 
-def _percent(share: float) -> str:
+def _counts(*numbers: int) -> bool:
+    return all(isinstance(number, Integral) and not isinstance(number, bool) for number in numbers)
+
+
+def percent(share: float) -> str:
     return f"{Decimal(repr(float(share))).scaleb(2):f}%"  # the point moves, no digit does: parse gives the same share back
 
 

@@ -10,8 +10,10 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 
 from .errors import SparsekitError, listed
+from .patterns import percent, share_of
 
 _KNOWN = (
     *("constant", "linear", "cubic", "exponential"),
@@ -39,7 +41,7 @@ class Schedule:
         if name == "exponential" and re.fullmatch(number, rate):
             return Exponential(float(rate))
         if re.fullmatch(rf"\s*(?:{number})\s*%(\s*,\s*(?:{number})\s*%)*\s*", str(text)):
-            return Listed(tuple(float(part.strip().removesuffix("%")) / 100 for part in str(text).split(",")))
+            return Listed(tuple(share_of(part.strip().removesuffix("%").strip()) for part in str(text).split(",")))
         raise SparsekitError(f"a schedule must be {listed(_KNOWN, 'or')}, got {text!r}")
 
     def reached(self, step: int, steps: int) -> float:
@@ -109,7 +111,7 @@ class Exponential(Schedule):
             raise SparsekitError(f"the rate of an exponential schedule must be above 0 and below 700, got {self.rate:g}")
 
     def __str__(self) -> str:
-        return "exponential" if self.rate == 3.0 else f"exponential:{self.rate!r}"
+        return "exponential" if self.rate == 3.0 else f"exponential:{Decimal(repr(float(self.rate))):f}"
 
     def _partway(self, t: float) -> float:
         return math.expm1(-self.rate * t) / math.expm1(-self.rate)
@@ -133,7 +135,7 @@ class Listed(Schedule):
             raise SparsekitError("a list of sparsities must have at least one entry, got none")
 
     def __str__(self) -> str:
-        return ",".join(f"{100 * share:.12g}%" for share in self.shares)
+        return ",".join(map(percent, self.shares))
 
     def check(self, target: float, steps: int, start: float = 0.0) -> None:
         super().check(target, steps, start)

@@ -1,7 +1,9 @@
 """Criteria against their formulas in fp64, and every criterion with every pattern, group and dtype."""
 
 import math
+from dataclasses import dataclass
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -146,6 +148,37 @@ def test_a_criterion_of_ones_own():
     before = model.model.layers[0].mlp.up_proj.weight.detach().clone()
     assert prune(model, method=Lowest(), pattern="1:4").method == "lowest"
     assert torch.equal(model.model.layers[0].mlp.up_proj.weight != 0, NM(1, 4).mask(-before.abs()))
+
+
+def test_a_criterion_without_a_hash():
+    @dataclass
+    class Power:
+        p: float
+        name, statistics, rowwise = "power", None, False
+
+        def scores(self, weight, statistics):
+            return weight.float().abs() ** self.p
+
+    assert prune(build("llama"), method=Power(2.0), pattern="50%", group="model").sparsity == pytest.approx(0.5, abs=1e-4)
+
+
+# What torch would broadcast, what it would compare as it is, what is no tensor.
+@pytest.mark.parametrize(
+    "scores, gave", [(lambda w: w[0].abs(), r"\(\d+,\) of"), (lambda w: w > 0, "torch.bool"), (lambda w: None, "No")]
+)
+@pytest.mark.parametrize("group", [None, "model"])
+def test_scores_that_are_none(scores, gave, group):
+    own = SimpleNamespace(name="own", statistics=None, rowwise=False, scores=lambda weight, _: scores(weight))
+    with pytest.raises(
+        SparsekitError, match=rf"q_proj cannot be pruned: own must give each weight of \(.*\) a float, and gave .*{gave}"
+    ):
+        prune(build("llama"), method=own, pattern="50%", group=group)
+
+
+@pytest.mark.parametrize("method", [type(CRITERIA["wanda"]), None, 5, SimpleNamespace(name="half", scores=abs)])
+def test_what_is_no_criterion(method):
+    with pytest.raises(SparsekitError, match="must be an object with name, statistics, rowwise and scores, got"):
+        prune(build("llama"), method=method)
 
 
 def test_refused():

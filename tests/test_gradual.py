@@ -244,6 +244,10 @@ def test_the_patterns_on_the_way():
     config = PruningConfig("2:8", schedule="linear", end=5)
     assert [str(config.pattern_after(i)) for i in range(1, 7)] == ["7:8", "6:8", "5:8", "4:8", "3:8", "2:8"]
     assert PruningConfig("0%", end=3).pattern_after(2).sparsity == 0
+    for m in range(2, 33):  # a step for each weight: 2/3 of the way is not the float a hair below it
+        for n in range(m):
+            config = PruningConfig(f"{n}:{m}", schedule="linear", end=m - n - 1)
+            assert [config.pattern_after(i).n for i in range(1, m - n + 1)] == list(range(m - 1, n - 1, -1))
 
 
 @pytest.mark.parametrize(
@@ -255,6 +259,9 @@ def test_the_patterns_on_the_way():
         (dict(pattern="50%", group="column"), "the group must be row, layer, block or model, got 'column'"),
         (dict(pattern="2:4", sparsity=0.7), "the sparsity of 2:4 is 0.5, got 0.7"),
         (dict(pattern="2:4", group="row"), "2:4 compares weights within its own groups, got group = 'row'"),
+        (dict(start="0.1"), "start must be a number from 0 to 1, got '0.1'"),
+        (dict(sparsity="0.5"), "sparsity must be a number from 0 to 1, got '0.5'"),
+        (dict(skip=5), "skip must be names of linears, got 5"),
         (dict(begin=-1), "begin must be a whole number of at least 0, got -1"),
         (dict(every=0), "every must be a whole number of at least 1, got 0"),
         (dict(end=2.5), "end must be a whole number of at least 0, got 2.5"),

@@ -113,7 +113,7 @@ def test_unknown_text_lists_the_known(text):
         assert part in str(caught.value)
 
 
-@pytest.mark.parametrize("n, m", [(5, 4), (0, 0), (1, 0), (-1, 4), (-4, -4)])
+@pytest.mark.parametrize("n, m", [(5, 4), (0, 0), (1, 0), (-1, 4), (-4, -4), (2.0, 4), (True, 4)])
 def test_impossible_nm(n, m):
     with pytest.raises(SparsekitError, match=f"0 <= N <= M weights of M >= 1, got {n}:{m}"):
         NM(n, m)
@@ -330,7 +330,13 @@ def test_a_block_of_nan():
 
 
 @pytest.mark.parametrize(
-    "rows, cols, share, says", [(0, 4, 0.5, "one row and one column, got 0x4"), (4, 4, 1.5, "0% to 100%, got 150%")]
+    "rows, cols, share, says",
+    [
+        (0, 4, 0.5, "one row and one column, got 0x4"),
+        (2.5, 4, 0.5, "one row and one column, got 2.5x4"),
+        (4, 4, 1.5, "0% to 100%, got 150%"),
+        (4, 4, "0.5", "a number from 0 to 1, got '0.5'"),
+    ],
 )
 def test_blocks_that_are_refused(rows, cols, share, says):
     with pytest.raises(SparsekitError, match=says):

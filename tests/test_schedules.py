@@ -41,6 +41,11 @@ def test_text_comes_back(text):
     assert str(Schedule.parse(text)) == text and Schedule.parse(str(Schedule.parse(text))) == Schedule.parse(text)
 
 
+@pytest.mark.parametrize("schedule", [Exponential(1e-20), Listed((1 / 3,)), Listed((1e-7, 0.1 + 0.2))], ids=str)
+def test_any_number_comes_back_from_its_text(schedule):
+    assert Schedule.parse(str(schedule)) == schedule
+
+
 @pytest.mark.parametrize(
     "given, schedule",
     [

@@ -14,6 +14,8 @@ METHODS: dict[str, type[Pruner]] = {
     name: SparseGPT if name == "sparsegpt" else scored(CRITERIA[name]) for name in sorted([*CRITERIA, "sparsegpt"])
 }
 
+_OF_A_CRITERION = ("name", "statistics", "rowwise", "scores")
+
 
 def method_named(name: str | Criterion, patterns: Iterable[Pattern] = (), group: str | None = None) -> type[Pruner]:
     """The pruner of that name, or of a criterion, for those patterns. group: what a share is counted in, one of patterns.GROUPS; by
@@ -22,6 +24,8 @@ def method_named(name: str | Criterion, patterns: Iterable[Pattern] = (), group:
     Raises SparsekitError, listing the known ones, for any other name, and for a group that means nothing to method or pattern."""
     if isinstance(name, str) and name not in METHODS:
         raise SparsekitError(f"the method must be {listed(METHODS, 'or')}, got {name!r}")
+    if not isinstance(name, str) and (isinstance(name, type) or not all(hasattr(name, part) for part in _OF_A_CRITERION)):
+        raise SparsekitError(f"a criterion of your own must be an object with {listed(_OF_A_CRITERION)}, got {name!r}")
     if group is not None:
         check_group(patterns, group)
         if name == "sparsegpt":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 from torch import Tensor
 
@@ -36,7 +34,11 @@ class Scored:
             raise ValueError(f"{self.criterion.name} needs the linear's {what}, and observed none")
         if self.gathers and not torch.isfinite(self.statistics.sum).all():
             raise ValueError(f"its {what} hold NaN or Inf")
-        return self.criterion.scores(weight, self.statistics)
+        scores = self.criterion.scores(weight, self.statistics)
+        if not isinstance(scores, Tensor) or scores.shape != weight.shape or not scores.is_floating_point():
+            got = f"{tuple(scores.shape)} of {scores.dtype}" if isinstance(scores, Tensor) else type(scores).__name__
+            raise ValueError(f"{self.criterion.name} must give each weight of {tuple(weight.shape)} a float, and gave {got}")
+        return scores
 
     def prune(self, weight: Tensor) -> PruneResult:
         phases = Phases(weight.device)
@@ -55,15 +57,16 @@ def by_gradient(pruner: Pruner | type[Pruner]) -> bool:
     return pruner.gathers is not None and issubclass(pruner.gathers, SquaredGradients)
 
 
+_MADE: dict[tuple[int, bool], type[Pruner]] = {}  # by identity, which they keep alive: one's own may have no hash
+
+
 def scored(criterion: Criterion, rowwise: bool | None = None) -> type[Pruner]:
     """The pruner of a criterion; rowwise: whether an unstructured pattern is counted in each row, by default as it prefers."""
-    return _scored(criterion, criterion.rowwise if rowwise is None else rowwise)
-
-
-@cache
-def _scored(criterion: Criterion, rowwise: bool) -> type[Pruner]:
-    members = {"criterion": criterion, "rowwise": rowwise, "gathers": criterion.statistics}
-    return type(type(criterion).__name__, (Scored,), {**members, "__doc__": type(criterion).__doc__})
+    rowwise = criterion.rowwise if rowwise is None else rowwise
+    if (key := (id(criterion), rowwise)) not in _MADE:
+        members = {"criterion": criterion, "rowwise": rowwise, "gathers": criterion.statistics, "__doc__": type(criterion).__doc__}
+        _MADE[key] = type(type(criterion).__name__, (Scored,), members)
+    return _MADE[key]
 
 
 Magnitude = scored(CRITERIA["magnitude"])
