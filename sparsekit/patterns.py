@@ -127,14 +127,8 @@ class PairNM(Pattern):
     m: int
 
     def __post_init__(self):
-        if (
-            not _counts(self.n, self.m)
-            or not 0 <= self.n <= self.m
-            or self.m < 2
-            or self.n % 2
-            or self.m % 2
-            or self.m > 2 * ops.LARGEST_M
-        ):
+        sound = _counts(self.n, self.m) and 0 <= self.n <= self.m and 2 <= self.m <= 2 * ops.LARGEST_M
+        if not sound or self.n % 2 or self.m % 2:
             raise SparsekitError(
                 f"pairs must keep an even N of an even M, 0 <= N <= M and 2 <= M <= {2 * ops.LARGEST_M}, got {self.n}:{self.m}"
             )

@@ -164,14 +164,12 @@ def test_a_criterion_without_a_hash():
 
 # What torch would broadcast, what it would compare as it is, what is no tensor.
 @pytest.mark.parametrize(
-    "scores, gave", [(lambda w: w[0].abs(), r"\(\d+,\) of"), (lambda w: w > 0, "torch.bool"), (lambda w: None, "No")]
+    "scores, gave", [(lambda w: w[0].abs(), r"\(\d+,\) of"), (lambda w: w > 0, "bool"), (lambda w: None, "No")]
 )
 @pytest.mark.parametrize("group", [None, "model"])
 def test_scores_that_are_none(scores, gave, group):
     own = SimpleNamespace(name="own", statistics=None, rowwise=False, scores=lambda weight, _: scores(weight))
-    with pytest.raises(
-        SparsekitError, match=rf"q_proj cannot be pruned: own must give each weight of \(.*\) a float, and gave .*{gave}"
-    ):
+    with pytest.raises(SparsekitError, match=rf"q_proj cannot be pruned: own must give .* a float, and gave .*{gave}"):
         prune(build("llama"), method=own, pattern="50%", group=group)
 
 

@@ -267,7 +267,8 @@ def test_the_figures_that_are_kept():
     assert kept["spearman"]["least"] > 0.9 and 0.7 <= kept["coverage"] <= 0.9
     first, rows = kept["by_seed"][0], kept["rows"]
     inside = [row["low"] <= row["measured"] <= row["high"] for row in rows]
-    assert sum(inside) / len(rows) == pytest.approx(first["coverage"], abs=1e-9)
+    on_the_edge = sum(row["measured"] in (row["low"], row["high"]) for row in rows)  # of digits that are kept
+    assert abs(sum(inside) / len(rows) - first["coverage"]) <= on_the_edge / len(rows) + 1e-9 and on_the_edge <= 2
     by_forecast, by_truth = (sorted(range(len(rows)), key=lambda i: rows[i][what]) for what in ("perplexity", "measured"))
     apart = sum((by_forecast.index(i) - by_truth.index(i)) ** 2 for i in range(len(rows)))
     assert 1 - 6 * apart / (len(rows) ** 3 - len(rows)) == pytest.approx(first["spearman"], abs=1e-3)  # ties by rounding
