@@ -28,7 +28,7 @@ _NAMES: tuple[tuple[str, Capability], ...] = (
     (r"H100|H200|H800|H20|GH200|HOPPER", (9, 0)),
     (r"L4|L40S?|L20|RTX 40\d0|RTX [2456]\d00 ADA|ADA|ADA LOVELACE", (8, 9)),
     (r"ORIN", (8, 7)),
-    (r"A2|A10G?|A16|A40|RTX 30\d0|RTX A[2456]\d00", (8, 6)),
+    (r"A2|A10G?|A16|A40|RTX 30\d0|(RTX )?A[1-6][05]00", (8, 6)),
     (r"A30|A100|A800|AMPERE", (8, 0)),
     (r"T4|RTX 20\d0|GTX 16\d0|QUADRO RTX \d+|TITAN RTX|TURING", (7, 5)),
     (r"V100|VOLTA|TITAN V", (7, 0)),
@@ -50,10 +50,12 @@ def capability_of(gpu: str | Capability | torch.device | None = None) -> Capabil
         return gpu
     if isinstance(gpu, torch.device):
         return torch.cuda.get_device_capability(gpu) if gpu.type == "cuda" else None
+    if not isinstance(gpu, str):
+        raise SparsekitError(f'the GPU must be a name, a capability, such as "9.0" or (9, 0), or a torch.device, got {gpu!r}')
     text = gpu.strip().upper()
     if text == "CPU":
         return None
-    if match := re.fullmatch(r"(?:SM_?)?(\d+)\.?(\d)[A-Z]?", text):
+    if match := re.fullmatch(r"(?:SM_?)?(\d{1,2})\.?(\d)[A-Z]?", text):
         return int(match[1]), int(match[2])
     for words, capability in _NAMES:
         if re.search(rf"(?<![A-Z0-9])(?:{words})(?![A-Z0-9])", text):

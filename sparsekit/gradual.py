@@ -119,6 +119,11 @@ class GradualPruner:
                 there = Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE
                 if state.global_step and there.is_file():
                     pruner.load(there)
+                elif state.global_step and not pruner.steps and not pruner.done:  # its masks would be lost without a word
+                    raise SparsekitError(
+                        f"training that goes on from step {state.global_step} needs the pruner's state, and {there} is not there; "
+                        f"call load with the one of the checkpoint before"
+                    )
 
             def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
                 # accelerate wraps the optimiser, and the wrapped one is keyed alike.

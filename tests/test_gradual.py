@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sparsekit import PruningConfig, SparsekitError
-from sparsekit.gradual import GradualPruner, distillation_loss
+from sparsekit.gradual import STATE_FILE, GradualPruner, distillation_loss
 
 IDS = token_batches((2, 12), (2, 12))
 
@@ -203,6 +203,15 @@ def test_the_callback_prunes_as_the_trainer_steps_and_resumes(tmp_path):
     for one, other in zip(whole.model.parameters(), again.model.parameters()):
         assert torch.equal(one, other)
     resumed.finish()
+    # A checkpoint of somewhere else: the pruner's state is not beside those of this training.
+    elsewhere = (tmp_path / "checkpoint-3").rename(tmp_path.parent / "checkpoint-3 of another")
+    moved, fresh = trainer(6)
+    with pytest.raises(SparsekitError, match=r"from step 3 needs the pruner's state, and .*checkpoint-3.* is not there"):
+        moved.train(resume_from_checkpoint=str(elsewhere))
+    moved, fresh = trainer(6)
+    fresh.load(elsewhere / STATE_FILE)
+    moved.train(resume_from_checkpoint=str(elsewhere))
+    assert all(torch.equal(pruner.masks[name], fresh.masks[name]) for name in pruner.masks)
 
 
 # ---- distillation ----
