@@ -16,8 +16,8 @@ CRITERIA = ("magnitude", "gradient")
 @dataclass(frozen=True)
 class PruningConfig:
     """pattern, schedule: value objects or their text. sparsity: the pattern's own, for one who wants it checked; None takes it.
-    criterion: "magnitude" or "gradient": (g w)^2, summed over the backward passes since the last pruning. A pass of several
-    sequences counts as one sample, the square of their summed gradient: Fisher by the sequence takes batches of one.
+    criterion: "magnitude" or "gradient": (g w)^2, summed over the sequences of the backward passes since the last pruning, each
+    with its own gradient. Of experts, whose tokens do not tell their sequence, a pass is one sample.
     group: what weights are compared within, a "row" (output feature), a "layer", a decoder "block" or the whole "model"; it says
     nothing where the pattern has its own groups (N:M), and must then be "layer".
     begin, end, every: prunes after optimiser step ``begin``, then every so many steps, and for the last time after ``end``.

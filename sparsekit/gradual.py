@@ -41,11 +41,16 @@ class GradualPruner:
         self._blocks = [[target.name for target in block] for block in targets]
         self._targets = {target.name: target for block in targets for target in block}
         self.masks = {name: torch.ones_like(target.weight, dtype=torch.bool) for name, target in self._targets.items()}
-        self._squares: dict[str, SquaredGradients] = {}  # over backward passes, where the criterion asks for it
+        self._squares: dict[str, SquaredGradients] = {}  # since the last pruning, where the criterion asks for it
+        self._batch: torch.Size | None = None  # (sequences, tokens) of the pass under way
         self._parameters: dict[nn.Parameter, list[Target]] = {}  # one may hold the matrices of many experts
         for target in self._targets.values():
             self._parameters.setdefault(getattr(target.module, target.parameter), []).append(target)
         self._hooks = [parameter.register_hook(self._on_gradient(held)) for parameter, held in self._parameters.items()]
+        if self._squares_due:
+            for target in self._targets.values():
+                if target.index is None:
+                    self._hooks.append(target.module.register_forward_hook(self._on_output(target), with_kwargs=True))
 
     @classmethod
     def fixed(
@@ -191,17 +196,44 @@ class GradualPruner:
         for target in targets:
             target.of(held).masked_fill_(~self.masks[target.name], 0)
 
+    @property
+    def _squares_due(self) -> bool:
+        return CRITERIA[self.config.criterion].statistics is SquaredGradients and not self.done
+
     def _on_gradient(self, targets: list[Target]):
         def masked(gradient: Tensor) -> Tensor:
             gradient = gradient.clone()
-            if self.config.criterion == "gradient" and not self.done:
-                for target in targets:
-                    part = target.of(gradient)
-                    self._squares.setdefault(target.name, SquaredGradients(part.shape, part.device)).update(part)
+            for target in targets:
+                if target.index is not None and self._squares_due:  # the tokens of an expert do not tell their sequence
+                    self._square(target, target.of(gradient))
             self._clear(gradient, targets)
             return gradient
 
         return masked
+
+    def _on_output(self, target: Target):
+        """A hook for the linear's output: of each sequence, the gradient of the weight is that of the output times the input."""
+
+        def watch(module: nn.Module, args: tuple, kwargs: dict, out: Tensor) -> None:
+            if out.requires_grad and self._squares_due:
+                x = (args[0] if args else next(iter(kwargs.values()))).detach()
+                if x.dim() > 2:
+                    self._batch = x.shape[:-1]
+                # Some models flatten (sequences, tokens, k) on the way into their MLP; the tokens of an expert are another matter.
+                whole = target.expert is None and self._batch is not None and self._batch.numel() == len(x)
+                sequences = len(x) if x.dim() > 2 else self._batch[0] if whole else 1
+                out.register_hook(lambda gradient: gather(x, gradient, sequences))
+
+        def gather(x: Tensor, gradient: Tensor, sequences: int) -> None:
+            inputs, outputs = (t.detach().float().reshape(sequences, -1, t.shape[-1]) for t in (x, gradient))
+            for rows, lost in zip(inputs, outputs):
+                self._square(target, lost.T @ rows)
+
+        return watch
+
+    def _square(self, target: Target, gradient: Tensor) -> None:
+        """Adds one sample's gradient (out_features, in_features)."""
+        self._squares.setdefault(target.name, SquaredGradients(gradient.shape, gradient.device)).update(gradient)
 
     def _scores(self, name: str) -> Tensor:
         """Of each weight, -inf where it is pruned already, so that it stays so."""

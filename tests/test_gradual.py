@@ -84,31 +84,53 @@ def test_masks_only_grow_and_end_at_the_pattern(name, settings, which):
     assert not any(parameter._backward_hooks for parameter in pruner._parameters)
 
 
-def test_the_gradient_criterion_is_fisher_over_backward_passes():
-    model = build("llama")
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"], ids=["linears", "transposed", "flattened in the MLP"])
+def test_the_gradient_criterion_is_fisher_by_the_sequence(name):
+    model = build(name)
     pruner = GradualPruner(model, PruningConfig("50%", criterion="gradient", group="row"))
-    linear = model.model.layers[0].mlp.up_proj
-    expected = torch.zeros_like(linear.weight, dtype=torch.float64)
+    targets, truth = pruner._targets, {}
     for ids in IDS:
-        model.zero_grad()
-        logits = model(input_ids=ids, use_cache=False).logits
-        loss = nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-        loss.backward()
-        expected += linear.weight.grad.double().square()
-    scores = expected * linear.weight.detach().double().square()
+        for row in range(len(ids)):  # its part of the batch's mean loss, by itself
+            model.zero_grad()
+            pruner._squares.clear()
+            next_tokens(model, ids[row : row + 1]).div(len(ids)).backward()
+            for key, target in targets.items():
+                square = target.of(getattr(target.module, target.parameter).grad).double().square()
+                truth[key] = truth.get(key, 0) + square
+    pruner._squares.clear()
+    for ids in IDS:
+        next_tokens(model, ids).backward()
+    assert max(len(ids) for ids in IDS) > 1
+    for key in targets:
+        found = pruner._squares[key]
+        assert found.tokens == sum(map(len, IDS))
+        assert (found.sum - truth[key]).abs().max() <= 1e-4 * truth[key].max()
+    before = {key: target.weight.detach().clone() for key, target in targets.items()}
     pruner.step()
-    gone = ~pruner.masks["model.layers.0.mlp.up_proj"]
-    for row in range(len(gone)):
-        assert scores[row][gone[row]].max() <= scores[row][~gone[row]].min() * (1 + 1e-5)
-        assert gone[row].sum() == gone.shape[1] // 2
+    for key, mask in pruner.masks.items():
+        scores = truth[key] * before[key].double().square()
+        lost, stays = scores.masked_fill(mask, 0).amax(1), scores.masked_fill(~mask, math.inf).amin(1)
+        assert (lost <= stays * (1 + 1e-3)).all() and ((~mask).sum(1) == mask.shape[1] // 2).all()
+    assert not pruner._squares
 
 
-def test_gradients_that_cancel_do_not_cancel_the_score():
+def next_tokens(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids, use_cache=False).logits
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+@pytest.mark.parametrize("apart", [False, True], ids=["in one batch", "in two passes"])
+def test_gradients_that_cancel_do_not_cancel_the_score(apart):
     model = build("llama")
     pruner = GradualPruner(model, PruningConfig("50%", criterion="gradient"))
     linear = model.model.layers[0].mlp.up_proj
-    for sign in (1, -1):
-        (model(input_ids=IDS[0], use_cache=False).logits.sum() * sign).backward()
+    if apart:
+        for sign in (1, -1):
+            (model(input_ids=IDS[0], use_cache=False).logits.sum() * sign).backward()
+    else:
+        logits = model(input_ids=torch.cat([IDS[0], IDS[0]]), use_cache=False).logits
+        plus, minus = logits.chunk(2)
+        (plus.sum() - minus.sum()).backward()
     assert linear.weight.grad.abs().max() < 1e-3 * pruner._squares["model.layers.0.mlp.up_proj"].sum.sqrt().max()
     assert pruner._squares["model.layers.0.mlp.up_proj"].sum.min() > 0
 
