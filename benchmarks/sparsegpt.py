@@ -8,7 +8,8 @@ prunes the blocks of columns, trailing_ms brings the later columns up to date, e
 its mask alone; prune_ms is all of these but the first. eager_loop_ms is the paper's loop from the same factor, choice of masks and
 trailing products included, so it stands against loop_ms + trailing_ms: that is speedup; prune_speedup sets it against prune_ms.
 rel_err is the difference of the two results over the rows on whose masks they agree, and rows_apart says how many do not: there
-two scores were equal within rounding. The floor of loop_ms is rows * cols * 128 / 2 multiply-adds; loop_gflops counts them twice.
+two scores were equal within rounding. The floor of loop_ms is rows * cols * b / 2 multiply-adds for blocks of b columns, which is 128
+but for shares of narrow layers; loop_gflops counts them twice.
 
 Of a model, shaped as named and of random weights, in seconds: the phases over all its blocks, on random tokens; forward_s is the
 rest, two runs of each block over all tokens. On a CPU --blocks must say how many of the blocks to take.
@@ -93,8 +94,9 @@ def row(name: str, rows: int, cols: int, text: str, tokens: int, device: str, re
         prunes.append(ms)
         phases.append(result.seconds)
     upper = pruner.statistics.factor.upper
-    paper_loop(w[:128], upper, pattern)  # again for the library
-    eager, (wanted, mask) = timed_ms(lambda: paper_loop(w, upper, pattern), device)
+    block = pruner.width(pattern, cols)  # the same masks: a share is chosen from as often
+    paper_loop(w[:128], upper, pattern, block)  # again for the library
+    eager, (wanted, mask) = timed_ms(lambda: paper_loop(w, upper, pattern, block), device)
     ms = {phase: statistics.median(seconds[phase] for seconds in phases) * 1e3 for phase in phases[0]}
     whole, agree = statistics.median(prunes), (mask == result.mask).all(1)
     return {
@@ -109,7 +111,7 @@ def row(name: str, rows: int, cols: int, text: str, tokens: int, device: str, re
         "eager_loop_ms": round(eager, 2),
         "speedup": round(eager / (ms["loop"] + ms["trailing"]), 2),
         "prune_speedup": round(eager / whole, 2),
-        "loop_gflops": round(rows * cols * 128 / ms["loop"] / 1e6, 1),
+        "loop_gflops": round(rows * cols * block / ms["loop"] / 1e6, 1),
         "rel_err": float(f"{((result.weight - wanted)[agree].norm() / wanted[agree].norm()).item():.2e}"),
         "rows_apart": int((~agree).sum()),
         "output_error": float(f"{result.output_error:.4g}"),

@@ -62,7 +62,7 @@ class SparseGPT:
             for (pruned, kept, loss, phases), after, masked in zip(found, errors[::2], errors[1::2])
         ]
 
-    def _width(self, level: Pattern, k: int) -> int:
+    def width(self, level: Pattern, k: int) -> int:
         """Columns of k that are pruned at a time, whole groups or blocks."""
         least = self.NARROWEST * level.columns
         width = min(self.BLOCK, max(k // self.CHOICES, least)) if isinstance(level, Share) else self.BLOCK
@@ -75,7 +75,7 @@ class SparseGPT:
             factor = self.statistics.factor
         w = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # not the memory of weight
         w[:, factor.dead] = 0
-        (n, k), width = w.shape, self._width(level, w.shape[1])
+        (n, k), width = w.shape, self.width(level, w.shape[1])
         panel = max(self.PANEL // width, 1) * width
         kept, loss = torch.empty_like(w, dtype=torch.bool), w.new_zeros(n, dtype=torch.float64)
         for begin in range(0, k, panel):
