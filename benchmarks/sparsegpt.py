@@ -8,7 +8,7 @@ prunes the blocks of columns, trailing_ms brings the later columns up to date, e
 its mask alone; prune_ms is all of these but the first. eager_loop_ms is the paper's loop from the same factor, choice of masks and
 trailing products included, so it stands against loop_ms + trailing_ms: that is speedup; prune_speedup sets it against prune_ms.
 rel_err is the difference of the two results over the rows on whose masks they agree, and rows_apart says how many do not: there
-two scores were equal within rounding. The floor of loop_ms is rows * cols * b / 2 multiply-adds for blocks of b columns, which is 128
+two scores were equal within rounding. The floor of loop_ms is rows * cols * b / 2 multiply-adds for blocks of b columns, 128
 but for shares of narrow layers; loop_gflops counts them twice.
 
 Of a model, shaped as named and of random weights, in seconds: the phases over all its blocks, on random tokens; forward_s is the
