@@ -41,13 +41,13 @@ def gram_kernel(
         left = tl.load(left_ptr + at, mask=here & (row < k)[None, :], other=0.0)  # [BLOCK_TOKENS, BLOCK]
         right = tl.load(right_ptr + at, mask=here & (col < k)[None, :], other=0.0)
         total = tl.dot(left.T, right, total)
-    # Of a tile on the diagonal its lower half alone counts, so that the sum is symmetric whatever order a dot product adds in.
-    lower = (row < k)[:, None] & (row[:, None] >= col[None, :])
+    inside = (row < k)[:, None] & (col < k)[None, :]
     ptrs = sum_ptr + row[:, None].to(tl.int64) * sum_row_stride + col[None, :]
-    total += tl.load(ptrs, mask=lower, other=0.0)
-    tl.store(ptrs, total, mask=lower)
-    mirror_ptrs = sum_ptr + col[:, None].to(tl.int64) * sum_row_stride + row[None, :]
-    tl.store(mirror_ptrs, total.T, mask=(row < k)[None, :] & (row[None, :] > col[:, None]))
+    total += tl.load(ptrs, mask=inside, other=0.0)
+    tl.store(ptrs, total, mask=inside)
+    if i != j:
+        mirror_ptrs = sum_ptr + col[:, None].to(tl.int64) * sum_row_stride + row[None, :]
+        tl.store(mirror_ptrs, total.T, mask=(col < k)[:, None] & (row < k)[None, :])
 
 
 def gram(total: torch.Tensor, x: torch.Tensor) -> None:

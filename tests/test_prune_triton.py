@@ -170,7 +170,12 @@ def test_gram(tokens, k):
         gram(total, view.to(DEVICE))
         want = before.double() + x.double().T @ x.double()
         bound = (before.double().abs() + x.double().abs().T @ x.double().abs()) * (tokens + 1) * 2.0**-24
-        assert ((total.cpu().double() - want).abs() <= bound).all() and torch.equal(total, total.T)
+        total = total.cpu()
+        assert ((total.double() - want).abs() <= bound).all()
+        # Tiles are mirrored, and one on the diagonal is as symmetric as the dot product, which numpy's is not on every machine.
+        tile = torch.arange(k) // 64
+        mirrored = (tile[:, None] != tile) | (DEVICE == "cuda")
+        assert torch.equal(total[mirrored], total.T[mirrored])
 
 
 def test_gram_takes_the_lower_triangle_to_the_upper():
