@@ -10,10 +10,14 @@ import typer
 
 from . import cli_analysis  # noqa: F401  its commands are the app's too
 from .console import (
+    CalibField,
     Device,
     DType,
     Json,
+    Samples,
+    Seed,
     SeqLen,
+    Skip,
     app,
     calibration,
     command,
@@ -42,7 +46,7 @@ def prune(
             'or .ids), or "self": text that the model writes. Magnitude needs none.'
         ),
     ] = None,
-    calib_field: Annotated[str | None, typer.Option(help='Where the texts of a .jsonl file are; "text" by default.')] = None,
+    calib_field: CalibField = None,
     method: Annotated[
         str | None,
         typer.Option(
@@ -70,16 +74,14 @@ def prune(
     format: Annotated[
         str, typer.Option(help="compressed, or dense: zeros written out, loads in plain transformers.")
     ] = "compressed",
-    samples: Annotated[int, typer.Option(help="Sequences to calibrate on.")] = 128,
+    samples: Samples = 128,
     seq_len: SeqLen = None,
-    seed: Annotated[int, typer.Option(help="Chooses the sequences.")] = 0,
+    seed: Seed = 0,
     group: Annotated[
         str | None,
         typer.Option(help="What a share is counted in: row (of outputs), layer, block or model; by default row for wanda alone."),
     ] = None,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="A linear to leave alone, by name or shell pattern; may be repeated.")
-    ] = None,
+    skip: Skip = None,
     device: Device = "auto",
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the output folder where it is not empty, and what is unfinished of it.")

@@ -9,13 +9,26 @@ from typing import Annotated
 
 import typer
 
-from .console import Device, DType, Json, SeqLen, calibration, command, compute_dtype, progress_bar, sequence_length, show
+from .console import (
+    CalibField,
+    Device,
+    DType,
+    Json,
+    Samples,
+    Seed,
+    SeqLen,
+    Skip,
+    calibration,
+    command,
+    compute_dtype,
+    progress_bar,
+    sequence_length,
+    show,
+)
 from .errors import SparsekitError
 
 Calib = Annotated[str | None, typer.Option(help="What to calibrate on, as for `sparsekit prune`.")]
-CalibField = Annotated[str | None, typer.Option(help='Where the texts of a .jsonl file are; "text" by default.')]
-Samples = Annotated[int, typer.Option(help="Sequences to calibrate on.")]
-Seed = Annotated[int, typer.Option(help="Chooses the sequences.")]
+Measured = Annotated[Path | None, typer.Option(help="What `sparsekit sensitivity` wrote of this model, to measure less.")]
 LEVELS = "10%,20%,30%,40%,50%,4:8,2:4,60%,70%,80%,90%"
 Stream = Annotated[
     bool, typer.Option("--stream", help="Read the model block by block, where it does not fit in memory: no gradients.")
@@ -191,9 +204,7 @@ def plan(
     weigh: Annotated[
         str | None, typer.Option(help="What errors are weighed with: gradient (the default), loss or, with --stream, size.")
     ] = None,
-    sensitivity: Annotated[
-        Path | None, typer.Option(help="What `sparsekit sensitivity` wrote of this model, to measure less.")
-    ] = None,
+    sensitivity: Measured = None,
     batch: Annotated[int, typer.Option(help="Tokens of the products that are to be fast, by latency.")] = 1,
     calib_field: CalibField = None,
     samples: Samples = 128,
@@ -269,17 +280,13 @@ def forecast(
         float | None, typer.Option(help="Say what to choose, if the perplexity may rise by this share: 0.05 is 5 %.")
     ] = None,
     keep_plan: Annotated[Path | None, typer.Option(help="With --max-loss: where to write the plan that is recommended.")] = None,
-    sensitivity: Annotated[
-        Path | None, typer.Option(help="What `sparsekit sensitivity` wrote of this model, to measure less.")
-    ] = None,
+    sensitivity: Measured = None,
     calib_field: CalibField = None,
     samples: Samples = 128,
     seq_len: SeqLen = None,
     max_tokens: Annotated[int | None, typer.Option(help="Evaluate on no more than this many tokens of the text.")] = None,
     seed: Seed = 0,
-    skip: Annotated[
-        list[str] | None, typer.Option(help="A linear to leave alone, by name or shell pattern; may be repeated.")
-    ] = None,
+    skip: Skip = None,
     device: Device = "auto",
     out: Annotated[Path | None, typer.Option(help="A file to keep the forecast in, as JSON.")] = None,
     json_out: Json = False,

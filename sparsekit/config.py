@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+from .documents import read_document
 from .errors import SparsekitError, listed
 from .patterns import GROUPS, Pattern, check_group
 from .schedules import Schedule
@@ -110,21 +111,7 @@ class PruningConfig:
     def load(cls, path: str | Path) -> PruningConfig:
         """Reads what ``save`` wrote, or a person. Raises SparsekitError where that is not a pruning config."""
         path = Path(path)
-        as_yaml = _is_yaml(path)
-        try:
-            text = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise SparsekitError(f"the pruning config {path} must be a text file that can be read, got {error}") from None
-        try:
-            if as_yaml:
-                import yaml
-
-                found = yaml.safe_load(text)
-            else:
-                found = json.loads(text)
-        except Exception as error:
-            said = " ".join(str(error).split())
-            raise SparsekitError(f"the pruning config {path} must be {'YAML' if as_yaml else 'JSON'}, got {said}") from None
+        found = read_document(path, "pruning config", _is_yaml(path))
         return cls.from_dict(found)
 
 

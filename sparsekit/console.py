@@ -23,6 +23,10 @@ errors = Console(stderr=True, highlight=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence; by default 2048, or the model's context if shorter.")]
+CalibField = Annotated[str | None, typer.Option(help='Where the texts of a .jsonl file are; "text" by default.')]
+Samples = Annotated[int, typer.Option(help="Sequences to calibrate on.")]
+Seed = Annotated[int, typer.Option(help="Chooses the sequences.")]
+Skip = Annotated[list[str] | None, typer.Option(help="A linear to leave alone, by name or shell pattern; may be repeated.")]
 Device = Annotated[str, typer.Option(help='"auto" (CUDA where torch has it), "cpu", "cuda", "cuda:1", ...')]
 DType = Annotated[
     str,

@@ -183,9 +183,24 @@ def model_call(
     kwargs = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
     if (ids := args[0] if args else kwargs.get("input_ids")) is not None:
         check_vocabulary(ids, model)
-    mask = kwargs.get("attention_mask")
+    return args, kwargs, token_mask(kwargs)
+
+
+def token_mask(batch: Tensor | Mapping[str, Any]) -> Tensor | None:
+    """Which tokens of a batch count, as its attention_mask has it, (batch * tokens,) bool; None for all."""
+    mask = batch.get("attention_mask") if isinstance(batch, Mapping) else None
     padded = mask is not None and mask.dim() == 2 and not mask.bool().all()
-    return args, kwargs, mask.bool().flatten() if padded else None
+    return mask.bool().flatten() if padded else None
+
+
+def count_tokens(batches: Iterable[Tensor | Mapping[str, Any]]) -> int:
+    """The tokens (batch, tokens) of the batches that count."""
+    total = 0
+    for batch in batches:
+        mask = token_mask(batch)
+        first = batch if isinstance(batch, Tensor) else next(t for t in batch.values() if isinstance(t, Tensor))
+        total += first.shape[:2].numel() if mask is None else int(mask.count_nonzero())
+    return total
 
 
 def check_sampling(samples: int, seq_len: int, seed: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from .documents import read_document
 from .errors import SparsekitError
 from .patterns import Given, Pattern
 
@@ -121,14 +122,7 @@ class Plan:
     @classmethod
     def load(cls, path: str | Path) -> Plan:
         """Reads what ``save`` wrote. Raises SparsekitError where that is no plan."""
-        import yaml
-
-        try:
-            found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as error:
-            raise SparsekitError(f"the plan {path} must be a text file that can be read, got {error}") from None
-        except yaml.YAMLError as error:
-            raise SparsekitError(f"the plan {path} must be YAML, got {' '.join(str(error).split())}") from None
+        found = read_document(Path(path), "plan", as_yaml=True)
         return cls.from_dict(found)
 
 

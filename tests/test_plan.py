@@ -144,6 +144,7 @@ def follow(folder: Path, *more: str):
         ("version: 1\nsparsity: 0.5\nlinears: {a: {pattern: 50%, shape: [4, 4]}}", "got 'sparsity'"),
         ("version: 1\nmethod: [a]\nlinears: {a: {pattern: 50%, shape: [4, 4]}}", "a plan's method must be text"),
         ("version: [", "must be YAML"),
+        ("version: 2026-99-99", "must be YAML"),
     ],
 )
 def test_files_that_are_no_plan(text, says, tmp_path):

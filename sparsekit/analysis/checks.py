@@ -106,7 +106,7 @@ def perplexity(patient: Patient) -> Check:
 def method(patient: Patient) -> Check:
     about = QUALITY, "method"
     checked = "what chose the weights"
-    if patient.report is None or not patient.rows:
+    if not patient.rows:
         return _not_made(*about, checked, _NO_REPORT)
     if patient.report.method != "magnitude":
         return _ok(*about, checked, patient.report.method)
@@ -119,7 +119,7 @@ def method(patient: Patient) -> Check:
 def calibration(patient: Patient) -> Check:
     about = QUALITY, "calibration"
     checked = "tokens calibrated on against the inputs of each matrix"
-    if patient.report is None or not patient.rows:
+    if not patient.rows:
         return _not_made(*about, checked, _NO_REPORT)
     by = patient.report.method
     gathers = CRITERIA[by].statistics if by in CRITERIA else Gram
@@ -140,7 +140,7 @@ def calibration(patient: Patient) -> Check:
 def experts(patient: Patient) -> Check:
     about = QUALITY, "experts"
     checked = "whose inputs each matrix was pruned by"
-    if patient.report is None or not patient.rows:
+    if not patient.rows:
         return _not_made(*about, checked, _NO_REPORT)
     if not patient.report.tokens:
         return _not_made(*about, checked, f"{patient.report.method} looks at none")
@@ -172,7 +172,7 @@ def damping(patient: Patient) -> Check:
 def update(patient: Patient) -> Check:
     about = QUALITY, "update"
     checked = "whether what is left was updated to make up for what went"
-    if patient.report is None or not patient.rows:
+    if not patient.rows:
         return _not_made(*about, checked, _NO_REPORT)
     if patient.report.method != "sparsegpt":
         return _not_made(*about, checked, f"{patient.report.method} updates nothing; sparsegpt does")
@@ -321,7 +321,7 @@ def _name(dtype) -> str:
 def skipped(patient: Patient) -> Check:
     about = SPEED, "skipped"
     checked = "what was left dense, and why"
-    if patient.report is None or not patient.rows:
+    if not patient.rows:
         return _not_made(*about, checked, _NO_REPORT)
     left = [name for name, why in patient.report.skipped.items() if why in ("asked for", "dense in the plan")]
     sizes = {matrix.name: math.prod(matrix.shape) for matrix in patient.matrices}

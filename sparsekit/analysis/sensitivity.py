@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint.writing import write_json, write_whole
-from ..data import hash_batches
+from ..data import count_tokens, hash_batches
 from ..errors import SparsekitError, listed
 from ..evaluate import perplexity
 from ..patterns import Pattern
@@ -109,7 +109,7 @@ def measure_sensitivity(
     held = dict(skip=skip, progress=progress)
     curves = error_curves(model, batches, levels, **held, device=device, dtype=dtype)
     names = blocks_of(source_of(model, None, device, dtype), skip)
-    found = Sensitivity(_count(batches), curves, names)
+    found = Sensitivity(count_tokens(batches), curves, names)
     if not isinstance(model, nn.Module):
         return found
     found = replace(found, weights=gradient_weights(model, batches, **held))
@@ -125,13 +125,6 @@ def check_unit(unit: str) -> None:
     """Raises SparsekitError, listing the known ones, for a unit that losses are not measured of."""
     if unit not in UNITS:
         raise SparsekitError(f"the unit must be {listed(UNITS, 'or')}, got {unit!r}")
-
-
-def _count(batches: Iterable[Tensor | Mapping[str, Tensor]]) -> int:
-    """The tokens of the batches that count."""
-    masks = [batch.get("attention_mask") if isinstance(batch, Mapping) else None for batch in batches]
-    ids = [batch["input_ids"] if isinstance(batch, Mapping) else batch for batch in batches]
-    return sum(one.numel() if mask is None else int(mask.count_nonzero()) for one, mask in zip(ids, masks))
 
 
 @torch.no_grad()

@@ -128,7 +128,7 @@ def _narrow(
         importance = neuron_importance(model, batches, method, progress=told)
         removed = select_neurons(importance, remove, scope=scope, round_to=round_to)
         each = [neuron_parameters(architecture, block) for block in blocks]
-    before = _parameters(model)
+    before = count_parameters(model)
     kept = [[i for i in range(len(scores)) if i not in set(gone)] for scores, gone in zip(importance, removed)]
     names = {module: name for name, module in model.named_modules()}
     fits = []
@@ -153,7 +153,7 @@ def _narrow(
         errors=tuple((fit.plain, fit.compensated) for fit in fits),
         damping=tuple(fit.damping for fit in fits),
         parameters_before=before,
-        parameters_after=_parameters(model),
+        parameters_after=count_parameters(model),
         parameters_predicted=before - sum(len(gone) * size for gone, size in zip(removed, each)),
         seconds=time.perf_counter() - begin,
     )
@@ -200,5 +200,6 @@ def _cut(
     return _Fit(*errors, damping)
 
 
-def _parameters(model: nn.Module) -> int:
+def count_parameters(model: nn.Module) -> int:
+    """Of all its weights, one that is tied counted once."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 
 from ..checkpoint import check_model_folder, check_new_folder, compressed_linears, load, save, skeleton, stored_dtype
 from ..checkpoint.writing import write_beside
-from ..data import model_call
+from ..data import count_tokens
 from ..errors import SparsekitError, listed
 from ..report import StructuredReport, StructuredStep
 from ..structured import architecture_of, prune_experts, prune_layers, select_experts, select_heads, select_neurons
 from ..structured.architecture import Architecture
 from ..structured.entries import SUBLAYERS, entries_of
 from ..structured.experts import experts_a_token
-from .narrow import Narrowed, prune_heads, prune_neurons
+from .narrow import Narrowed, count_parameters, prune_heads, prune_neurons
 from .source import Progress
 
 PARTS = ("layers", *SUBLAYERS, "experts", "heads", "ffn")  # in the order in which they go
@@ -60,14 +60,14 @@ def prune_structured(
     counts = check_amounts(model, asked, scope, round_to, compensate)
     if not batches:
         raise SparsekitError("what matters least is measured on calibration batches, got none")
-    report = StructuredReport(asked, tokens=_tokens(model, batches), parameters_before=_parameters(model))
+    report = StructuredReport(asked, tokens=count_tokens(batches), parameters_before=count_parameters(model))
     narrowing = dict(scope=scope, compensate=compensate)
     report.parameters_predicted = report.parameters_before
     for part, count in counts.items():
         step, less = _take(model, batches, part, count, progress, narrowing | ({"round_to": round_to} if part == "ffn" else {}))
         report.steps.append(step)
         report.parameters_predicted -= less
-        report.parameters = _parameters(model)
+        report.parameters = count_parameters(model)
         if report.parameters != report.parameters_predicted:
             raise SparsekitError(
                 f"without its {part} the model must hold {report.parameters_predicted} parameters, got {report.parameters}; "
@@ -280,17 +280,3 @@ def _sizes(architecture: Architecture, block: nn.Module) -> dict[str, int]:
         count = architecture.shape(block).num_experts
         sizes["experts"] = sum(p.numel() // count for part in parts for p in part.parameters() if len(p) == count)
     return sizes
-
-
-def _parameters(model: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _tokens(model: nn.Module, batches: list) -> int:
-    """Calibration tokens, padding aside."""
-    total = 0
-    for batch in batches:
-        args, kwargs, mask = model_call(model, batch, next(model.parameters()).device)
-        first = args[0] if args else next(t for t in kwargs.values() if isinstance(t, Tensor))
-        total += first.shape[:2].numel() if mask is None else int(mask.count_nonzero())
-    return total
