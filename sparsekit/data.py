@@ -193,6 +193,15 @@ def token_mask(batch: Tensor | Mapping[str, Any]) -> Tensor | None:
     return mask.bool().flatten() if padded else None
 
 
+def next_tokens(labels: Tensor, mask: Tensor | None) -> Tensor:
+    """What is to be predicted behind each token but the last of labels (batch, tokens): the next one, and -100, nothing, where the
+    attention mask (batch, tokens) leaves out either of the two."""
+    if mask is None or mask.dim() != 2:
+        return labels[:, 1:]
+    real = mask.bool()
+    return labels[:, 1:].masked_fill(~(real[:, 1:] & real[:, :-1]), -100)
+
+
 def count_tokens(batches: Iterable[Tensor | Mapping[str, Any]]) -> int:
     """The tokens (batch, tokens) of the batches that count."""
     total = 0

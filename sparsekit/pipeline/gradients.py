@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..criteria import SquaredGradients
-from ..data import model_call
+from ..data import model_call, next_tokens
 from ..errors import SparsekitError
 from .blocks import Target
 
@@ -84,9 +84,8 @@ def next_token_loss(model: nn.Module, batch: Mapping[str, Any]) -> tuple[Tensor,
     labels = arguments.pop("labels", arguments.get("input_ids"))
     if labels is None:
         raise SparsekitError("gradients need the tokens to predict, got a batch without input_ids or labels")
-    tokens, wanted = labels.numel(), labels[:, 1:]
-    if mask is not None and mask.dim() == 2:
-        tokens, wanted = int(mask.count_nonzero()), wanted.masked_fill((mask[:, 1:] == 0) | (mask[:, :-1] == 0), -100)
+    wanted = next_tokens(labels, mask)
+    tokens = labels.numel() if mask is None or mask.dim() != 2 else int(mask.count_nonzero())
     if not (count := int((wanted != -100).sum())):
         raise SparsekitError("each calibration sequence must hold at least two tokens for gradients, got fewer")
     logits = model(**arguments, use_cache=False).logits[:, :-1].float()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..errors import SparsekitError
 from .architecture import Architecture, architecture_of
 from .surgery import keep_experts, settle_config
-from .watching import Batches, Progress, calls
+from .watching import Batches, Progress, calls, run
 
 
 @dataclass(frozen=True)
@@ -53,8 +53,7 @@ def expert_importance(model: nn.Module, batches: Batches, *, progress: Progress 
             looking = experts.register_forward_pre_hook(lambda *call, i=i: look(i, *call), with_kwargs=True)
             hooks.callback(looking.remove)
         for args, kwargs, mask in calls(model, batches, progress):  # noqa: B007  the hooks read it
-            kwargs.pop("labels", None)
-            getattr(model, "base_model", model)(*args, **kwargs)  # no logits are needed
+            run(model, args, kwargs)
     if broken := [i for i, total in totals.items() if not torch.isfinite(total).all()]:
         raise SparsekitError(f"what experts add must be finite, got NaN or Inf in block {broken[0]}")
     return totals

@@ -19,7 +19,7 @@ from .architecture import Architecture, architecture_of
 from .entries import SUBLAYERS
 from .removed import RemovedAttention, take_out
 from .surgery import settle_config
-from .watching import Batches, Progress, calls
+from .watching import Batches, Progress, calls, run
 
 KINDS = ("block", *SUBLAYERS)
 
@@ -75,8 +75,7 @@ def block_influence(
             leaving = block.register_forward_hook(lambda *call, i=i: leave(i, *call), with_kwargs=True)
             hooks.callback(leaving.remove)
         for args, kwargs, mask in calls(model, batches, progress):  # noqa: B007  the hooks read it
-            kwargs.pop("labels", None)
-            getattr(model, "base_model", model)(*args, **kwargs | {"use_cache": False})  # a step runs twice; no logits are needed
+            run(model, args, kwargs | {"use_cache": False})  # a step runs twice
     if not tokens:
         raise SparsekitError("the influence of layers is measured on tokens, and the attention_mask of every batch leaves all out")
     if broken := [i for i, total in enumerate(sums) if not math.isfinite(total)]:

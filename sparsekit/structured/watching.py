@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..data import model_call
+from ..data import model_call, next_tokens
 from ..errors import SparsekitError
 from ..evaluate import eval_mode
 
@@ -34,8 +34,7 @@ def watch(
                     see(rows if mask is None else rows[mask.to(rows.device)])
 
                 stack.callback(linear.register_forward_pre_hook(look).remove)
-            kwargs.pop("labels", None)
-            getattr(model, "base_model", model)(*args, **kwargs)  # no logits are needed
+            run(model, args, kwargs)
 
 
 def gate_gradients(
@@ -50,11 +49,8 @@ def gate_gradients(
     samples = 0
     for args, kwargs, mask in calls(model, batches, progress):
         ids = args[0] if args else kwargs["input_ids"]
-        targets = kwargs.pop("labels", ids)[:, 1:]
+        targets = next_tokens(kwargs.pop("labels", ids), None if mask is None else mask.view(ids.shape))
         counts = targets != -100
-        if mask is not None:
-            real = mask.view(ids.shape)
-            counts = counts & real[:, 1:] & real[:, :-1]
         if not (predicted := counts.sum(1)).all():
             raise SparsekitError("each calibration sample must predict a token, and one has fewer than two; give longer samples")
         open_gates = {  # a model may lie on several devices
@@ -62,8 +58,8 @@ def gate_gradients(
         }
         with _gated(open_gates), _frozen(model), torch.enable_grad():
             logits = model(*args, **kwargs).logits[:, :-1].float().flatten(0, 1).to(targets.device)
-            losses = F.cross_entropy(logits, targets.masked_fill(~counts, 0).flatten(), reduction="none")
-            total = (losses * counts.flatten()).sum()  # the mean's share a token would underflow in 16 bits
+            # The sum: the mean's share a token would underflow in 16 bits.
+            total = F.cross_entropy(logits, targets.flatten(), reduction="sum")
             gradients = torch.autograd.grad(total, list(open_gates.values()))
         for held, gradient in zip(sums.values(), gradients):
             held += (gradient / predicted[:, None].to(gradient.device)).abs().sum(0)
@@ -71,6 +67,11 @@ def gate_gradients(
     if not all(torch.isfinite(held).all() for held in sums.values()):
         raise SparsekitError("gradients of the loss must be finite, got NaN or Inf; load the model in another dtype")
     return {linear: held / samples for linear, held in sums.items()}
+
+
+def run(model: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> None:
+    """Runs the model up to its last block; no logits are needed."""
+    getattr(model, "base_model", model)(*args, **{name: value for name, value in kwargs.items() if name != "labels"})
 
 
 def calls(model: nn.Module, batches: Batches, progress: Progress | None) -> Iterator[tuple[tuple, dict[str, Any], Tensor | None]]:
