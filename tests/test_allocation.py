@@ -349,6 +349,12 @@ def test_owl_spreads_as_far_as_it_is_told():
     counts = removed(allocate_owl(blocks, "60%", spread=0.1))
     assert counts == {"small": 5000, "large": 61000}
     assert removed(allocate_owl(blocks[:1], "60%")) == {"small": 6000}
+
+
+def test_owl_does_not_tell_blocks_apart_that_are_alike():
+    """The mean of these, by weights and in fp64, is not their share: one rounding would be stretched to the whole spread."""
+    blocks = [Outliers(name, {name: (n, 6)}, 0.18158651997927613) for name, n in (("a", 1000), ("b", 7000))]
+    assert removed(allocate_owl(blocks, "60%")) == {"a": 3600, "b": 25200}
     alike = [Outliers(name, {name: (10, 10)}, 0.0) for name in "ab"]
     assert removed(allocate_owl(alike, "60%")) == {"a": 60, "b": 60}
 

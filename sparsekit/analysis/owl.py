@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -86,10 +87,11 @@ def allocate_owl(
         raise SparsekitError(f"the spread must be 0 to 1, got {spread!r}")
     shapes = {name: shape for block in outliers for name, shape in block.shapes.items()}
     sizes = [sum(map(math.prod, block.shapes.values())) for block in outliers]
-    mean = sum(block.share * size for block, size in zip(outliers, sizes)) / max(sum(sizes), 1)
-    further = [block.share - mean for block in outliers]
-    down, up = (min(spread, float(share - bounds[0])), min(spread, float(bounds[1] - share)))
-    scale = min([down / far for far in further if far > 0] + [up / -far for far in further if far < 0], default=0.0)
-    wanted = {name: float(share) - scale * far for block, far in zip(outliers, further) for name in block.shapes}
+    # In fractions: a mean that is rounded would tell blocks apart that are alike.
+    mean = sum(Fraction(block.share) * size for block, size in zip(outliers, sizes)) / max(sum(sizes), 1)
+    further = [Fraction(block.share) - mean for block in outliers]
+    down, up = (min(Fraction(spread), share - bounds[0]), min(Fraction(spread), bounds[1] - share))
+    scale = min([down / far for far in further if far > 0] + [up / -far for far in further if far < 0], default=Fraction(0))
+    wanted = {name: float(share - scale * far) for block, far in zip(outliers, further) for name in block.shapes}
     made = {"by": "owl", "target": float(share), "spread": float(spread), "outliers": {one.block: one.share for one in outliers}}
     return share_plan(shapes, wanted, share, bounds, method, made)
