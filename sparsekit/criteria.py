@@ -14,6 +14,11 @@ from torch import Tensor
 from . import ops
 
 
+def _tokens(x: Tensor) -> Tensor:
+    """The rows of x (..., k), of which k may be 0."""
+    return x.reshape(x.shape[:-1].numel(), x.shape[-1])
+
+
 class SquaredNorm:
     """Sum of squares of each input feature over all tokens: what Wanda needs. Memory k * 4 bytes."""
 
@@ -22,7 +27,7 @@ class SquaredNorm:
 
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x (..., k), any float dtype; summed in fp32."""
-        rows = x.reshape(-1, x.shape[-1]).float()
+        rows = _tokens(x).float()
         self.sum += self._of(rows).sum(0)
         self.tokens += rows.shape[0]
 
@@ -81,7 +86,7 @@ class Gram:
 
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x (..., k), any float dtype; summed in fp32."""
-        rows = x.reshape(-1, x.shape[-1])
+        rows = _tokens(x)
         ops.gram_(self.sum, rows)
         self.tokens += rows.shape[0]
         self.__dict__.pop("factor", None)

@@ -46,8 +46,9 @@ class SparseGPT:
         """What a pruner of each of these patterns makes of the weight, bit for bit, from one factorisation."""
         if self.statistics.tokens == 0:
             raise ValueError("sparsegpt needs the linear's inputs, and observed none")
-        if not torch.isfinite(weight).all():
-            row, column = (~torch.isfinite(weight)).nonzero()[0].tolist()
+        finite = torch.isfinite(weight.float() if weight.element_size() == 1 else weight)  # of fp8 torch cannot say it
+        if not finite.all():
+            row, column = (~finite).nonzero()[0].tolist()
             raise ValueError(f"its weight holds NaN or Inf, the first in row {row}, column {column}")
         found = [self._prune(weight, level) for level in levels]
         if not found:
@@ -92,6 +93,8 @@ class SparseGPT:
                     w[:, right:end].addmm_(error, rows[:, right:end], alpha=-1)
             with phases("trailing"):
                 w[:, end:].addmm_(torch.cat(errors, 1), factor.unit[begin:end, end:], alpha=-1)
+        if weight.element_size() < 4:  # what is beyond its largest number would become Inf, or NaN
+            w.clamp_(-torch.finfo(weight.dtype).max, torch.finfo(weight.dtype).max)
         return w.to(weight.dtype), kept, loss.sum().item() * factor.scale / 2, phases
 
 
