@@ -114,6 +114,14 @@ ARCHITECTURES = {
         ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"),
         {"model.embed_tokens": "embedding"},
     ),
+    # q, k and v stacked in one linear, gate and up in another; the attention reads the config as it runs.
+    "phi3": Architecture(
+        transformers.Phi3Config,
+        {**_LLAMA_SIZES, **_SMALL_TOKENS},
+        "model.layers",
+        ("self_attn.o_proj", "self_attn.qkv_proj", "mlp.gate_up_proj", "mlp.down_proj"),
+        {"model.embed_tokens": "embedding"},
+    ),
     "gpt_neox": Architecture(
         transformers.GPTNeoXConfig,
         {name: size for name, size in _LLAMA_SIZES.items() if name != "num_key_value_heads"},
@@ -169,6 +177,12 @@ def build(name: str, dtype: torch.dtype = torch.float32, seed: int = 0, **change
         for parameter in model.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.to(dtype).eval()
+
+
+def unregistered() -> nn.Module:
+    """A model of a family that structured pruning has no descriptor for. Its parts lie as Llama's do."""
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(transformers.StableLmConfig(**_LLAMA_SIZES)).eval()
 
 
 def blocks_of(model: nn.Module, name: str) -> nn.ModuleList:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from models import BLOCKS, EXPERTS, build
+from models import BLOCKS, EXPERTS, build, unregistered
 from torch import nn
 
 import sparsekit
@@ -24,6 +24,11 @@ SHAPES = {
     "opt": (4, 4, 8, 44, None),  # the MLP's linears are the block's own
     "phi": (4, 2, 8, 44, None),
     "gpt_neox": (4, 4, 8, 44, None),  # q, k and v of each head beside each other
+    "phi3": (4, 2, 8, 44, None),  # q, k and v stacked in one linear, gate and up in another
+    "falcon": (4, 1, 8, 128, None),  # one key and value for all heads
+    "falcon, alibi": (4, 4, 8, 128, None),
+    "falcon, new": (4, 2, 8, 128, None),  # grouped, beside each other
+    "bloom": (4, 4, 8, 128, None),  # no field for the neurons
     "qwen3_moe": (4, 2, 8, None, EXPERTS),
     "mixtral": (4, 2, 8, None, EXPERTS),
 }
@@ -56,7 +61,8 @@ def test_what_has_been_removed_is_none():
     assert architecture_of(model).projections(block) == architecture_of(model).neurons(block) == {}
 
 
-@pytest.mark.parametrize("name", ["opt", "gpt2", "mixtral"])  # the MLP's linears are the block's own; fused q, k and v; experts
+# The MLP's linears are the block's own; fused q, k and v; experts; o the first in the attention, so that its name is left behind.
+@pytest.mark.parametrize("name", ["opt", "gpt2", "mixtral", "phi3"])
 def test_what_stands_in_place_of_the_removed_is_none_of_it(name):
     model = build(name)
     architecture = architecture_of(model)
@@ -67,22 +73,18 @@ def test_what_stands_in_place_of_the_removed_is_none_of_it(name):
 
 
 def test_an_unknown_architecture_is_told_what_a_descriptor_needs():
-    with pytest.raises(SparsekitError, match=r"knows gemma, .*, got falcon; register .*model_types, .*blocks_at, attention_at"):
-        architecture_of(build("falcon"))
+    with pytest.raises(SparsekitError, match=r"knows bloom, .*, got stablelm; register .*model_types, .*blocks_at, attention_at"):
+        architecture_of(unregistered())
     with pytest.raises(SparsekitError, match="got Linear; register"):
         architecture_of(nn.Linear(2, 2))
 
 
 def test_a_descriptor_of_ones_own(monkeypatch):
     monkeypatch.setattr("sparsekit.structured.architecture.ARCHITECTURES", dict(ARCHITECTURES))
-    mine = register(
-        replace(
-            ARCHITECTURES["gpt_neox"], model_types=("bloom",), blocks_at="h", attention_at="self_attention", head_width="head_dim"
-        )
-    )
-    model = build("bloom")  # its queries, keys and values lie as GPT-NeoX's do
+    mine = register(replace(ARCHITECTURES["llama"], model_types=("stablelm",)))
+    model = unregistered()
     assert architecture_of(model) is mine
-    assert mine.shape(mine.blocks(model)[0]) == BlockShape(4, 4, 8, 128, None)
+    assert mine.shape(mine.blocks(model)[0]) == BlockShape(4, 2, 8, 44, None)
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ def groups(model: nn.Module) -> tuple[int, int]:
     """How many there are in a block, and the output projection's inputs of each."""
     architecture = architecture_of(model)
     shape = architecture.shape(architecture.blocks(model)[0])
-    return shape.num_key_value_heads, group_widths(shape)[0]
+    return shape.head_units, group_widths(shape)[0]
 
 
 @torch.no_grad()
@@ -259,7 +259,7 @@ def test_units_are_groups_or_heads():
 
 
 @pytest.mark.parametrize("compensate", [True, False])
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "opt", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "opt", "gpt_neox", "mixtral", "phi3", "falcon", "falcon, alibi", "bloom"])
 def test_heads_go_and_the_result_tells(name, compensate):
     model = build(name)
     take_out(architecture_of(model), architecture_of(model).blocks(model)[1], "attention")

@@ -15,6 +15,7 @@ from sparsekit.structured import architecture_of, block_influence, prune_layers,
 from sparsekit.structured.removed import Removed
 
 FAMILIES = ["llama", "llama, tied", "mistral", "qwen2", "gpt2", "opt", "gemma3", "phi", "mixtral", "qwen3_moe"]
+FAMILIES += ["phi3", "falcon", "falcon, alibi", "falcon, new", "bloom"]
 IDS = token_batches((2, 9))[0]
 
 

@@ -220,7 +220,7 @@ def test_inputs_that_are_not_finite():
 # ---- a model ----
 
 
-@pytest.mark.parametrize("name", ["qwen2", "gpt2", "opt", "phi"])
+@pytest.mark.parametrize("name", ["qwen2", "gpt2", "opt", "phi", "phi3", "falcon, new"])
 def test_neurons_go_and_the_result_tells(name):
     model = build(name)
     width, before = len(neuron_importance(model, token_batches((1, 5)))[0]), sum(p.numel() for p in model.parameters())

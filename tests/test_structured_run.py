@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import shipped
 import torch
-from models import build, token_batches
+from models import build, token_batches, unregistered
 from test_cli import TEST, assert_refused, content, invoke
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -53,12 +53,15 @@ def test_amounts_that_are_none(amount):
         parse_amount("ffn", amount)
 
 
-@pytest.mark.parametrize("name", ["llama", "qwen2", "mistral", "gpt2", "opt", "gemma3", "phi"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", "qwen2", "mistral", "gpt2", "opt", "gemma3", "phi", "phi3", "falcon", "falcon, alibi", "falcon, new", "bloom"],
+)
 def test_every_part_in_one_run(name):
     model = build(name)
     before, said = count(model), []
     heads = architecture_of(model).shape(architecture_of(model).blocks(model)[0])
-    group = heads.num_attention_heads // heads.num_key_value_heads
+    group = heads.heads_a_unit
     report = prune_structured(
         model, IDS, ffn=0.25, heads=group, layers=1, mlp=1, attention="50%", progress=lambda *now: said.append(now)
     )
@@ -123,11 +126,12 @@ def test_each_part_is_measured_on_what_is_left_by_then():
         ("llama", {"layers": 1, "experts": 1}, "must have experts to remove some, got LlamaForCausalLM without one"),
         ("mixtral", {"layers": 1, "experts": 3}, "must be 1 to 2, for block 0 has 4 and each token is given to 2"),
         ("mixtral", {"layers": 1, "ffn": 0.5}, "there must be neurons to remove"),
-        ("falcon", {"layers": 1}, r"structured pruning knows .*, got falcon; register a sparsekit\.structured\.Architecture"),
+        (None, {"layers": 1}, r"structured pruning knows .*, got stablelm; register a sparsekit\.structured\.Architecture"),
+        ("falcon", {"heads": 4}, "1 of 4 at a time and not all, got 4 to remove"),  # which share one key-value head
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_has_changed(name, asked, says):
-    model = build(name)
+    model = build(name) if name else unregistered()
     state = {name: t.clone() for name, t in model.state_dict().items()}
     with pytest.raises(SparsekitError, match=says):
         prune_structured(model, IDS, **asked)
@@ -290,9 +294,9 @@ def test_what_cannot_be_is_one_sentence_and_leaves_nothing(arguments, says, tmp_
 def test_calibration_is_needed_and_an_architecture_that_is_known(tmp_path):
     done = invoke("prune", shipped.MODEL, "--out", tmp_path / "out", "--structured", "layers=1")
     assert_refused(done, "--calib must name a text for --structured")
-    checkpoint.save(build("falcon"), tmp_path / "in", format="dense")
+    checkpoint.save(unregistered(), tmp_path / "in", format="dense")
     done = invoke("prune", tmp_path / "in", "--out", tmp_path / "out", *SMALL, "--structured", "layers=1")
-    assert_refused(done, r"structured pruning knows .*, got falcon; register a sparsekit\.structured\.Architecture")
+    assert_refused(done, r"structured pruning knows .*, got stablelm; register a sparsekit\.structured\.Architecture")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
 
 

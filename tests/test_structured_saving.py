@@ -26,7 +26,8 @@ from sparsekit.structured import (
 )
 from sparsekit.structured.entries import entries_of, set_entries
 
-FAMILIES = ["llama", "llama, tied", "mistral", "qwen2", "gpt2", "opt", "gemma3", "phi", "mixtral", "qwen3_moe"]
+FAMILIES = ["llama", "llama, tied", "mistral", "qwen2", "gpt2", "opt", "gemma3", "phi", "phi3", "mixtral", "qwen3_moe"]
+FAMILIES += ["falcon", "falcon, alibi", "falcon, new", "bloom"]
 MOE = ("mixtral", "qwen3_moe")
 IDS = token_batches((2, 9))[0]
 
@@ -43,7 +44,7 @@ def uneven(name: str) -> nn.Module:
     remove_sublayers(model, "mlp", [1])
     architecture = architecture_of(model)
     block = architecture.blocks(model)[2]
-    keep_heads(architecture, block, [architecture.shape(block).num_key_value_heads - 1])
+    keep_heads(architecture, block, [architecture.shape(block).head_units - 1])
     if name in MOE:
         remove_experts(model, {2: [1]})
     else:
@@ -195,6 +196,8 @@ def folder(tmp_path_factory) -> Path:
         ({"per_layer_config": [{}, {"intermediate_size": True}, {}]}, "must be a number above 0, got True for block 1"),
         ({"per_layer_config": [{}, {"intermediate_size": -8}, {}]}, "must be a number above 0, got -8 for block 1"),
         ({"per_layer_config": [{}, {"intermediate_size": 4000}, {}]}, "between 1 and 44 neurons in a block, got 4000"),
+        ({"per_layer_config": [{}, {}, {"alibi_heads": [0]}]}, r"the numbers that the 0 heads left had among 4, got \[0\]"),
+        ({"per_layer_config": [{}, {}, {"alibi_heads": [1, 1]}]}, r"must be a list of rising numbers of heads, got \[1, 1\]"),
         ({"per_layer_config": [{}, {}, {"num_attention_heads": 3}]}, "must keep 2 heads for each key-value head"),
         ({"per_layer_config": [{}, {"num_experts": 2}, {}]}, "experts in a block, got 2"),
     ],

@@ -20,6 +20,7 @@ from ..structured import architecture_of, prune_experts, prune_layers, select_ex
 from ..structured.architecture import Architecture
 from ..structured.entries import SUBLAYERS, entries_of
 from ..structured.experts import experts_a_token
+from ..structured.heads import head_units
 from .narrow import Narrowed, count_parameters, prune_heads, prune_neurons
 from .source import Progress
 
@@ -174,8 +175,9 @@ def check_amounts(
             left = dict(enumerate(torch.zeros(n) for n in _surely_left(held, counts, "mlp", "experts")))
             select_experts(left, counts[part], experts_a_token(architecture, model))
         elif part == "heads":
-            held = _surely_left([shape.num_key_value_heads for shape in shapes], counts, "attention", "heads")
-            size = next(s.num_attention_heads // s.num_key_value_heads for s in shapes if s.num_key_value_heads)
+            units = head_units(shapes)
+            held = _surely_left(units, counts, "attention", "heads")
+            size = max(shape.num_attention_heads // n for shape, n in zip(shapes, units) if n)
             counts[part] = _groups(amount, size, held, scope)
             select_heads([torch.zeros(n) for n in held], counts[part], scope=scope)
         else:

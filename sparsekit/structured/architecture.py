@@ -23,6 +23,16 @@ class BlockShape:
     intermediate_size: int | None = None
     num_experts: int | None = None
 
+    @property
+    def head_units(self) -> int | None:
+        """What heads go by: key-value heads, each with the query heads that share it; query heads where all share one."""
+        return self.num_attention_heads if self.num_key_value_heads == 1 else self.num_key_value_heads
+
+    @property
+    def heads_a_unit(self) -> int:
+        """Query heads of each of those."""
+        return self.num_attention_heads // self.head_units
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -33,11 +43,15 @@ class Architecture:
     gate, up, down, experts and router from the MLP.
     qkv: the one linear that makes queries, keys and values, None where q, k and v do. qkv_order: how its output features lie,
     "stacked" (all queries, all keys, all values) or "grouped" (for each key-value head its queries, its key and its value).
-    gate: None for an MLP without one. experts, router: None outside mixtures of experts; a block whose MLP lacks them is dense.
+    gate: None for an MLP without one. gate_up: the one linear that makes both, gate's features first, None where gate and up do.
+    experts, router: None outside mixtures of experts; a block whose MLP lacks them is dense.
     Attributes of the attention module: head_width holds the width of a head, index its place in the cache.
-    Fields of the config (transformers' own names serve where the config maps them): kv_heads_field and head_dim_field are None
-    where it has none; what the fields cannot say is then kept in ``per_layer_config``. lists: fields that hold a value a block.
-    block_lists: fields that hold numbers of blocks."""
+    adds_residual: whether attention and MLP are given, after their input, the hidden states that they add their output to.
+    alibi: whether the attention is called with ALiBi's biases by head, which Falcon's is where its config's ``alibi`` says so.
+    reads_config: whether the attention, as it runs, reads the number of its heads from its ``config``.
+    Fields of the config (transformers' own names serve where the config maps them): kv_heads_field, head_dim_field and
+    intermediate_field are None where it has none; what the fields cannot say is then kept in ``per_layer_config``. lists: fields
+    that hold a value a block. block_lists: fields that hold numbers of blocks."""
 
     model_types: tuple[str, ...]
     blocks_at: str = "layers"
@@ -51,15 +65,19 @@ class Architecture:
     mlp_at: str = "mlp"
     gate: str | None = "gate_proj"
     up: str = "up_proj"
+    gate_up: str | None = None
     down: str = "down_proj"
     experts: str | None = None
     router: str | None = None
     head_width: str = "head_dim"
     index: str = "layer_idx"
+    adds_residual: bool = False
+    alibi: bool = False
+    reads_config: bool = False
     heads_field: str = "num_attention_heads"
     kv_heads_field: str | None = "num_key_value_heads"
     head_dim_field: str | None = "head_dim"
-    intermediate_field: str = "intermediate_size"
+    intermediate_field: str | None = "intermediate_size"
     experts_field: str | None = None
     top_k_field: str = "num_experts_per_tok"
     layers_field: str = "num_hidden_layers"
@@ -86,16 +104,16 @@ class Architecture:
     def attention(self, block: nn.Module) -> nn.Module | None:
         """The attention of the block; None where it has been removed."""
         found = submodule(block, self.attention_at)
-        return found if found is not None and submodule(found, self.o) is not None else None
+        return None if found is None or isinstance(found, Removed) or submodule(found, self.o) is None else found
 
     def mlp(self, block: nn.Module) -> nn.Module | None:
         """What holds the linears of the block's MLP, or its experts: the block itself where mlp_at is ""; None where it has been
         removed."""
         found = submodule(block, self.mlp_at)
-        down = None if found is None else submodule(found, self.down)
-        if found is None or ((down is None or isinstance(down, Removed)) and not self._has_experts(found)):
+        if found is None or isinstance(found, Removed):
             return None
-        return found
+        down = submodule(found, self.down)
+        return None if (down is None or isinstance(down, Removed)) and not self._has_experts(found) else found
 
     def projections(self, block: nn.Module) -> dict[str, nn.Module]:
         """The dense linears of the block's attention by their part, "q", "k", "v" (or "qkv") and "o"; empty where it is removed."""
@@ -106,14 +124,21 @@ class Architecture:
         return self._linears(attention, self.attention_at, {**parts, "o": self.o})
 
     def neurons(self, block: nn.Module) -> dict[str, nn.Module]:
-        """The dense linears of the block's MLP by their part, "gate" where it has one, "up" and "down".
+        """The dense linears of the block's MLP by their part, "gate" where it has one and "up" (or "gate_up"), and "down".
 
         Empty where it is removed or holds experts."""
         mlp = self.mlp(block)
         if mlp is None or self._has_experts(mlp):
             return {}
-        parts = {"gate": self.gate} if self.gate else {}
-        return self._linears(mlp, self.mlp_at, {**parts, "up": self.up, "down": self.down})
+        if self.gate_up:
+            parts = {"gate_up": self.gate_up}
+        else:
+            parts = {"gate": self.gate, "up": self.up} if self.gate else {"up": self.up}
+        return self._linears(mlp, self.mlp_at, {**parts, "down": self.down})
+
+    def uses_alibi(self, attention: nn.Module) -> bool:
+        """Whether what the attention makes depends on a head's number, by ALiBi's slopes."""
+        return self.alibi and bool(getattr(getattr(attention, "config", None), "alibi", True))
 
     def expert_parts(self, block: nn.Module) -> tuple[nn.Module, nn.Module] | None:
         """What holds the block's experts, and their router; None where the block has none."""
@@ -214,6 +239,21 @@ register(
     Architecture(
         ("opt",), blocks_at="decoder.layers", o="out_proj", mlp_at="", gate=None, up="fc1", down="fc2",
         kv_heads_field=None, head_dim_field=None, intermediate_field="ffn_dim",
+    )
+)  # fmt: skip
+register(Architecture(("phi3",), qkv="qkv_proj", gate_up="gate_up_proj", reads_config=True))
+register(
+    Architecture(
+        ("falcon",), blocks_at="h", attention_at="self_attention", qkv="query_key_value", qkv_order="grouped", o="dense", gate=None,
+        up="dense_h_to_4h", down="dense_4h_to_h", alibi=True, kv_heads_field="num_kv_heads", head_dim_field=None,
+        intermediate_field="ffn_hidden_size",
+    )
+)  # fmt: skip
+register(
+    Architecture(
+        ("bloom",), blocks_at="h", attention_at="self_attention", qkv="query_key_value", qkv_order="grouped", o="dense", gate=None,
+        up="dense_h_to_4h", down="dense_4h_to_h", adds_residual=True, alibi=True, kv_heads_field=None, head_dim_field=None,
+        intermediate_field=None,
     )
 )  # fmt: skip
 register(

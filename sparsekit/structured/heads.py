@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..errors import SparsekitError, listed
 from ..linear import dense_weight
-from .architecture import architecture_of
+from .architecture import BlockShape, architecture_of
 from .selection import Remove, select
 from .watching import Batches, Progress, gate_gradients, watch
 
@@ -25,8 +25,8 @@ def head_importance(
     method: "taylor", the mean over samples of |d loss / d gate| for a gate on what the head gives to the output projection (Michel
     et al. 2019, arXiv:1905.10650; the loss is the mean negative log-likelihood of a sample's tokens), comparable between blocks;
     or "norm", the root mean square over tokens of what it adds to the hidden states there, to compare heads of a block.
-    per: a "group", a key-value head with the query heads that share it (without sharing: a head), or a query "head". A gate on a
-    group is one gate: what its heads' gates would say apart may cancel within a sample.
+    per: a "group", a key-value head with the query heads that share it (a query head where all of the model's share one), or a
+    query "head". A gate on a group is one gate: what its heads' gates would say apart may cancel within a sample.
     A block without attention has none. Batches: token ids (batch, tokens), or dicts of the model's keyword arguments; padding does
     not count. Raises SparsekitError for an architecture that is not known, and for no batches."""
     if method not in METHODS:
@@ -36,8 +36,9 @@ def head_importance(
     architecture = architecture_of(model)
     blocks = architecture.blocks(model)
     outputs = [architecture.projections(block).get("o") for block in blocks]
-    size = "num_key_value_heads" if per == "group" else "num_attention_heads"
-    counts = {o: getattr(architecture.shape(block), size) for block, o in zip(blocks, outputs) if o is not None}
+    shapes = [architecture.shape(block) for block in blocks]
+    units = head_units(shapes) if per == "group" else [shape.num_attention_heads for shape in shapes]
+    counts = {o: count for o, count in zip(outputs, units) if o is not None}
     if method == "taylor":
         found = gate_gradients(model, batches, counts, progress)
     else:
@@ -45,6 +46,14 @@ def head_importance(
         watch(model, batches, {o: norm.update for o, norm in norms.items()}, progress)
         found = {o: norm.result() for o, norm in norms.items()}
     return [torch.zeros(0) if o is None else found[o].float().cpu() for o in outputs]
+
+
+def head_units(shapes: Sequence[BlockShape]) -> list[int | None]:
+    """How many units of heads each block has, to take some out: key-value heads, and where no block has two of those, query heads.
+
+    In a model where others have more, a block that is left with one key-value head has one unit."""
+    shared = all(shape.num_key_value_heads in (None, 1) for shape in shapes)
+    return [shape.num_attention_heads if shared else shape.num_key_value_heads for shape in shapes]
 
 
 class _HeadNorms:

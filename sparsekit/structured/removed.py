@@ -12,13 +12,14 @@ if TYPE_CHECKING:
 
 
 class Removed(nn.Module):
-    """In place of an MLP, or of another module of hidden states alone: zeros.
+    """In place of an MLP, or of another module of hidden states: zeros, or what it was given to add to.
 
     It holds an empty weight, of shape (0,), under the name of one that is gone. A loader that takes the model for a whole one stops
     at it, where it would put random weights in place of those that are missing."""
 
-    def __init__(self, gone: nn.Module):
+    def __init__(self, gone: nn.Module, adds_residual: bool = False):
         super().__init__()
+        self.adds_residual = adds_residual
         held = list(gone.named_parameters())
         name, weight = next(((name, p) for name, p in held if p.dim() == 2), held[0])  # savers take those of experts apart
         *path, leaf = name.split(".")
@@ -30,6 +31,8 @@ class Removed(nn.Module):
         holder.register_parameter(leaf, nn.Parameter(empty, requires_grad=weight.requires_grad))
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
+        if self.adds_residual:
+            return args[0] if args else kwargs["residual"]
         return torch.zeros_like(hidden_states)
 
 
@@ -41,13 +44,13 @@ class Passed(Removed):
 
 
 class RemovedAttention(Removed):
-    """In place of an attention: zeros.
+    """In place of an attention: zeros, or what it was given to add to.
 
     A model counts the tokens it has seen in the cache of one block, the first one's mostly. So this one's grows too, by a key and a
     value of one number a token."""
 
-    def __init__(self, gone: nn.Module, index: int):
-        super().__init__(gone)
+    def __init__(self, gone: nn.Module, index: int, adds_residual: bool = False):
+        super().__init__(gone, adds_residual)
         self.layer_idx = index
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> tuple[Tensor, None]:
@@ -58,7 +61,7 @@ class RemovedAttention(Removed):
             heads, width = (made.shape[1], made.shape[3]) if made is not None and made.dim() == 4 else (1, 1)
             nothing = hidden_states.new_zeros(hidden_states.shape[0], heads, hidden_states.shape[1], width)
             cache.update(nothing, nothing, self.layer_idx)
-        return torch.zeros_like(hidden_states), None
+        return super().forward(hidden_states, *args, **kwargs), None
 
 
 def take_out(architecture: Architecture, block: nn.Module, sublayer: str) -> None:
@@ -67,11 +70,12 @@ def take_out(architecture: Architecture, block: nn.Module, sublayer: str) -> Non
     The weights' device and dtype are kept, meta among them. Nothing is changed where it is gone already."""
     if sublayer == "attention":
         if (gone := architecture.attention(block)) is not None:
-            block.set_submodule(architecture.attention_at, RemovedAttention(gone, getattr(gone, architecture.index)))
+            stand_in = RemovedAttention(gone, getattr(gone, architecture.index), architecture.adds_residual)
+            block.set_submodule(architecture.attention_at, stand_in)
     elif (gone := architecture.mlp(block)) is None:
         return
     elif architecture.mlp_at:
-        block.set_submodule(architecture.mlp_at, Removed(gone))
+        block.set_submodule(architecture.mlp_at, Removed(gone, architecture.adds_residual))
     else:  # the MLP's linears are the block's own
         for part, linear in architecture.neurons(block).items():
             path = {"gate": architecture.gate, "up": architecture.up, "down": architecture.down}[part]

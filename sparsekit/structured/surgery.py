@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from ..errors import SparsekitError
 from ..linear import dense_weight, is_conv1d
 from .architecture import Architecture, BlockShape, architecture_of
-from .entries import COUNTS, SUBLAYERS, Entry, set_entries
+from .entries import ALIBI, COUNTS, SUBLAYERS, Entry, set_entries
+from .own import alibi_heads, read_own_heads, set_alibi_heads, share_config
 from .removed import take_out
 
 
@@ -40,15 +41,17 @@ def set_weight(linear: nn.Module, weight: Tensor) -> None:
 def keep_heads(architecture: Architecture, block: nn.Module, groups: Iterable[int]) -> None:
     """Keeps these key-value heads of the block, each with its query heads, in q, k, v and o, and the sizes that the module holds.
 
+    Where all query heads share one key-value head, that stays, and the numbers are those of the query heads to keep.
     Raises SparsekitError, and changes nothing, for a number that the block does not have, or for none."""
-    shape, linears = architecture.shape(block), architecture.projections(block)
-    kept = _kept(groups, shape.num_key_value_heads, "key-value heads")
-    queries, keys = group_features(shape, kept), _features(kept, shape.head_dim)
+    shape, linears, attention = architecture.shape(block), architecture.projections(block), architecture.attention(block)
+    shared = shape.num_key_value_heads == 1
+    kept = _kept(groups, shape.head_units, "heads" if shared else "key-value heads")
+    queries, keys = group_features(shape, kept), _features([0] if shared else kept, shape.head_dim)
     if "qkv" not in linears:
         slice_linear(linears["q"], rows=queries)
         slice_linear(linears["k"], rows=keys)
         slice_linear(linears["v"], rows=keys)
-    elif architecture.qkv_order == "grouped":
+    elif architecture.qkv_order == "grouped" and not shared:
         slice_linear(linears["qkv"], rows=_features(kept, sum(group_widths(shape)) + shape.head_dim))
     else:
         first_key = shape.num_attention_heads * shape.head_dim
@@ -57,14 +60,21 @@ def keep_heads(architecture: Architecture, block: nn.Module, groups: Iterable[in
     slice_linear(linears["o"], columns=queries)
     left = architecture.shape(block)
     _set_sizes(
-        architecture.attention(block),
+        attention,
         {
             "num_heads": left.num_attention_heads,
             "num_attention_heads": left.num_attention_heads,
             "num_key_value_heads": left.num_key_value_heads,
+            "num_kv_heads": left.num_key_value_heads,
+            "num_key_value_groups": left.num_attention_heads // left.num_key_value_heads,
             "split_size": left.num_attention_heads * left.head_dim,  # GPT-2's, of the queries in qkv
         },
     )
+    if architecture.reads_config:
+        read_own_heads(attention, left.num_attention_heads)
+    if architecture.uses_alibi(attention):
+        known = alibi_heads(attention) or range(shape.num_attention_heads)
+        set_alibi_heads(attention, [known[i] for i in _features(kept, shape.heads_a_unit)])
 
 
 def keep_neurons(architecture: Architecture, block: nn.Module, neurons: Iterable[int]) -> None:
@@ -72,8 +82,12 @@ def keep_neurons(architecture: Architecture, block: nn.Module, neurons: Iterable
 
     Raises SparsekitError, and changes nothing, for a number that the block does not have, or for none."""
     kept = _kept(neurons, architecture.shape(block).intermediate_size, "neurons")
+    width = architecture.shape(block).intermediate_size
     for part, linear in architecture.neurons(block).items():
-        slice_linear(linear, **{"columns" if part == "down" else "rows": kept})
+        if part == "down":
+            slice_linear(linear, columns=kept)
+        else:
+            slice_linear(linear, rows=[*kept, *(width + i for i in kept)] if part == "gate_up" else kept)
     _set_sizes(architecture.mlp(block), {"intermediate_size": len(kept)})
 
 
@@ -109,10 +123,15 @@ def resize_block(architecture: Architecture, block: nn.Module, entry: Entry) -> 
     elif (heads := entry.get("num_attention_heads")) is not None:
         _count(heads, shape.num_attention_heads, "heads")
         per_group = shape.num_attention_heads // shape.num_key_value_heads
-        groups = _count(entry.get("num_key_value_heads", heads // per_group), shape.num_key_value_heads, "key-value heads")
-        if groups * per_group != heads:
+        groups = entry.get("num_key_value_heads", max(heads // per_group, 1))
+        groups = _count(groups, shape.num_key_value_heads, "key-value heads")
+        if groups * per_group != heads and (groups > 1 or heads > per_group):
             raise SparsekitError(f"per_layer_config must keep {per_group} heads for each key-value head, got {heads} for {groups}")
-        keep_heads(architecture, block, range(groups))
+        if shape.num_key_value_heads > 1:
+            keep_heads(architecture, block, range(groups))
+        if groups == 1:
+            keep_heads(architecture, block, range(heads))
+    _number_heads(architecture, block, entry, shape.num_attention_heads)
     if not entry.get("mlp", True):
         take_out(architecture, block, "mlp")
         return
@@ -120,6 +139,18 @@ def resize_block(architecture: Architecture, block: nn.Module, entry: Entry) -> 
         keep_neurons(architecture, block, range(_count(neurons, shape.intermediate_size, "neurons")))
     if (experts := entry.get("num_experts")) is not None:
         keep_experts(architecture, block, range(_count(experts, shape.num_experts, "experts")))
+
+
+def _number_heads(architecture: Architecture, block: nn.Module, entry: Entry, there: int) -> None:
+    """Tells an attention with ALiBi which of the heads that were there the entry keeps."""
+    attention, numbers = architecture.attention(block), entry.get(ALIBI)
+    left = entry.get("num_attention_heads", 0) if attention is not None and architecture.uses_alibi(attention) else 0
+    if left and numbers is not None and len(numbers) == left and numbers[-1] < there:
+        set_alibi_heads(attention, numbers)
+    elif left or numbers is not None:
+        raise SparsekitError(
+            f"{ALIBI} in per_layer_config must be the numbers that the {left} heads left had among {there or 0}, got {numbers}"
+        )
 
 
 def shape_model(model: nn.Module, entries: Sequence[Entry] | None) -> None:
@@ -154,7 +185,7 @@ def settle_config(architecture: Architecture, model: nn.Module) -> None:
         if _agree(wanted, said, fields):
             continue
         changes = {name: value for name, value in zip(fields.values(), next(iter(there))) if name}
-        if len(there) == 1 and _agree(wanted, _built(architecture, model, changes), fields):
+        if changes and len(there) == 1 and _agree(wanted, _built(architecture, model, changes), fields):
             for name, value in changes.items():
                 setattr(config, name, value)
             continue
@@ -164,6 +195,11 @@ def settle_config(architecture: Architecture, model: nn.Module) -> None:
                     entry[size] = value
     for entry, block in zip(entries, blocks):
         entry |= {name: False for name in SUBLAYERS if getattr(architecture, name)(block) is None}
+        if (attention := architecture.attention(block)) is not None:
+            if numbers := alibi_heads(attention):
+                entry[ALIBI] = list(numbers)
+            if architecture.reads_config:
+                share_config(attention, config)
     set_entries(config, entries)
 
 
@@ -204,17 +240,17 @@ def _agree(wanted: Sequence[tuple], found: Sequence[BlockShape] | None, sizes: I
 
 
 def group_widths(shape: BlockShape) -> tuple[int, int]:
-    """Features of the queries, and of the keys, that belong to one key-value head."""
-    return shape.num_attention_heads // shape.num_key_value_heads * shape.head_dim, shape.head_dim
+    """Features of the queries, and of the keys, that go with one unit of heads: with a query head where all share one key, none."""
+    return shape.heads_a_unit * shape.head_dim, 0 if shape.num_key_value_heads == 1 < shape.num_attention_heads else shape.head_dim
 
 
 def group_features(shape: BlockShape, groups: Iterable[int]) -> list[int]:
-    """The output projection's inputs that come from these key-value heads."""
+    """The output projection's inputs that come from these units of heads."""
     return _features(groups, group_widths(shape)[0])
 
 
 def group_parameters(architecture: Architecture, block: nn.Module) -> int:
-    """What a key-value head of the block and its query heads hold; reckoned, not counted."""
+    """What a key-value head of the block and its query heads hold, or a query head where all share one; reckoned, not counted."""
     linears = architecture.projections(block)
     if not linears:
         return 0
@@ -225,7 +261,9 @@ def group_parameters(architecture: Architecture, block: nn.Module) -> int:
 
 def neuron_parameters(architecture: Architecture, block: nn.Module) -> int:
     """What a neuron of the block's MLP holds; reckoned, not counted."""
-    return sum(dense_weight(one).shape[0] if part == "down" else _row(one) for part, one in architecture.neurons(block).items())
+    linears = architecture.neurons(block)
+    rows = {"gate_up": 2}
+    return sum(dense_weight(one).shape[0] if part == "down" else rows.get(part, 1) * _row(one) for part, one in linears.items())
 
 
 def _row(linear: nn.Module) -> int:
