@@ -31,7 +31,8 @@ Calib = Annotated[str | None, typer.Option(help="What to calibrate on, as for `s
 Measured = Annotated[Path | None, typer.Option(help="What `sparsekit sensitivity` wrote of this model, to measure less.")]
 LEVELS = "10%,20%,30%,40%,50%,4:8,2:4,60%,70%,80%,90%"
 Stream = Annotated[
-    bool, typer.Option("--stream", help="Read the model block by block, where it does not fit in memory: no gradients.")
+    bool,
+    typer.Option("--stream", help="Read the model block by block, if it does not fit in memory; hidden states wait on disk."),
 ]
 
 
@@ -201,9 +202,7 @@ def plan(
     choices: Annotated[
         str | None, typer.Option(help='The patterns to choose from, by default "dense,4:8,2:4", by latency "dense,2:4".')
     ] = None,
-    weigh: Annotated[
-        str | None, typer.Option(help="What errors are weighed with: gradient (the default), loss or, with --stream, size.")
-    ] = None,
+    weigh: Annotated[str | None, typer.Option(help="What errors are weighed with: gradient (the default), loss or size.")] = None,
     sensitivity: Measured = None,
     batch: Annotated[int, typer.Option(help="Tokens of the products that are to be fast, by latency.")] = 1,
     calib_field: CalibField = None,

@@ -72,13 +72,11 @@ def test_each_way_is_its_allocation_of_what_was_measured(model, measured):
     assert owl.patterns == allocate_owl(outlier_shares(model, BATCHES), "60%").patterns
 
 
-def test_a_folder_is_planned_as_its_model_by_size(model, tmp_path):
+@pytest.mark.parametrize("weigh", [None, "size"])
+def test_a_folder_is_planned_as_its_model(model, weigh, tmp_path):
     checkpoint.save(model, tmp_path / "model", format="dense")
-    where = dict(device="cpu", dtype=torch.float32)
-    plan = make_plan(tmp_path / "model", BATCHES, "60%", **where)
-    assert plan.made["weights"] == "size" and plan.patterns == make_plan(model, BATCHES, "60%", weigh="size").patterns
-    with pytest.raises(SparsekitError, match="weights by gradient need the whole model in memory"):
-        make_plan(tmp_path / "model", BATCHES, "60%", weigh="gradient", **where)
+    plan = make_plan(tmp_path / "model", BATCHES, "60%", weigh=weigh, device="cpu", dtype=torch.float32)
+    assert plan.made["weights"] == (weigh or "gradient") and plan == make_plan(model, BATCHES, "60%", weigh=weigh)
 
 
 def test_losses_weigh_too(model, measured):
@@ -166,12 +164,12 @@ def test_sensitivity_writes_what_was_measured(file):
     assert found.dense_loss == dense and [one for one in found.losses if one.level == "80%"] == losses
 
 
-def test_streamed_it_has_the_same_curves_and_nothing_else(file, tmp_path):
+def test_streamed_it_has_the_same_curves_and_weights_and_no_losses(file, tmp_path):
     done = invoke(*ERRORS, *SMALL, "--stream", "--levels", "50%, 2:4", "--out", tmp_path / "s.json")
     assert done.exit_code == 0 and "model.layers.3.mlp.down_proj" in done.stdout, done.stderr
     found, whole = Sensitivity.load(tmp_path / "s.json"), Sensitivity.load(file)
     assert [one.errors for one in found.curves] == [(one.errors[4], one.errors[6]) for one in whole.curves]
-    assert found.weights == {} and found.losses == [] and [path.name for path in tmp_path.iterdir()] == ["s.json"]
+    assert found.weights == whole.weights and found.losses == [] and [path.name for path in tmp_path.iterdir()] == ["s.json"]
 
 
 def test_a_plan_is_written_and_followed(file, tmp_path):
@@ -201,7 +199,7 @@ def test_plans_from_the_same_file(file, tmp_path, more):
     assert Plan.load(plan).sparsity >= 0.45 - 1e-9
 
 
-@pytest.mark.parametrize("more, weights", [(("--stream",), "size"), (("--by", "owl"), None)])
+@pytest.mark.parametrize("more, weights", [(("--stream",), "gradient"), (("--by", "owl"), None)])
 def test_plans_that_measure(tmp_path, more, weights):
     plan = tmp_path / "plan.yaml"
     done = invoke(*PLAN, "--calib", CALIB, *SMALL, "--out", plan, *more)
@@ -232,7 +230,6 @@ PLAN, ERRORS = ("plan", MODEL, "--target", "60%"), ("sensitivity", MODEL, "--cal
         ((*ERRORS, "--eval", TEST, *SMALL, "--max-tokens", "8"), "at least one sequence of 32 tokens"),
         ((*ERRORS, "--max-tokens", "8"), "--max-tokens is how much of --eval is read, got 8 without it"),
         ((*PLAN, "--calib", CALIB, "--batch", "8"), "--batch is for plans by latency, got 8 for a plan by curves"),
-        ((*PLAN, "--calib", CALIB, "--stream", "--weigh", "gradient"), "weights by gradient need the whole model in memory"),
         ((*PLAN, "--calib", CALIB, "--weigh", "loss"), "weights by loss need a sensitivity that holds losses"),
         (("sensitivity", MODEL), "--calib must name a text to calibrate on"),
     ],

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from models import build, token_batches, weight_of
 
-from sparsekit import SparsekitError
+from sparsekit import SparsekitError, checkpoint
 from sparsekit.analysis.weights import gradient_weights
+from sparsekit.checkpoint.lazy import LazyModel
 
 
 def truth(model, batches, name):
@@ -65,6 +66,57 @@ def test_padding_is_not_predicted():
     padded = {"input_ids": F.pad(ids, (0, 3)), "attention_mask": F.pad(torch.ones_like(ids), (0, 3))}
     alone, with_padding = gradient_weights(model, [ids]), gradient_weights(model, [padded])
     assert all(with_padding[name] == pytest.approx(alone[name], rel=1e-4) for name in alone)
+
+
+# As above; opt: blocks that return a tuple where transformers is older, and a head with positions of its own kind; mixtral: routed.
+@pytest.mark.parametrize("name", ["llama", "llama, tied", "gpt2", "opt", "qwen3_moe", "mixtral"])
+def test_a_folder_weighs_as_its_model_with_a_block_in_memory_at_a_time(name, tmp_path, monkeypatch):
+    model, (ids,) = build(name), token_batches((2, 9))
+    padded = {"input_ids": F.pad(ids, (0, 3)), "attention_mask": F.pad(torch.ones_like(ids), (0, 3))}
+    batches, there = [ids, padded, *token_batches((1, 5))], []
+    wanted = gradient_weights(model, batches)
+    checkpoint.save(model, tmp_path / "model", format="dense")
+    fill = LazyModel.fill
+
+    def counted(self, parts):
+        fill(self, parts)
+        there.append([i for i, block in enumerate(self.blocks) if not any(p.is_meta for p in block.parameters())])
+
+    monkeypatch.setattr(LazyModel, "fill", counted)
+    found = gradient_weights(tmp_path / "model", batches, device="cpu", dtype=torch.float32)
+    assert list(found) == list(wanted) and found == pytest.approx(wanted, rel=1e-5)
+    assert there == [[0], [0], [1], [2], [], [2], [1], [0]]  # to capture; forward; behind the blocks; back
+
+
+@pytest.mark.parametrize("beside", [(), (None,), (torch.ones(3),)], ids=str)
+def test_blocks_that_return_a_tuple(beside, tmp_path, monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
+
+    model, batches = build("llama"), token_batches((2, 9))
+    wanted = gradient_weights(model, batches)
+    checkpoint.save(model, tmp_path / "model", format="dense")
+    forward, original = LlamaDecoderLayer.forward, LlamaModel.forward
+
+    class Unpacked(torch.nn.Module):  # what the model of an older transformers does with it
+        def __init__(self, block):
+            super().__init__()
+            self.block = block
+
+        def forward(self, *args, **kwargs):
+            return self.block(*args, **kwargs)[0]
+
+    def unpacking(self, *args, **kwargs):
+        kept = self.layers
+        self.__dict__["layers"] = [Unpacked(block) for block in kept]
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            del self.__dict__["layers"]
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", lambda self, *args, **kwargs: (forward(self, *args, **kwargs), *beside))
+    monkeypatch.setattr(LlamaModel, "forward", unpacking)
+    found = gradient_weights(tmp_path / "model", batches, device="cpu", dtype=torch.float32)
+    assert found == pytest.approx(wanted, rel=1e-5)
 
 
 @pytest.mark.parametrize(

@@ -81,8 +81,8 @@ def make_plan(
     this the target is a speed-up such as "1.2x", and times are what ``sparsekit bench --tune`` measured on this machine, in the
     model's dtype, at the number of tokens nearest to ``tokens``. low, high, choices: of the allocation. unit: what gets a share or
     a choice of its own, a "linear" or a "block"; by owl always a block.
-    weigh: what the errors are weighed with: "gradient" (``gradient_weights``; the model must be in memory), "loss" (those of the
-    sensitivity, by ``loss_weights``) or "size"; by default gradient, but size for a folder without a sensitivity.
+    weigh: what the errors are weighed with: "gradient" (``gradient_weights``; the default), "loss" (those of the sensitivity, by
+    ``loss_weights``) or "size".
     Raises SparsekitError as these functions do, for a sensitivity of another model, and where no row was measured."""
     unit = "block" if by == "owl" else unit
     check_ways(target, by, unit, weigh, low, high, choices)
@@ -91,8 +91,9 @@ def make_plan(
     matrices = [matrix for group in find_targets(source.blocks, names, ()) for matrix in group]
     if by == "owl":
         return allocate_owl(outlier_shares(model, batches, progress=progress, **where), target, low=low, high=high)
-    weigh = weigh or ("size" if not isinstance(model, nn.Module) and not (sensitivity and sensitivity.weights) else "gradient")
-    _check_weigh(model, weigh, sensitivity)
+    weigh = weigh or "gradient"
+    if weigh == "loss" and not (sensitivity and sensitivity.losses):
+        raise SparsekitError("weights by loss need a sensitivity that holds losses; measure them, or weigh by gradient")
     times = measured_times(matrices, source.device, tokens) if by == "latency" else {}
     wanted = list(CHOICES[by] if choices is None else choices) if by in CHOICES else SHARES
     if sensitivity is None:
@@ -101,7 +102,7 @@ def make_plan(
         curves = sensitivity.curves
         check_curves(curves, matrices)
     how: dict[str, Any] = {
-        "weights": _weights(model, batches, curves, weigh, sensitivity, progress),
+        "weights": _weights(model, batches, curves, weigh, sensitivity, progress, where),
         "groups": blocks_of(source) if unit == "block" else None,
     }
     if by == "curves":
@@ -139,13 +140,6 @@ def measured_times(matrices: Iterable[Target], device: torch.device, tokens: int
     return found
 
 
-def _check_weigh(model: nn.Module | str | Path, weigh: str, sensitivity: Sensitivity | None) -> None:
-    if weigh == "loss" and not (sensitivity and sensitivity.losses):
-        raise SparsekitError("weights by loss need a sensitivity that holds losses; measure them, or weigh by gradient")
-    if weigh == "gradient" and not isinstance(model, nn.Module) and not (sensitivity and sensitivity.weights):
-        raise SparsekitError("weights by gradient need the whole model in memory; load it, or weigh by size")
-
-
 def _weights(
     model: nn.Module | str | Path,
     batches: Sequence[Tensor | Mapping[str, Tensor]],
@@ -153,10 +147,13 @@ def _weights(
     weigh: str,
     sensitivity: Sensitivity | None,
     progress: Progress | None,
+    where: Mapping[str, Any],
 ) -> dict[str, float] | None:
     if weigh == "size":
         return None
     if weigh == "loss":
         groups = sensitivity.blocks if sensitivity.unit == "block" else None
         return loss_weights(curves, sensitivity.losses, sensitivity.dense_loss, groups)
-    return sensitivity.weights if sensitivity and sensitivity.weights else gradient_weights(model, batches, progress=progress)
+    if sensitivity and sensitivity.weights:
+        return sensitivity.weights
+    return gradient_weights(model, batches, progress=progress, **where)

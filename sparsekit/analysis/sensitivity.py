@@ -99,20 +99,17 @@ def measure_sensitivity(
     """The error curves of all linears at the levels, their gradient weights, and, where a unit ("linear" or "block") is given, the
     losses with each of them alone pruned to the loss_levels, on the tokens ``evaluation`` in windows of seq_len.
 
-    model: one in memory, or the folder of one that need not fit there: of that the curves alone. The other arguments are those of
+    model: one in memory, or the folder of one that need not fit there: of that all but the losses. The other arguments are those of
     ``error_curves``, the errors those of ``error_curves``, ``gradient_weights`` and ``losses_alone``."""
     batches, skip, loss_levels = list(batches), tuple(skip), read_levels(loss_levels) if unit else []
     if unit is not None:
         check_unit(unit)
         if evaluation is None or not isinstance(model, nn.Module):
             raise SparsekitError(f"losses by {unit} need a model in memory and an evaluation text, got one of them missing")
-    held = dict(skip=skip, progress=progress)
-    curves = error_curves(model, batches, levels, **held, device=device, dtype=dtype)
+    held, where = dict(skip=skip, progress=progress), dict(device=device, dtype=dtype)
+    curves = error_curves(model, batches, levels, **held, **where)
     names = blocks_of(source_of(model, None, device, dtype), skip)
-    found = Sensitivity(count_tokens(batches), curves, names)
-    if not isinstance(model, nn.Module):
-        return found
-    found = replace(found, weights=gradient_weights(model, batches, **held))
+    found = Sensitivity(count_tokens(batches), curves, names, gradient_weights(model, batches, **held, **where))
     if unit is None:
         return found
     how = dict(unit=unit, max_tokens=max_tokens, **held)

@@ -1,4 +1,4 @@
-"""How much an error in a matrix's outputs matters to the loss, by the second order of the loss, from one backward pass a batch.
+"""How much an error in a matrix's outputs matters to the loss, by the second order of the loss, from the gradients of its batches.
 
 With the Fisher matrix F of a weight W (n, k) in place of the Hessian, a change D of it that is spread evenly costs
 trace(F) |D|^2 / 2nk nats a token; one of relative squared error e, e trace(F) |W|^2 / 2nk.
@@ -6,50 +6,55 @@ trace(F) |D|^2 / 2nk nats a token; one of relative squared error e, e trace(F) |
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from ..data import model_call
 from ..errors import SparsekitError
-from ..evaluate import eval_mode
-from ..pipeline.blocks import Target, find_blocks, find_targets
-from ..pipeline.gradients import gradients_given, next_token_loss
+from ..pipeline.backward import gradients_at_once, gradients_by_block
+from ..pipeline.blocks import Target, find_targets
+from ..pipeline.source import Progress
+from .dense import source_of
 
 
 def gradient_weights(
-    model: nn.Module,
+    model: nn.Module | str | Path,
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     *,
     skip: Iterable[str] = (),
     blocks: nn.ModuleList | None = None,
-    progress: Callable[[str, int, int], None] | None = None,
+    progress: Progress | None = None,
+    device: str | torch.device = "auto",
+    dtype: torch.dtype | str = "auto",
 ) -> dict[str, float]:
     """Of every matrix that ``sparsekit.prune`` would prune, by name, the nats a token that a relative squared error of 1 in its
     outputs would cost if all of the loss were second order: what to weigh the errors of its ``Curve`` with.
 
-    batches, skip, blocks: as for ``prune``. trace(F) is the empirical Fisher information: squared gradients of the batches' summed
-    loss, over their tokens. One parameter's gradient is in memory at a time, but the activations of a batch are too; the model
-    is as it was afterwards.
+    model: one in memory, or the folder of one that need not fit there (device, dtype: as for ``load``): of that one block is there
+    at a time, and what enters the blocks waits on disk. batches, skip, blocks: as for ``prune``. trace(F) is the empirical Fisher
+    information: squared gradients of the batches' summed loss, over their tokens. One parameter's gradient is in memory at a time,
+    but the activations of a batch are too, those of all blocks or of one; the model is as it was afterwards.
     Raises SparsekitError for no batches, batches without two tokens in a row, and a loss that is not finite."""
-    names = {module: name for name, module in model.named_modules()}
-    targets = [t for group in find_targets(find_blocks(model) if blocks is None else blocks, names, tuple(skip)) for t in group]
-    squares, tokens, device = dict.fromkeys(targets, 0.0), 0, next(model.parameters()).device
+    place = source_of(model, blocks, device, dtype)
+    names = {module: name for name, module in place.model.named_modules()}
+    groups = find_targets(place.blocks, names, tuple(skip))
+    squares, weights = {target: 0.0 for group in groups for target in group}, {}
     batches = list(batches)
+    if not batches:
+        raise SparsekitError("weighing errors needs calibration batches, got none")
 
     def take(target: Target, gradient: Tensor) -> None:
         squares[target] += gradient.float().square().sum(dtype=torch.float64).item()
 
-    with eval_mode(model), gradients_given(model, targets, take):
-        for i, batch in enumerate(batches):
-            if progress:
-                progress("gradients", i, len(batches))
-            _, arguments, _ = model_call(model, batch if isinstance(batch, Mapping) else {"input_ids": batch}, device)
-            loss, count, _ = next_token_loss(model, arguments)
-            loss.backward()
-            tokens += count
-    if not tokens:
-        raise SparsekitError("weighing errors needs calibration batches, got none")
-    mean = {target: target.weight.float().square().mean().item() if target.weight.numel() else 0.0 for target in targets}
-    return {target.name: square / tokens * mean[target] / 2 for target, square in squares.items()}
+    def done(target: Target) -> None:
+        weights[target.name] = squares[target] * (target.weight.float().square().mean().item() if target.weight.numel() else 0.0)
+
+    if isinstance(model, nn.Module):
+        tokens = gradients_at_once(model, list(squares), batches, take, progress)
+        for target in squares:
+            done(target)
+    else:
+        tokens = gradients_by_block(place, groups, batches, take, done, progress)
+    return {target.name: weights[target.name] / tokens / 2 for target in squares}

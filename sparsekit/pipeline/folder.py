@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -152,11 +152,19 @@ class Reading:
         head = self.model.get_output_embeddings()
         unused = {f"{name}." for name, module in self.model.named_modules() if module is head}
         tops = [top for top, names in self.lazy.outside.items() if not all(n.rpartition(".")[0] + "." in unused for n in names)]
-        self.lazy.fill([0, *tops])
+        with self._filled([0, *tops]):
+            yield
+
+    def surrounding(self) -> AbstractContextManager:
+        return self._filled(self.lazy.outside)
+
+    @contextmanager
+    def _filled(self, parts: Iterable[int | str]) -> Iterator[None]:
+        self.lazy.fill(parts)
         try:
             yield
         finally:
-            self.lazy.drop([0, *tops])
+            self.lazy.drop(parts)
 
     @contextmanager
     def whole(self) -> Iterator[None]:

@@ -30,6 +30,9 @@ class Source(Protocol):
     def capturing(self) -> AbstractContextManager:
         """Inside, the model can run up to the end of its first block."""
 
+    def surrounding(self) -> AbstractContextManager:
+        """Inside, what stands outside the blocks is there."""
+
     def whole(self) -> AbstractContextManager:
         """Inside, all of the model's weights are there, as they were before any pruning."""
 
@@ -61,6 +64,9 @@ class Resident:
         self.device = next(model.parameters()).device
 
     def capturing(self) -> AbstractContextManager:
+        return nullcontext()
+
+    def surrounding(self) -> AbstractContextManager:
         return nullcontext()
 
     def whole(self) -> AbstractContextManager:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -40,12 +41,13 @@ class Stream:
         self.hidden = InMemory() if store is None else store
         self.masks: list[Tensor | None] = []  # of each batch: which of its tokens count, (batch * tokens,) bool, or all
         self.calls: list[list[tuple[tuple, dict[str, Any]]]] = []  # [batch][block]: arguments, keyword arguments
+        self.beside: tuple | None = None  # what the blocks return beside the hidden states, None for these alone
         self.tokens = 0
         self._index = {block: i for i, block in enumerate(blocks)}
         held: dict[tuple, list[Tensor]] = {}  # of the blocks' other arguments, the last few of each kind
         for batch in batches:
             args, kwargs, mask = model_call(model, batch, device)
-            hidden, calls = _capture(model, blocks, args, kwargs)
+            hidden, calls, self.beside = _capture(model, blocks, args, kwargs)
             self.masks.append(mask)
             self.hidden.append(hidden)
             met: dict[int, Tensor] = {}
@@ -65,16 +67,21 @@ class Stream:
                     self._run(block, b)
         return observer.finish()
 
-    def advance(self, block: nn.Module) -> None:
-        """Replaces the hidden states by the block's output, and forgets the block's arguments."""
+    def advance(self, block: nn.Module, forget: bool = True) -> None:
+        """Replaces the hidden states by the block's output, and forgets the block's arguments, unless it is to run again."""
         for b in range(len(self.hidden)):
             self.hidden[b] = self._run(block, b)
-            self.calls[b][self._index[block]] = ((), {})
+            if forget:
+                self.calls[b][self._index[block]] = ((), {})
+
+    def again(self, block: nn.Module, b: int, hidden: Tensor) -> Tensor:
+        """What the block makes of the hidden states in place of those of batch b, with the other arguments of that batch."""
+        args, kwargs = self.calls[b][self._index[block]]
+        out = block(hidden, *args, **kwargs)
+        return out if isinstance(out, Tensor) else out[0]
 
     def _run(self, block: nn.Module, b: int) -> Tensor:
-        args, kwargs = self.calls[b][self._index[block]]
-        out = block(self.hidden[b], *args, **kwargs)
-        return out if isinstance(out, Tensor) else out[0]
+        return self.again(block, b, self.hidden[b])
 
 
 def _shared(value: Any, held: dict[tuple, list[Tensor]], met: dict[int, Tensor]) -> Any:
@@ -96,14 +103,15 @@ def _shared(value: Any, held: dict[tuple, list[Tensor]], met: dict[int, Tensor])
 
 def _capture(
     model: nn.Module, blocks: nn.ModuleList, args: tuple, kwargs: dict[str, Any]
-) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]]]:
-    """The hidden states that enter the first block, and the other arguments of every block, from one call of the model.
+) -> tuple[Tensor, list[tuple[tuple, dict[str, Any]]], tuple | None]:
+    """The hidden states that enter the first block, the other arguments of every block, and what the first one returns beside its
+    hidden states, None where these are all, from one call of the model.
 
     The blocks themselves do not run: each passes its hidden states on, in whatever form the first one returns. So masks,
     position embeddings and the like are the model's own, whichever block they differ in."""
     first_hidden: list[Tensor] = []
     calls: list[tuple[tuple, dict[str, Any]]] = []
-    rest: list[Any] = []  # what the first block returns beside the hidden states
+    beside: list[tuple | None] = []
 
     def stub(block: nn.Module, original: Callable):
         def forward(*args, **kwargs):
@@ -113,28 +121,49 @@ def _capture(
             if block is blocks[0]:
                 first_hidden.append(hidden)
                 out = original(hidden.clone(), *args[1:], **kwargs)  # it may add to them in place
-                rest.extend([out] if isinstance(out, Tensor) else [None, *out[1:]])
+                beside.append(None if isinstance(out, Tensor) else tuple(out[1:]))
             calls.append((args[1:], kwargs))
             if block is blocks[-1]:
                 raise _Captured
-            return hidden if isinstance(rest[0], Tensor) else (hidden, *rest[1:])
+            return hidden if beside[0] is None else (hidden, *beside[0])
 
         return forward
 
     if hasattr(model, "config"):
         kwargs = {"use_cache": False, **kwargs}
-    patched = [(block, block.__dict__.get("forward")) for block in blocks]  # one may be patched by somebody else already
+    with suppress(_Captured), _replaced(blocks, stub):
+        model(*args, **kwargs)
+    if len(calls) != len(blocks):
+        raise SparsekitError(f"each block must run once in a forward pass, got {len(calls)} calls of {len(blocks)} blocks")
+    return first_hidden[0], calls, beside[0]
+
+
+@contextmanager
+def ending_in(blocks: nn.ModuleList, hidden: Tensor, beside: tuple | None) -> Iterator[None]:
+    """Inside, a model's last block returns ``hidden``, whatever the model is called with, and no block runs: what the model returns
+    is what it makes of these hidden states behind its blocks. beside: of ``Stream``."""
+
+    def stub(block: nn.Module, _: Callable):
+        def forward(*args, **kwargs):
+            out = hidden if block is blocks[-1] else args[0] if args else kwargs["hidden_states"]
+            return out if beside is None else (out, *beside)
+
+        return forward
+
+    with _replaced(blocks, stub):
+        yield
+
+
+@contextmanager
+def _replaced(blocks: nn.ModuleList, stub: Callable[[nn.Module, Callable], Callable]) -> Iterator[None]:
+    """Inside, what a block does when it is called is what ``stub`` makes of the block and what it did."""
+    before = [(block, block.__dict__.get("forward")) for block in blocks]  # one may be replaced by somebody else already
     try:
         for block in blocks:
             block.forward = stub(block, block.forward)
-        model(*args, **kwargs)
-    except _Captured:
-        pass
+        yield
     finally:
-        for block, forward in patched:
+        for block, forward in before:
             del block.forward
             if forward is not None:
                 block.forward = forward
-    if len(calls) != len(blocks):
-        raise SparsekitError(f"each block must run once in a forward pass, got {len(calls)} calls of {len(blocks)} blocks")
-    return first_hidden[0], calls
