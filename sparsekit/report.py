@@ -96,7 +96,7 @@ class StructuredStep:
     """One kind of part that went: "layers", "attention", "mlp", "experts", "heads" or "ffn".
 
     removed: of layers and sub-layers the numbers of blocks, as they were before this step, in the order in which they went; of
-    the others, for each block, the numbers of those that went, heads by their key-value head.
+    the others, for each block, the numbers of those that went, heads by their key-value head, experts' neurons through its experts.
     importance: of layers and sub-layers what each of them had when its turn came; of experts and heads, for each block, what each
     had; of neurons, for each block, the share of their importance that went.
     output_error_plain, output_error, damping: for each block whose heads or neurons went, of the linear that reads them, squared

@@ -13,7 +13,7 @@ from sparsekit.structured import ARCHITECTURES, Architecture, BlockShape, archit
 from sparsekit.structured.architecture import submodule
 from sparsekit.structured.removed import take_out
 
-# heads, key-value heads, width of a head, neurons, experts of each block of the small models
+# heads, key-value heads, width of a head, neurons, experts, neurons of each expert of each block of the small models
 SHAPES = {
     "llama": (4, 2, 8, 44, None),
     "mistral": (4, 2, 8, 44, None),
@@ -29,8 +29,8 @@ SHAPES = {
     "falcon, alibi": (4, 4, 8, 128, None),
     "falcon, new": (4, 2, 8, 128, None),  # grouped, beside each other
     "bloom": (4, 4, 8, 128, None),  # no field for the neurons
-    "qwen3_moe": (4, 2, 8, None, EXPERTS),
-    "mixtral": (4, 2, 8, None, EXPERTS),
+    "qwen3_moe": (4, 2, 8, None, EXPERTS, 20),
+    "mixtral": (4, 2, 8, None, EXPERTS, 44),
 }
 
 
@@ -38,7 +38,7 @@ SHAPES = {
 def test_sizes_are_those_of_the_modules(name):
     model = build(name)
     architecture = architecture_of(model)
-    assert [tuple(vars(architecture.shape(block)).values()) for block in architecture.blocks(model)] == [SHAPES[name]] * BLOCKS
+    assert [architecture.shape(block) for block in architecture.blocks(model)] == [BlockShape(*SHAPES[name])] * BLOCKS
 
 
 def test_a_model_without_its_head_and_one_without_memory():

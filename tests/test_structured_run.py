@@ -15,7 +15,7 @@ import sparsekit
 from sparsekit import SparsekitError, checkpoint, prune_structured
 from sparsekit.pipeline import parse_amount, prune_structured_folder
 from sparsekit.report import StructuredReport
-from sparsekit.structured import architecture_of, prune_experts, prune_layers
+from sparsekit.structured import architecture_of, prune_experts, prune_layers, remove_sublayers
 
 IDS = token_batches((2, 12))
 SMALL = ("--calib", shipped.TEXTS / "kjv.calib.txt", "--samples", 4, "--seq-len", 32, "--device", "cpu")
@@ -125,7 +125,7 @@ def test_each_part_is_measured_on_what_is_left_by_then():
         ("llama", {"layers": 1, "ffn": 0.5, "scope": "model"}, "scope must be layer or global, got 'model'"),
         ("llama", {"layers": 1, "experts": 1}, "must have experts to remove some, got LlamaForCausalLM without one"),
         ("mixtral", {"layers": 1, "experts": 3}, "must be 1 to 2, for block 0 has 4 and each token is given to 2"),
-        ("mixtral", {"layers": 1, "ffn": 0.5}, "there must be neurons to remove"),
+        ("mixtral", {"layers": 1, "ffn": 0.5}, "must keep a multiple of 8 neurons each, .* got 22; give round_to=8"),
         (None, {"layers": 1}, r"structured pruning knows .*, got stablelm; register a sparsekit\.structured\.Architecture"),
         ("falcon", {"heads": 4}, "1 of 4 at a time and not all, got 4 to remove"),  # which share one key-value head
     ],
@@ -139,10 +139,12 @@ def test_what_cannot_be_is_refused_before_anything_has_changed(name, asked, says
 
 
 def test_parts_that_may_all_have_gone_by_their_turn_are_refused_before():
-    model = build("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[0])  # one block of three has neurons
-    count_before = count(model)
+    one = build("llama")
+    remove_sublayers(one, "mlp", [0, 1])
     with pytest.raises(SparsekitError, match="all 1 that have any may go with the 1 layers and mlp asked for"):
-        prune_structured(model, IDS, layers=1, ffn=0.5)
+        prune_structured(one, IDS, layers=1, ffn=0.5)
+    model = build("qwen3_moe", num_hidden_layers=3, mlp_only_layers=[0])  # two blocks of three have experts
+    count_before = count(model)
     with pytest.raises(SparsekitError, match="all 2 that have any may go with the 2 layers and mlp asked for"):
         prune_structured(model, IDS, mlp=2, experts=1)
     assert count(model) == count_before

@@ -27,6 +27,8 @@ from ..structured import (
 )  # fmt: skip
 from ..structured.architecture import Architecture
 from ..structured.compensation import compensated
+from ..structured.neurons import expert_downs, set_expert_downs
+from ..structured.routed import activations, check_width, routing
 from ..structured.selection import Remove
 from ..structured.surgery import group_features, group_parameters, neuron_parameters, set_weight
 from ..timing import Phases
@@ -40,9 +42,10 @@ class Narrowed:
     """What ``prune_heads`` or ``prune_neurons`` took out. what: "heads" or "neurons"; heads that share a key-value head go together
     and are counted by it.
 
-    By block: removed, the numbers of those that went; kept, how many are left; importance, of all that were there; errors, those of
-    the output of the linear that reads them (o, down), squared and over its square, without and with compensation, and damping,
-    what that had to add, None where nothing went or nothing made up for it.
+    By block: removed, the numbers of those that went, of experts' neurons through all experts of the block; kept, how many are
+    left; importance, of all that were there; errors, those of the output of the linear that reads them (o, down; experts' down
+    taken together), squared and over its square, without and with compensation, and damping, what that had to add, None where
+    nothing went or nothing made up for it.
     parameters_before, parameters_after: of the model, counted; parameters_predicted: reckoned beforehand."""
 
     what: str
@@ -127,9 +130,13 @@ def _narrow(
     else:
         importance = neuron_importance(model, batches, method, progress=told)
         removed = select_neurons(importance, remove, scope=scope, round_to=round_to)
+        for block, gone in zip(blocks, removed):
+            if gone and architecture.expert_parts(block):
+                shape = architecture.shape(block)
+                check_width(architecture, block, shape.moe_intermediate_size - len(gone) // shape.num_experts)
         each = [neuron_parameters(architecture, block) for block in blocks]
     before = count_parameters(model)
-    kept = [[i for i in range(len(scores)) if i not in set(gone)] for scores, gone in zip(importance, removed)]
+    kept = [sorted({*range(scores.numel())} - {*gone}) for scores, gone in zip(importance, removed)]
     names = {module: name for name, module in model.named_modules()}
     fits = []
     with torch.no_grad(), eval_mode(model):
@@ -149,7 +156,7 @@ def _narrow(
         method=method,
         removed=tuple(map(tuple, removed)),
         kept=tuple(map(len, kept)),
-        importance=tuple(tuple(scores.tolist()) for scores in importance),
+        importance=tuple(tuple(scores.flatten().tolist()) for scores in importance),
         errors=tuple((fit.plain, fit.compensated) for fit in fits),
         damping=tuple(fit.damping for fit in fits),
         parameters_before=before,
@@ -176,6 +183,8 @@ def _cut(
     names: Mapping[nn.Module, str],
 ) -> _Fit:
     """Takes all but the kept heads or neurons out of the block; with a stream, compensated on what it brings."""
+    if what == "neurons" and architecture.expert_parts(block):
+        return _cut_experts(architecture, block, kept, stream, names)
     if what == "heads":
         reader, keep, columns = architecture.projections(block)["o"], keep_heads, group_features(architecture.shape(block), kept)
     else:
@@ -198,6 +207,47 @@ def _cut(
     keep(architecture, block, kept)
     set_weight(reader, weight)
     return _Fit(*errors, damping)
+
+
+def _cut_experts(
+    architecture: Architecture,
+    block: nn.Module,
+    kept: Sequence[int],
+    stream: Stream | None,
+    names: Mapping[nn.Module, str],
+) -> _Fit:
+    """The same for the neurons of a block's experts: each makes up for its own, on the tokens it is given times their weights."""
+    if stream is None:
+        keep_neurons(architecture, block, kept)
+        return _Fit()
+    experts, _ = architecture.expert_parts(block)
+    whole = expert_downs(architecture, block)
+    grams = [Gram(whole.shape[2], whole.device) for _ in whole]
+
+    def see(expert: int, rows: Tensor, weights: Tensor) -> None:
+        made = activations(architecture, experts, expert, rows)
+        grams[expert].update(made.float() * weights.float()[:, None])
+
+    masks = iter(stream.masks)
+    with routing(architecture, block, lambda: next(masks), see):
+        stream.observe(block, {}, Phases(whole.device))
+    fitted, errors, most = [], torch.zeros(3, dtype=torch.float64), 0.0
+    for expert, (weight, gram) in enumerate(zip(whole, grams)):
+        columns = [i % whole.shape[2] for i in kept if i // whole.shape[2] == expert]
+        try:
+            narrow, damping = compensated(weight, gram, columns)
+        except ValueError as error:
+            raise SparsekitError(f"expert {expert} of {names[block]} cannot make up for the neurons that go: {error}") from error
+        fitted.append(narrow.to(weight.dtype))
+        most = max(most, damping)
+        lost = [weight.double().clone() for _ in range(3)]  # the output itself, and what is lost without and with it
+        for change, found in zip(lost[1:], (weight[:, columns], fitted[-1])):
+            change[:, columns] -= found
+        errors += torch.stack([((one @ gram.sum.double()) * one).sum() for one in lost]).cpu()
+    keep_neurons(architecture, block, kept)
+    set_expert_downs(architecture, block, fitted)
+    plain, made_up = (float(one / errors[0]) if errors[0] > 0 else 0.0 for one in errors[1:])
+    return _Fit(plain, made_up, most)
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -21,6 +21,7 @@ from ..structured.architecture import Architecture
 from ..structured.entries import SUBLAYERS, entries_of
 from ..structured.experts import experts_a_token
 from ..structured.heads import head_units
+from ..structured.routed import GROUPED, check_neurons, check_width
 from .narrow import Narrowed, count_parameters, prune_heads, prune_neurons
 from .source import Progress
 
@@ -182,8 +183,19 @@ def check_amounts(
             select_heads([torch.zeros(n) for n in held], counts[part], scope=scope)
         else:
             counts[part] = amount
-            held = _surely_left([shape.intermediate_size for shape in shapes], counts, "mlp", "neurons")
+            of_experts = [block for block in blocks if architecture.expert_parts(block)]
+            for block in of_experts:
+                check_neurons(architecture, block)
+            widths = [shape.moe_intermediate_size or shape.intermediate_size for shape in shapes]
+            held = _surely_left(widths, counts, "mlp", "neurons")
             select_neurons([torch.zeros(n) for n in held], amount, scope=scope, round_to=round_to)
+            for block in of_experts:
+                if scope == "layer":
+                    width = architecture.shape(block).moe_intermediate_size
+                    gone = select_neurons([torch.zeros(width)], amount, round_to=round_to)
+                    check_width(architecture, block, width - len(gone[0]))
+                elif (round_to or 1) % GROUPED:
+                    check_width(architecture, block, f"round_to {round_to} over all blocks")
     return counts
 
 
@@ -280,5 +292,7 @@ def _sizes(architecture: Architecture, block: nn.Module) -> dict[str, int]:
     sizes["mlp"] = held(*architecture.neurons(block).values()) if mlp is block else held(mlp)
     if parts := architecture.expert_parts(block):
         count = architecture.shape(block).num_experts
-        sizes["experts"] = sum(p.numel() // count for part in parts for p in part.parameters() if len(p) == count)
+        separate = isinstance(parts[0], nn.ModuleList)
+        shared = [p for part in parts[separate:] for p in part.parameters() if len(p) == count]
+        sizes["experts"] = sum(p.numel() // count for p in shared) + (held(parts[0][0]) if separate else 0)
     return sizes

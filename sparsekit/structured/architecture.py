@@ -15,13 +15,15 @@ _ORDERS = ("stacked", "grouped")
 
 @dataclass(frozen=True)
 class BlockShape:
-    """The sizes of a block as its modules have them; None where the block has no such part."""
+    """The sizes of a block as its modules have them; None where the block has no such part. moe_intermediate_size: the neurons of
+    each of its experts."""
 
     num_attention_heads: int | None = None
     num_key_value_heads: int | None = None
     head_dim: int | None = None
     intermediate_size: int | None = None
     num_experts: int | None = None
+    moe_intermediate_size: int | None = None
 
     @property
     def head_units(self) -> int | None:
@@ -44,7 +46,8 @@ class Architecture:
     qkv: the one linear that makes queries, keys and values, None where q, k and v do. qkv_order: how its output features lie,
     "stacked" (all queries, all keys, all values) or "grouped" (for each key-value head its queries, its key and its value).
     gate: None for an MLP without one. gate_up: the one linear that makes both, gate's features first, None where gate and up do.
-    experts, router: None outside mixtures of experts; a block whose MLP lacks them is dense.
+    experts, router: None outside mixtures of experts; a block whose MLP lacks them is dense. Experts are one module, as in
+    transformers 5, or a ModuleList; then gate, up, gate_up and down are also the linears of each.
     Attributes of the attention module: head_width holds the width of a head, index its place in the cache.
     adds_residual: whether attention and MLP are given, after their input, the hidden states that they add their output to.
     alibi: whether the attention is called with ALiBi's biases by head, which Falcon's is where its config's ``alibi`` says so.
@@ -79,6 +82,7 @@ class Architecture:
     head_dim_field: str | None = "head_dim"
     intermediate_field: str | None = "intermediate_size"
     experts_field: str | None = None
+    expert_size_field: str | None = None
     top_k_field: str = "num_experts_per_tok"
     layers_field: str = "num_hidden_layers"
     lists: tuple[str, ...] = ("layer_types",)
@@ -128,13 +132,16 @@ class Architecture:
 
         Empty where it is removed or holds experts."""
         mlp = self.mlp(block)
-        if mlp is None or self._has_experts(mlp):
-            return {}
+        return {} if mlp is None or self._has_experts(mlp) else self._linears(mlp, self.mlp_at, self._of_neurons())
+
+    def expert_linears(self, expert: nn.Module) -> dict[str, nn.Module]:
+        """The same of one expert that is a module of its own."""
+        return self._linears(expert, f"an expert of {_join(self.mlp_at, self.experts)}", self._of_neurons())
+
+    def _of_neurons(self) -> dict[str, str]:
         if self.gate_up:
-            parts = {"gate_up": self.gate_up}
-        else:
-            parts = {"gate": self.gate, "up": self.up} if self.gate else {"up": self.up}
-        return self._linears(mlp, self.mlp_at, {**parts, "down": self.down})
+            return {"gate_up": self.gate_up, "down": self.down}
+        return {"gate": self.gate, "up": self.up, "down": self.down} if self.gate else {"up": self.up, "down": self.down}
 
     def uses_alibi(self, attention: nn.Module) -> bool:
         """Whether what the attention makes depends on a head's number, by ALiBi's slopes."""
@@ -149,7 +156,7 @@ class Architecture:
 
     def shape(self, block: nn.Module) -> BlockShape:
         """The sizes of the block, measured on its modules, of whatever device."""
-        heads = kv_heads = head_dim = intermediate = experts = None
+        heads = kv_heads = head_dim = intermediate = experts = neurons = None
         if linears := self.projections(block):
             head_dim = getattr(self.attention(block), self.head_width)
             inner = dense_weight(linears["o"]).shape[1]
@@ -159,7 +166,19 @@ class Architecture:
             intermediate = dense_weight(linears["down"]).shape[1]
         if parts := self.expert_parts(block):
             experts = len(parts[0]) if isinstance(parts[0], nn.ModuleList) else parts[0].num_experts
-        return BlockShape(heads, kv_heads, head_dim, intermediate, experts)
+            neurons = self._neurons_an_expert(parts[0])
+        return BlockShape(heads, kv_heads, head_dim, intermediate, experts, neurons)
+
+    def _neurons_an_expert(self, experts: nn.Module) -> int | None:
+        """None where they lie in a way that is not known."""
+        if isinstance(experts, nn.ModuleList):
+            known = all(submodule(experts[0], path) is not None for path in self._of_neurons().values())
+            return dense_weight(self.expert_linears(experts[0])["down"]).shape[1] if known else None
+        gate_up, down = (getattr(experts, name, None) for name in ("gate_up_proj", "down_proj"))
+        usual = {"is_transposed": False, "is_concatenated": True, "has_bias": False, "has_gate": True}
+        if gate_up is None or down is None or any(getattr(experts, name, value) != value for name, value in usual.items()):
+            return None
+        return down.shape[2] if gate_up.shape[1] == 2 * down.shape[2] else None
 
     def _has_experts(self, mlp: nn.Module) -> bool:
         return self.experts is not None and submodule(mlp, self.experts) is not None
@@ -224,10 +243,17 @@ def architecture_of(model: nn.Module) -> Architecture:
 
 
 register(Architecture(("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")))
-register(Architecture(("mixtral",), experts="experts", router="gate", experts_field="num_local_experts"))
 register(
-    Architecture(("qwen3_moe",), experts="experts", router="gate", experts_field="num_experts", block_lists=("mlp_only_layers",))
+    Architecture(
+        ("mixtral",), experts="experts", router="gate", experts_field="num_local_experts", expert_size_field="intermediate_size"
+    )
 )
+register(
+    Architecture(
+        ("qwen3_moe",), experts="experts", router="gate", experts_field="num_experts", expert_size_field="moe_intermediate_size",
+        block_lists=("mlp_only_layers",),
+    )
+)  # fmt: skip
 register(Architecture(("phi",), o="dense", gate=None, up="fc1", down="fc2"))
 register(
     Architecture(

@@ -2,7 +2,8 @@
 
 In config.json they are ``"sparsekit": {"per_layer_config": [entry, ...]}``. The bare name is taken: transformers 5 reads it in a
 form of its own, which its models do not follow yet. An entry holds, where the block differs from the config's own value,
-``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size`` and ``num_experts``, whatever the config calls them,
+``num_attention_heads``, ``num_key_value_heads``, ``intermediate_size``, ``num_experts`` and ``moe_intermediate_size`` (neurons of
+each expert), whatever the config calls them,
 ``alibi_heads``, the numbers that its heads had in the whole block where ALiBi tells them apart, and ``attention`` or ``mlp`` as
 false where that is gone."""
 
@@ -14,7 +15,7 @@ from typing import Any
 
 from ..errors import SparsekitError, listed
 
-COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_experts")
+COUNTS = ("num_attention_heads", "num_key_value_heads", "intermediate_size", "num_experts", "moe_intermediate_size")
 SUBLAYERS = ("attention", "mlp")
 ALIBI = "alibi_heads"
 Entry = dict[str, Any]

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SparsekitError
 from .architecture import Architecture, architecture_of
+from .routed import expert_output, routing
 from .surgery import keep_experts, settle_config
 from .watching import Batches, Progress, calls, run
 
@@ -29,29 +30,22 @@ def expert_importance(model: nn.Module, batches: Batches, *, progress: Progress 
     """What each expert adds, by the number of its block: the sum over tokens of the norm of its output times the router's weight,
     (experts,) in fp64 on the CPU.
 
-    A token counts for the experts that the router gives it to, and not at all where a batch's attention_mask leaves it out. The
-    sums are streamed; each batch costs the experts' work twice. progress is told (batches done, batches in all).
-    Raises SparsekitError where the model has no experts or keeps them as separate modules, and for no batches."""
+    A token counts for the experts that the router gives it to, and not at all where a batch's attention_mask leaves it out. Of
+    experts that are modules of their own, a weight is what the layer's output moves with. The sums are streamed; each batch costs
+    the experts' work twice, of separate modules three times. progress is told (batches done, batches in all).
+    Raises SparsekitError where the model has no experts, and for no batches."""
     architecture = architecture_of(model)
     layers = _layers(architecture, model)
     totals = {i: torch.zeros(architecture.shape(block).num_experts, dtype=torch.float64) for i, block in layers.items()}
     mask: Tensor | None = None
 
-    def look(i: int, experts: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        names = ("hidden_states", "top_k_index", "top_k_weights")
-        hidden, index, weights = (kwargs[name] if name in kwargs else args[place] for place, name in enumerate(names))
-        if mask is not None:
-            hidden, index, weights = hidden[mask], index[mask], weights[mask]
-        for choice in range(index.shape[1]):  # one expert a token: what comes out is that expert's share
-            chosen, weight = index[:, choice : choice + 1], weights[:, choice : choice + 1]
-            norms = experts.forward(hidden, chosen, weight).double().norm(dim=-1)
-            totals[i].index_add_(0, chosen[:, 0].cpu(), norms.cpu())
+    def look(i: int, experts: nn.Module, expert: int, rows: Tensor, weights: Tensor) -> None:
+        totals[i][expert] += float(expert_output(experts, expert, rows, weights).double().norm(dim=-1).sum())
 
-    with ExitStack() as hooks:
+    with ExitStack() as stack:
         for i, block in layers.items():
-            experts, _ = architecture.expert_parts(block)
-            looking = experts.register_forward_pre_hook(lambda *call, i=i: look(i, *call), with_kwargs=True)
-            hooks.callback(looking.remove)
+            see = partial(look, i, architecture.expert_parts(block)[0])
+            stack.enter_context(routing(architecture, block, lambda: mask, see))
         for args, kwargs, mask in calls(model, batches, progress):  # noqa: B007  the hooks read it
             run(model, args, kwargs)
     if broken := [i for i, total in totals.items() if not torch.isfinite(total).all()]:
@@ -124,6 +118,4 @@ def _layers(architecture: Architecture, model: nn.Module) -> dict[int, nn.Module
     blocks = {i: block for i, block in enumerate(architecture.blocks(model)) if architecture.expert_parts(block)}
     if not blocks:
         raise SparsekitError(f"the model must have experts to remove some, got {type(model).__name__} without one")
-    if any(isinstance(architecture.expert_parts(block)[0], nn.ModuleList) for block in blocks.values()):
-        raise SparsekitError("experts are told apart with transformers 5, where a block's are one module; upgrade transformers")
     return blocks

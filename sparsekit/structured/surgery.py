@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import SparsekitError
+from ..errors import SparsekitError, listed
 from ..linear import dense_weight, is_conv1d
 from .architecture import Architecture, BlockShape, architecture_of
 from .entries import ALIBI, COUNTS, SUBLAYERS, Entry, set_entries
@@ -80,15 +80,50 @@ def keep_heads(architecture: Architecture, block: nn.Module, groups: Iterable[in
 def keep_neurons(architecture: Architecture, block: nn.Module, neurons: Iterable[int]) -> None:
     """Keeps these neurons of the block's MLP: their rows of gate and up, their columns of down.
 
+    Those of experts are numbered through all of them, expert by expert, and as many are kept of each.
     Raises SparsekitError, and changes nothing, for a number that the block does not have, or for none."""
-    kept = _kept(neurons, architecture.shape(block).intermediate_size, "neurons")
-    width = architecture.shape(block).intermediate_size
-    for part, linear in architecture.neurons(block).items():
+    shape = architecture.shape(block)
+    if shape.moe_intermediate_size:
+        _keep_of_experts(architecture, block, shape, neurons)
+        return
+    kept = _kept(neurons, shape.intermediate_size, "neurons")
+    _slice_neurons(architecture.neurons(block), kept, shape.intermediate_size)
+    _set_sizes(architecture.mlp(block), {"intermediate_size": len(kept)})
+
+
+def _slice_neurons(linears: Mapping[str, nn.Module], kept: Sequence[int], width: int) -> None:
+    for part, linear in linears.items():
         if part == "down":
             slice_linear(linear, columns=kept)
         else:
             slice_linear(linear, rows=[*kept, *(width + i for i in kept)] if part == "gate_up" else kept)
-    _set_sizes(architecture.mlp(block), {"intermediate_size": len(kept)})
+
+
+def _keep_of_experts(architecture: Architecture, block: nn.Module, shape: BlockShape, neurons: Iterable[int]) -> None:
+    count, width = shape.num_experts, shape.moe_intermediate_size
+    numbers = _kept(neurons, count * width, "neurons")
+    kept = [[i % width for i in numbers if i // width == e] for e in range(count)]
+    if len(sizes := {len(own) for own in kept}) > 1 or not kept[0]:
+        raise SparsekitError(f"as many neurons must be kept of each of the {count} experts, got {listed(sorted(sizes))}")
+    experts, _ = architecture.expert_parts(block)
+    if isinstance(experts, nn.ModuleList):
+        for expert, own in zip(experts, kept):
+            _slice_neurons(architecture.expert_linears(expert), own, width)
+            _set_sizes(expert, {"intermediate_size": len(own), "ffn_dim": len(own)})
+        return
+    rows = torch.tensor(kept, device=experts.down_proj.device)
+    taken = {
+        "gate_up_proj": _rows_of_each(experts.gate_up_proj.detach(), torch.cat([rows, rows + width], 1)),
+        "down_proj": _rows_of_each(experts.down_proj.detach().mT, rows).mT.contiguous(),
+    }
+    for name, tensor in taken.items():
+        setattr(experts, name, nn.Parameter(tensor, requires_grad=getattr(experts, name).requires_grad))
+    _set_sizes(experts, {"intermediate_dim": len(kept[0]), "intermediate_size": len(kept[0])})
+
+
+def _rows_of_each(tensor: Tensor, rows: Tensor) -> Tensor:
+    """Of each of the matrices (n, r, k) the rows (n, kept)."""
+    return tensor.gather(1, rows[:, :, None].expand(-1, -1, tensor.shape[2]))
 
 
 def keep_experts(architecture: Architecture, block: nn.Module, experts: Iterable[int]) -> None:
@@ -139,6 +174,10 @@ def resize_block(architecture: Architecture, block: nn.Module, entry: Entry) -> 
         keep_neurons(architecture, block, range(_count(neurons, shape.intermediate_size, "neurons")))
     if (experts := entry.get("num_experts")) is not None:
         keep_experts(architecture, block, range(_count(experts, shape.num_experts, "experts")))
+    if (neurons := entry.get("moe_intermediate_size")) is not None:
+        neurons, width = _count(neurons, shape.moe_intermediate_size, "neurons of an expert"), shape.moe_intermediate_size
+        left = architecture.shape(block).num_experts
+        keep_neurons(architecture, block, [e * width + i for e in range(left) for i in range(neurons)])
 
 
 def _number_heads(architecture: Architecture, block: nn.Module, entry: Entry, there: int) -> None:
@@ -213,6 +252,7 @@ def _fields(architecture: Architecture) -> list[Mapping[str, str | None]]:
         },
         {"intermediate_size": architecture.intermediate_field},
         {"num_experts": architecture.experts_field},
+        {"moe_intermediate_size": architecture.expert_size_field},
     ]
 
 
@@ -260,8 +300,12 @@ def group_parameters(architecture: Architecture, block: nn.Module) -> int:
 
 
 def neuron_parameters(architecture: Architecture, block: nn.Module) -> int:
-    """What a neuron of the block's MLP holds; reckoned, not counted."""
+    """What a neuron of the block's MLP, or of an expert, holds; reckoned, not counted."""
     linears = architecture.neurons(block)
+    if parts := architecture.expert_parts(block):
+        if not isinstance(parts[0], nn.ModuleList):
+            return 3 * parts[0].down_proj.shape[1]
+        linears = architecture.expert_linears(parts[0][0])
     rows = {"gate_up": 2}
     return sum(dense_weight(one).shape[0] if part == "down" else rows.get(part, 1) * _row(one) for part, one in linears.items())
 
