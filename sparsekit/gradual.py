@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,6 +32,8 @@ class GradualPruner:
 
     After each step of the optimiser call ``step(optimizer)``. Masks only grow. A pruned weight gets no gradient, so neither
     momentum nor gradient accumulation brings it back, and what an optimiser remembers of it is cleared.
+    Of processes that train together, each with the whole model (torch.distributed's default group), every one has a pruner, and
+    the gradient criterion goes by the sequences of all.
     blocks: the decoder blocks; by default the largest ModuleList of the model. masks: by name, (out, in) bool, True where kept.
     Raises SparsekitError where there is nothing to prune or a skipped name is none of the model's."""
 
@@ -84,6 +87,8 @@ class GradualPruner:
         self.steps += 1
         if due:
             self.pruned += 1
+            if self._gathers:
+                self._sum_of_all()
             self._prune(self.config.pattern_after(self.pruned))
             self._squares.clear()
         self.apply(optimizer if due else None)
@@ -135,12 +140,21 @@ class GradualPruner:
                 pruner.step(optimizer)
 
             def on_save(self, args, state, control, **kwargs):
+                pruner.gather()
                 if args.should_save:
                     pruner.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / STATE_FILE)
 
         return Callback()
 
     # ---- what it knows ----
+
+    def gather(self) -> None:
+        """Brings what the processes know of gradients to rank 0, whose state is then that of all. Each must call it, before rank 0
+        saves; a process alone need not."""
+        if self._squares_due:
+            self._sum_of_all()
+            if _processes() > 1 and dist.get_rank():
+                self._squares.clear()
 
     def state_dict(self) -> dict:
         """Steps, prunings, masks and gathered squares; the config with them, as text."""
@@ -153,7 +167,9 @@ class GradualPruner:
         }
 
     def load_state_dict(self, state: dict) -> None:
-        """Goes on where ``state_dict`` was taken. Raises SparsekitError where that was of other settings or another model."""
+        """Goes on where ``state_dict`` was taken; of several processes each takes the state of rank 0, after ``gather``.
+
+        Raises SparsekitError where that was of other settings or another model."""
         mine = self.config.to_dict()
         for name, value in state["config"].items():
             if mine.get(name) != value:
@@ -166,7 +182,8 @@ class GradualPruner:
         for name, target in self._targets.items():
             self.masks[name] = state["masks"][name].to(target.weight.device)
         self._squares = {}
-        for name, squares in state["squares"].items():
+        others = _processes() > 1 and dist.get_rank() > 0  # rank 0 has what all had
+        for name, squares in {}.items() if others else state["squares"].items():
             self._squares[name] = SquaredGradients(squares.shape, self.masks[name].device)
             self._squares[name].sum += squares.to(self.masks[name].device)
         self.apply()
@@ -197,8 +214,12 @@ class GradualPruner:
             target.of(held).masked_fill_(~self.masks[target.name], 0)
 
     @property
+    def _gathers(self) -> bool:
+        return CRITERIA[self.config.criterion].statistics is SquaredGradients
+
+    @property
     def _squares_due(self) -> bool:
-        return CRITERIA[self.config.criterion].statistics is SquaredGradients and not self.done
+        return self._gathers and not self.done
 
     def _on_gradient(self, targets: list[Target]):
         def masked(gradient: Tensor) -> Tensor:
@@ -235,6 +256,19 @@ class GradualPruner:
         """Adds one sample's gradient (out_features, in_features)."""
         self._squares.setdefault(target.name, SquaredGradients(gradient.shape, gradient.device)).update(gradient)
 
+    def _sum_of_all(self) -> None:
+        """Makes the squares those of the sequences that all processes have seen."""
+        if _processes() == 1:
+            return
+        for name, target in self._targets.items():
+            squares = self._squares.get(name) or SquaredGradients(target.weight.shape, target.weight.device)
+            seen = torch.tensor(squares.tokens, device=squares.sum.device)
+            for t in (squares.sum, seen):
+                dist.all_reduce(t)
+            squares.tokens = int(seen)
+            if squares.tokens:
+                self._squares[name] = squares
+
     def _scores(self, name: str) -> Tensor:
         """Of each weight, -inf where it is pruned already, so that it stays so."""
         criterion, statistics = CRITERIA[self.config.criterion], self._squares.get(name)
@@ -254,6 +288,10 @@ class GradualPruner:
         for names in self._together():
             units = [pattern.units(self._scores(name)) for name in names]
             self.masks |= zip(names, pattern.masks(units, [self.masks[name].shape for name in names]))
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def distillation_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:

@@ -8,13 +8,15 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sparsekit import SparsekitError
+from sparsekit import GradualPruner, PruningConfig, SparsekitError
 from sparsekit.pipeline import prune
 from sparsekit.pipeline.world import World
 from sparsekit.pruners import SparseGPT
@@ -91,6 +93,18 @@ class Model(nn.Module):
         return hidden
 
 
+@dataclass
+class Said:
+    logits: Tensor
+
+
+class Speaking(Model):
+    """Says which token comes next, as gradients need it."""
+
+    def forward(self, input_ids, attention_mask=None, use_cache=None):
+        return Said(super().forward(input_ids) @ self.embedding.weight.T / WIDTH)
+
+
 def batches(count: int = 4, seed: int = 1) -> list[Tensor]:
     """Ragged, so that ranks see unequal numbers of tokens. RARE comes often enough for an expert of its own, RAREST does not."""
     generator = torch.Generator().manual_seed(seed)
@@ -108,6 +122,13 @@ def padded() -> list[dict[str, Tensor]]:
     return held
 
 
+def padded_less() -> list[dict[str, Tensor]]:
+    """Every sequence has tokens to predict, without which there are no gradients."""
+    held = padded()
+    held[1]["attention_mask"][:, 40:] = 1
+    return held
+
+
 # name: model, batches, method, pattern, group
 CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], str, str, str | None]] = {
     "dead inputs": (Model, batches, "sparsegpt", "2:4", None),
@@ -118,6 +139,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], str, str, st
     "transposed": (lambda: Model(Transposed), batches, "sparsegpt", "2:4", None),
     "over a block": (lambda: Model(Transposed), batches, "activation", "block:4x4@50%", "block"),
     "over the model": (Model, batches, "wanda", "50%", "model"),
+    # An expert's tokens are in the last batch alone, and so are its gradients on one rank.
+    "gradient": (lambda: Speaking(Experts), batches, "gradient", "2:4", None),
+    "gradient, padded": (Speaking, padded_less, "gradient", "50%", "block"),
+    "gradient over the model": (lambda: Speaking(Transposed), batches, "gradient", "50%", "model"),
     # One block: the next would see activations that 16 bits round otherwise after the first fp32 rounding.
     "16 bits": (lambda: Model(blocks=1).bfloat16(), batches, "sparsegpt", "2:4", None),
 }
@@ -137,8 +162,41 @@ def refusals(rank: int):
     yield "a broken weight", dict(model=model, batches=batches())
 
 
+# What a model is trained with while it is pruned; twice by what is known of gradients.
+SETTINGS = {
+    "a share": dict(pattern="50%", criterion="gradient"),
+    "2:4": dict(pattern="2:4", criterion="gradient"),
+    "over the model": dict(pattern="60%", criterion="gradient", group="model"),
+}
+
+
+def trained(settings: dict, world: World, saved: Path | None = None) -> dict[str, Tensor]:
+    """The masks of a model of experts that is trained on three batches at a time, by three ranks or by one.
+
+    saved: a file to keep the pruner's state in between its two prunings, and to go on from."""
+    model, config = Speaking(Experts), PruningConfig(begin=1, end=3, every=2, **settings)
+    pruner, optimiser = GradualPruner(model, config), torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+    whole = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True) if world.size > 1 else model
+    for step in range(4):
+        if saved and step == 3:
+            pruner.gather()
+            if world.leads:
+                pruner.save(saved)
+            world.gather(None)  # the others read it when it is there
+            pruner = GradualPruner(model, config)
+            pruner.load(saved)
+        for ids in world.part(batches(3)):
+            logits = whole(ids).logits
+            (F.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten()) * world.size / 3).backward()
+        optimiser.step()
+        pruner.step(optimiser)
+        optimiser.zero_grad()
+    pruner.finish()
+    return pruner.masks
+
+
 def alike(world: World, folder: Path) -> None:
-    """Every case, then every refusal, in one world."""
+    """Every case, every refusal, every training, in one world."""
     for name, (model, held, method, pattern, group) in CASES.items():
         model, told = model(), []
         progress = lambda *now, told=told: told.append(now)  # noqa: E731
@@ -153,6 +211,11 @@ def alike(world: World, folder: Path) -> None:
         except SparsekitError as error:
             said[name] = str(error)
     (folder / f"refusals.{world.rank}.json").write_text(json.dumps(said))
+    with world.watched():
+        for name, settings in SETTINGS.items():
+            for saved in (None, folder / "pruner.safetensors"):
+                masks = trained(settings, world, saved)
+                save_file(masks, folder / f"{name}, {'saved' if saved else 'at one go'}.{world.rank}.safetensors")
 
 
 def failing(world: World, folder: Path) -> None:

@@ -95,6 +95,15 @@ def test_three_processes_prune_as_one_does(case, three):
         assert found == {"own", "layer", "magnitude"}, "an expert of each kind"
 
 
+@pytest.mark.parametrize("how", ["at one go", "saved"])
+@pytest.mark.parametrize("name", ranks.SETTINGS)
+def test_three_processes_that_train_together_prune_by_the_gradients_of_all(name, how, three):
+    alone = ranks.trained(ranks.SETTINGS[name], World())
+    masks = [load_file(three / f"{name}, {how}.{rank}.safetensors") for rank in range(3)]
+    for linear, mask in alone.items():
+        assert all(torch.equal(held[linear], mask) for held in masks), linear
+
+
 DIFFERS = "all ranks must run with the same settings, and "
 HASHES = "is '[0-9a-f]{16}' on rank {} but '[0-9a-f]{16}' on rank 0"
 REFUSED = {
@@ -187,7 +196,8 @@ def test_two_processes_on_one_gpu(device, says, monkeypatch):
         World.from_environment(device)
 
 
-def test_torchrun_prunes_a_folder_as_one_process_does(tmp_path):
+@pytest.mark.parametrize("method", ["sparsegpt", "gradient"])
+def test_torchrun_prunes_a_folder_as_one_process_does(method, tmp_path):
     # In fp32: weights that are rounded to 16 bits between two blocks turn what differs in the last place into what decides a tie.
     model = checkpoint.load(MODEL, device="cpu", dtype=torch.float32)
     model.config.dtype = torch.float32
@@ -203,6 +213,8 @@ def test_torchrun_prunes_a_folder_as_one_process_does(tmp_path):
         "--device",
         "cpu",
         "--json",
+        "--method",
+        method,
     )  # three batches
     run = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2, "-m", "sparsekit")
     command = [*map(str, (*run, "prune", *arguments, "--out", tmp_path / "two"))]
