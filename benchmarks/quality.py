@@ -1,12 +1,15 @@
 """What each criterion costs the shipped model at each pattern and in each group, in perplexity: a table in docs/pruning.md.
 
-python -m benchmarks.quality --out benchmarks/results/quality/criteria.json   # measures, some minutes
+python -m benchmarks.quality --out benchmarks/results/quality/criteria.json   # measures all of it, some minutes
 python -m benchmarks.quality --docs                                           # writes the tables anew from that file
+
+While it measures, a file beside OUT keeps each row that is done: the same command on the same day, machine and source goes on.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -32,6 +35,7 @@ METHODS = ("sparsegpt", *CRITERIA)
 PATTERNS = ("50%", "60%", "70%", "4:8", "2:4", "4:8 pairs", "block:4x4@30%")
 SHARE = "50%"  # what the groups are compared at
 SAMPLES, SEQ_LEN, TOKENS = 64, 128, 64 * 128
+Case = tuple[str | None, str | None, str | None]  # method, pattern, group
 
 
 @cache
@@ -51,15 +55,31 @@ def measure(method: str | None, pattern: str | None, group: str | None) -> dict:
     return {"method": method, "pattern": pattern, "group": group, "sparsity": sparsity, "perplexity": found}
 
 
-def rows() -> Iterator[dict]:
-    """Of the dense model, of each method at each pattern, and of each criterion at SHARE in each group."""
-    yield measure(None, None, None)
+def cases() -> Iterator[Case]:
+    """The dense model, each method at each pattern, and each criterion at SHARE in each group."""
+    yield None, None, None
     for pattern in PATTERNS:
         for method in METHODS:
-            yield measure(method, pattern, None)
+            yield method, pattern, None
     for group in GROUPS:
         for method in CRITERIA:
-            yield measure(method, SHARE, group)
+            yield method, SHARE, group
+
+
+def run(out: Path) -> None:
+    """Measures every case, and writes the file when all are there."""
+    code = b"".join(path.read_bytes() for path in sorted((ROOT / "sparsekit").rglob("*.py")))
+    settings = {"model": MODEL.name, "samples": SAMPLES, "seq_len": SEQ_LEN, "tokens": TOKENS}
+    of = {"machine": machine(), "source": hashlib.sha256(code).hexdigest()[:12], "settings": settings}
+    part, rows = out.with_suffix(".part.json"), []
+    if part.exists():
+        found = json.loads(part.read_text())
+        rows = found["rows"] if found == {**of, "rows": found["rows"]} else []
+    for case in list(cases())[len(rows) :]:
+        rows.append(measure(*case))
+        print(json.dumps(rows[-1]), flush=True)
+        write_whole(part, lambda path: write_json(path, {**of, "rows": rows}))
+    part.rename(out)
 
 
 def tables(result: dict) -> str:
@@ -95,13 +115,7 @@ def main() -> None:
     parser.add_argument("--docs", action="store_true", help=f"write the tables of {PAGE.name} from {RESULT.relative_to(ROOT)}")
     args = parser.parse_args()
     if args.out:
-        made = []
-        for row in rows():
-            made.append(row)
-            print(json.dumps(row), flush=True)
-        settings = {"model": MODEL.name, "samples": SAMPLES, "seq_len": SEQ_LEN, "tokens": TOKENS}
-        result = {"machine": machine(), "settings": settings, "rows": made}
-        write_whole(args.out, lambda part: write_json(part, result))
+        run(args.out)
     if args.docs:
         text = tables(json.loads(RESULT.read_text()))
         mark = f"<!-- table: {RESULT.relative_to(ROOT)} -->\n"

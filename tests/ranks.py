@@ -148,10 +148,23 @@ CASES: dict[str, tuple[Callable[[], nn.Module], Callable[[], list], str, str, st
 }
 
 
+class Power:
+    """A criterion of one's own."""
+
+    name, statistics, rowwise = "power", None, False
+
+    def __init__(self, p: float):
+        self.p = p
+
+    def scores(self, weight: Tensor, statistics: None) -> Tensor:
+        return weight.float().abs() ** self.p
+
+
 def refusals(rank: int):
     """name: what each rank is to be refused with, in a world of three."""
     yield "too few batches", dict(batches=batches(2))
     yield "pattern", dict(batches=batches(), pattern=("2:4", "4:8", "2:4")[rank])
+    yield "criterion", dict(batches=batches(), method=Power(2.0 + (rank == 1)))
     yield "batches", dict(batches=batches(seed=1 + (rank == 2)))
     model = Model()
     model.embedding.weight.data[3, 3] += rank == 1

@@ -109,6 +109,7 @@ HASHES = "is '[0-9a-f]{16}' on rank {} but '[0-9a-f]{16}' on rank 0"
 REFUSED = {
     "too few batches": "each of 3 processes needs a calibration batch, got 2; give more samples or start fewer",
     "pattern": DIFFERS + "pattern is '4:8' on rank 1 but '2:4' on rank 0",
+    "criterion": DIFFERS + "state of the criterion is 'p = 3.0' on rank 1 but 'p = 2.0' on rank 0",
     "batches": DIFFERS + "the hash of the calibration batches " + HASHES.replace("{}", "2"),
     "weights": DIFFERS + "the hash of the weights outside the blocks " + HASHES.replace("{}", "1"),
     "a broken weight": "(rank 1 failed: )?weights must be finite, got NaN or Inf in blocks.1.up",

@@ -28,7 +28,7 @@ from ..linear import compress, is_linear
 from ..patterns import Pattern
 from ..plan import FILE as PLAN_FILE
 from ..plan import Plan, parse, patterns_in
-from ..pruners import method_named, method_text
+from ..pruners import identity, method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
 from .blocks import Target, find_blocks, find_targets
 from .loop import run
@@ -85,6 +85,7 @@ def prune_folder(
         this = {
             "hash of the calibration batches": hash_batches(batches),
             "method": method_text(method),
+            **identity(method),
             "pattern": str(pattern),
             "group": group,
             "format": format,

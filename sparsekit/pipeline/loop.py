@@ -14,7 +14,7 @@ from ..errors import SparsekitError
 from ..evaluate import eval_mode
 from ..patterns import Pattern
 from ..plan import Plan, parse, pattern_of, patterns_in
-from ..pruners import METHODS, Pruner, method_named, method_text
+from ..pruners import METHODS, Pruner, identity, method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
 from ..timing import Phases, peak_memory
 from .blocks import Target, check_finite, find_targets, list_skipped, verify
@@ -54,8 +54,8 @@ def run(
         if world.size > 1:
             batches = list(batches)
             listed = [target.name for matrices in targets for target in matrices]
-            settings = {"method": method_text(method), "group": group, "pattern": str(pattern), "linears": listed}
-            world.agree(settings | {"the hash of the calibration batches": hash_batches(batches)})
+            asked = {"method": method_text(method), **identity(method), "group": group, "pattern": str(pattern)}
+            world.agree(asked | {"linears": listed, "the hash of the calibration batches": hash_batches(batches)})
         together = None
         if group == "block":
             (one,) = patterns_in(pattern)

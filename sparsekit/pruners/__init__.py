@@ -7,6 +7,7 @@ from ..errors import SparsekitError, listed
 from ..patterns import Pattern, check_group
 from .base import Pruner, PruneResult
 from .functional import magnitude_prune, sparsegpt_prune, wanda_prune
+from .own import identity
 from .scored import Magnitude, Wanda, by_gradient, scored
 from .sparsegpt import SparseGPT
 
@@ -48,6 +49,7 @@ __all__ = [
     "SparseGPT",
     "Wanda",
     "by_gradient",
+    "identity",
     "magnitude_prune",
     "method_named",
     "method_text",
