@@ -34,7 +34,8 @@ class SparseLinear(nn.Module):
         self.out_features, self.in_features = weight.shape
         trainable = requires_grad and weight.values.dtype in ops.LINEAR_DTYPES
         self.values = nn.Parameter(weight.values, requires_grad=trainable)
-        self.register_buffer("meta", weight.meta)
+        # A GraphModule has a ``meta`` of its own, so an exported linear can have no buffer of that name.
+        self.register_buffer("metadata", weight.meta, persistent=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=trainable)
         self.conv1d = conv1d
         self._settle()
@@ -61,14 +62,22 @@ class SparseLinear(nn.Module):
         return cls(Sparse24(values, meta, (n, k)), bias, is_conv1d(linear), requires_grad).train(linear.training)
 
     @property
+    def meta(self) -> Tensor:
+        """The buffer ``metadata``, by the name that it has in files and in the state_dict."""
+        return self.metadata
+
+    @meta.setter
+    def meta(self, meta: Tensor) -> None:
+        self.metadata = meta
+
+    @property
     def weight24(self) -> Sparse24:
         """The weight in the canonical format: the tensors themselves on a CPU, made from them on a CUDA device."""
         held = self._weight(self.values)
         return from_fragments(held) if isinstance(held, Fragments24) else held
 
     def _weight(self, values: Tensor) -> Sparse24 | Fragments24:
-        kind = Fragments24 if self.meta.dtype == torch.int32 else Sparse24
-        return kind(values, self.meta, (self.out_features, self.in_features))
+        return ops.held(values, self.metadata, self.out_features, self.in_features)
 
     def _settle(self, fragments: bool | None = None) -> None:
         """Brings values and meta into fragment order or out of it, by default as their device wants. values stays the object it
@@ -79,7 +88,7 @@ class SparseLinear(nn.Module):
         turn = to_fragments if isinstance(held, Sparse24) else from_fragments
         gradient = None if self.values.grad is None else turn(held._replace(values=self.values.grad.detach())).values
         self.values.grad = None
-        self.values.data, self.meta, _ = turn(held)
+        self.values.data, self.metadata, _ = turn(held)
         self.values.grad = gradient
 
     def _apply(self, fn, recurse: bool = True):
@@ -90,14 +99,17 @@ class SparseLinear(nn.Module):
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
         super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}meta"] = self.metadata
         if isinstance(self._weight(self.values), Fragments24):
             destination[f"{prefix}values"], destination[f"{prefix}meta"], _ = from_fragments(self._weight(self.values.detach()))
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs):
-        values, meta = (state_dict.get(f"{prefix}{name}") for name in ("values", "meta"))
+        state_dict = dict(state_dict)
+        values, meta = state_dict.get(f"{prefix}values"), state_dict.pop(f"{prefix}meta", None)
         (n, k), kp = (self.out_features, self.in_features), padded_columns(self.in_features)
         fragments, sizes = isinstance(self._weight(self.values), Fragments24), [(n, kp // 2), (n, kp // 8)]
-        if [isinstance(t, Tensor) and tuple(t.shape) for t in (values, meta)] == sizes:  # else the base class says so
+        shapes = [isinstance(t, Tensor) and tuple(t.shape) for t in (values, meta)]
+        if shapes == sizes:  # else the base class tells of the values
             given = Sparse24(values.to(self.values.dtype), meta, (n, k))
             try:
                 if not values.is_meta:
@@ -106,9 +118,18 @@ class SparseLinear(nn.Module):
                 error_msgs.append(f"{prefix or 'the linear'}: {error}")
                 return
             if fragments:
-                turned = to_fragments(given)
-                state_dict = dict(state_dict) | {f"{prefix}values": turned.values, f"{prefix}meta": turned.meta}
+                state_dict[f"{prefix}values"], meta, _ = to_fragments(given)
+        elif meta is None:
+            missing_keys.extend([f"{prefix}meta"] if strict else [])
+        elif shapes[1] != sizes[1]:
+            error_msgs.append(f"size mismatch for {prefix}meta: it must be {sizes[1]}, got {shapes[1] or type(meta).__name__}")
+        refused = len(error_msgs)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs)
+        if shapes == sizes and len(error_msgs) == refused:
+            if local_metadata.get("assign_to_params_buffers", False):
+                self.metadata = meta
+            else:
+                self.metadata.copy_(meta)
         if not fragments:
             self._settle()  # assign=True may have brought tensors of another device
 

@@ -80,3 +80,11 @@ def dense24(weight24):
         return layer
 
     return make
+
+
+@pytest.fixture
+def in_fragments(monkeypatch) -> None:
+    """The CPU holds 16-bit weights in fragment order, as a CUDA device does."""
+    import sparsekit.linear
+
+    monkeypatch.setattr(sparsekit.linear, "_reads_fragments", lambda values: values.dtype in (torch.float16, torch.bfloat16))

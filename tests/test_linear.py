@@ -9,7 +9,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import sparsekit.linear
 from sparsekit import Sparse24, SparseLinear, ops
 from sparsekit.format import Fragments24, from_fragments, nbytes24, to_fragments
 from sparsekit.linear import dense_weight
@@ -207,13 +206,6 @@ def test_an_upstream_gradient_of_any_stride(lie, dense24):
     wanted = torch.autograd.grad(layer(x), [x, layer.bias, layer.weight], upstream)
     assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
     assert torch.equal(ops.expand24(Sparse24(found[2], sparse.meta, (8, 24))), torch.where(kept(layer), wanted[2], 0))
-
-
-def test_a_second_derivative_is_refused(dense24):
-    sparse, x = SparseLinear.from_linear(dense24(16, 6)), normal(3, 16).requires_grad_()
-    (gradient,) = torch.autograd.grad(sparse(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
 
 
 @pytest.mark.filterwarnings("ignore:Input #0 requires gradient and is not a double")
@@ -417,10 +409,10 @@ def test_memory_is_nine_sixteenths(conv1d, dense24):
 
 
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
-def accelerator(request, monkeypatch) -> str:
+def accelerator(request) -> str:
     """A device on which weights lie in fragment order: a CUDA one, or the CPU told to be like it."""
     if request.param == "emulated":
-        monkeypatch.setattr(sparsekit.linear, "_reads_fragments", lambda values: values.dtype in (torch.float16, torch.bfloat16))
+        request.getfixturevalue("in_fragments")
         return "cpu"
     return "cuda"
 

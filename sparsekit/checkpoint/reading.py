@@ -190,8 +190,7 @@ def _load_as_is(folder: Path, linears: dict[str, tuple[int, int]], dtype: torch.
         for name in tensors.keys():
             assign(model, name, tensors.get_tensor(name), dtype, path)
     model.tie_weights()
-    absent = [name for name, p in model.named_parameters() if p.is_meta] + [n for n, b in model.named_buffers() if b.is_meta]
-    if absent:
+    if absent := [name for name, t in (*model.state_dict().items(), *model.named_buffers()) if t.is_meta]:
         raise SparsekitError(f"the weights in {folder} must be those of its config, and {absent[0]} is missing")
     for name in linears:
         check_stored(name, model.get_submodule(name).weight24, folder)
@@ -262,14 +261,14 @@ def assign(model: nn.Module, name: str, tensor: Tensor, dtype: torch.dtype, path
         module = model.get_submodule(parent)
         if isinstance(module, SparseLinear) and leaf == "weight" and tensor.numel() == 0:
             return
-        place = {**module._parameters, **module._buffers}[leaf]
+        stored = isinstance(module, SparseLinear) and leaf in ("values", "meta")
+        place = getattr(module, leaf) if stored else {**module._parameters, **module._buffers}[leaf]
     except (AttributeError, KeyError):
         place = None  # absent, or a bias that the config does without
     if place is None:
         raise SparsekitError(f"{path} holds {name}, which the model of its config does not have")
     if place.shape != tensor.shape:
         raise SparsekitError(f"{name} must be of shape {tuple(place.shape)}, got {tuple(tensor.shape)} in {path}")
-    stored = isinstance(module, SparseLinear) and leaf in ("values", "meta")
     if tensor.is_floating_point() and not stored:
         tensor = tensor.to(dtype)
     if isinstance(place, nn.Parameter):

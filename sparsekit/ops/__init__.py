@@ -14,6 +14,7 @@ from .format import (
     prune_compress24,
     validate24,
 )
+from .gradient import held
 from .gram import gram_
 from .linear import LINEAR_DTYPES, linear24
 from .obs import obs_block_
@@ -24,6 +25,7 @@ __all__ = [
     "compress24",
     "expand24",
     "gram_",
+    "held",
     "linear24",
     "mask_nm",
     "mask_rows",

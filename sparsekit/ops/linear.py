@@ -7,13 +7,13 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import __version__, reference, tune
 from ..errors import listed
 from ..format import Fragments24, Sparse24, check_fragments, check_layout, from_fragments, to_fragments
 from ..tune import Choice
-from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, threads
+from . import gradient
+from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, stacked, threads
 
 LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 DECODE, HOPPER, MMA_SP, SPARSE_CPU = "linear24_decode_sm80", "linear24_sm90a", "linear24_sm80", "linear24_cpu"
@@ -35,21 +35,21 @@ def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, a
     A GPU's kernels read Fragments24, and a Sparse24 there is brought into that order at every call: keep ``to_fragments(s)`` of a
     weight that is used again, as SparseLinear does. A CPU's kernels read Sparse24.
     Returns (..., n) in x's dtype. The result is the same bit for bit from run to run. Gradients: exact in x, in the weight at the
-    kept places alone, in the order of its values. The torch ops beneath have none.
+    kept places alone, in the order of its values; of any order, and under torch.func: vmap over activations is one product, over
+    weights one each; grad and jacrev run the kernels, jvp and jacfwd torch's operators on the weight written out. The torch ops
+    beneath have no gradients.
     A pruned place is skipped, so a NaN or Inf of x may reach fewer elements of y than in a dense product, where 0 * Inf is NaN.
     What the nibbles of s are is not looked at: ops.validate24 does that.
     Raises TypeError for another dtype, ValueError for another shape, device or activation."""
+    transformed = gradient.in_transform()
+    if gradient.in_forward_mode() or (transformed and torch.compiler.is_compiling()):
+        _check_product(x, s.values, *s.shape, bias, activation)
+        return reference.ACTIVATIONS[activation](gradient.in_plain_torch(x, s, bias))
     tensors = (x, s.values) if bias is None else (x, s.values, bias)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+    if transformed or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         _check_activation(activation)
-        return reference.ACTIVATIONS[activation](_Product.apply(x, s.values, s, bias))
-    return _product(x, s, bias, activation)
-
-
-def _product(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
-    if isinstance(s, Fragments24):
-        return torch.ops.sparsekit.linear24_fragments.default(x, s.values, s.meta, *s.shape, bias, activation)
-    return torch.ops.sparsekit.linear24.default(x, s.values, s.meta, s.shape[1], bias, activation)
+        return reference.ACTIVATIONS[activation](gradient.Product.apply(x, s.values, s.meta, *s.shape, bias))
+    return gradient.call(x, s, bias, activation)
 
 
 def _check_product(x: Tensor, values: Tensor, n: int, k: int, bias: Tensor | None, activation: str | None) -> None:
@@ -69,34 +69,6 @@ def _check_product(x: Tensor, values: Tensor, n: int, k: int, bias: Tensor | Non
 def _check_activation(activation: str | None) -> None:
     if activation not in _ACTIVATION_CODE:
         raise ValueError(f"linear24: activation must be {listed(map(repr, _ACTIVATION_CODE))}, got {activation!r}")
-
-
-class _Product(torch.autograd.Function):
-    """The product with a gradient; an activation comes after it, in torch."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, values: Tensor, weight: Sparse24 | Fragments24, bias: Tensor | None) -> Tensor:
-        ctx.kind, ctx.shape = type(weight), weight.shape
-        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, values, weight.meta)
-        return _product(x, weight, bias, None)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        x, values, meta = ctx.saved_tensors
-        held = ctx.kind(values, meta, ctx.shape)
-        of_x = of_values = of_bias = None
-        if ctx.needs_input_grad[0]:
-            of_x = grad @ _dense(held).to(grad.dtype)
-        rows = grad.flatten(0, -2) if grad.dim() > 1 else grad[None]
-        if ctx.needs_input_grad[1]:
-            s = from_fragments(held) if ctx.kind is Fragments24 else held
-            of_values = reference.take24(rows.T @ x.reshape(len(rows), x.shape[-1]), s.meta).to(values.dtype)
-            if ctx.kind is Fragments24:
-                of_values = to_fragments(s._replace(values=of_values)).values
-        if ctx.needs_input_grad[3]:
-            of_bias = rows.sum(0)
-        return of_x, of_values, None, of_bias
 
 
 def _check_linear24(x: Tensor, values: Tensor, meta: Tensor, k: int, bias: Tensor | None, activation: str | None) -> None:
@@ -134,15 +106,9 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _dense(s: Sparse24 | Fragments24) -> Tensor:
-    if isinstance(s, Fragments24):
-        return torch.ops.sparsekit.expand_fragments.default(s.values, s.meta, *s.shape)
-    return torch.ops.sparsekit.expand24.default(s.values, s.meta, s.shape[1])
-
-
 def _expanded(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
     """The weight written out dense, and the library's product."""
-    return reference.ACTIVATIONS[activation](F.linear(x, _dense(s).to(x.dtype), bias))
+    return reference.ACTIVATIONS[activation](F.linear(x, gradient.dense(s).to(x.dtype), bias))
 
 
 # ---- on the CPU ----
@@ -352,15 +318,28 @@ def _linear24_fragments_fake(
     return x.new_empty(*x.shape[:-1], n)
 
 
+def _batched(op):
+    """Activations of one weight are one product; weights are one each."""
+
+    def rule(info, in_dims, x, *others):
+        if in_dims[0] is not None and all(dim is None for dim in in_dims[1:]):
+            return op(x.movedim(in_dims[0], 0), *others), 0
+        return stacked(info.batch_size, in_dims, (x, *others), op)
+
+    return rule
+
+
 define(
     "linear24(Tensor x, Tensor values, Tensor meta, SymInt k, Tensor? bias, str? activation) -> Tensor",
     _linear24_cpu,
     _linear24_cuda,
     _linear24_fake,
+    vmap=_batched,
 )
 define(
     "linear24_fragments(Tensor x, Tensor values, Tensor meta, SymInt n, SymInt k, Tensor? bias, str? activation) -> Tensor",
     _linear24_fragments_cpu,
     _linear24_fragments_cuda,
     _linear24_fragments_fake,
+    vmap=_batched,
 )

@@ -33,9 +33,12 @@ DTYPE_CODE = {
 }
 
 
-def define(schema: str, cpu, cuda, fake, gradient=None, into: int = 0) -> None:
+def define(schema: str, cpu, cuda, fake, gradient=None, into: int = 0, vmap=None) -> None:
     """Registers an op; gradient: its backward and what that saves, in this order. No schema has defaults: the dispatcher would not
     pass on an argument that equals its default.
+
+    vmap: makes the rule of torch.library.register_vmap of the op, by default one that calls it for each of the batch; an op that
+    writes to what it is given has none.
 
     into: how many tensors it gives, where it can also write to tensors that are there: then NAME_out takes them last and gives
     nothing, and the three functions take them as ``out``, a tuple, and hand it to ``outputs``."""
@@ -44,6 +47,9 @@ def define(schema: str, cpu, cuda, fake, gradient=None, into: int = 0) -> None:
     lib.impl(name, cpu, "CPU")
     lib.impl(name, cuda, "CUDA")
     torch.library.register_fake(f"sparsekit::{name}", fake, lib=lib)
+    if "!" not in schema:
+        rule = (vmap or _one_by_one)(getattr(torch.ops.sparsekit, name).default)
+        torch.library.register_vmap(f"sparsekit::{name}", rule, lib=lib)
     if gradient:
         backward, save = gradient
         torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=save, lib=lib)
@@ -53,6 +59,23 @@ def define(schema: str, cpu, cuda, fake, gradient=None, into: int = 0) -> None:
         lib.impl(f"{name}_out", _writing(name, cpu, into), "CPU")
         lib.impl(f"{name}_out", _writing(name, cuda, into), "CUDA")
         torch.library.register_fake(f"sparsekit::{name}_out", _writing(name, fake, into, apart=False), lib=lib)
+
+
+def _one_by_one(op):
+    def rule(info, in_dims, *args):
+        return stacked(info.batch_size, in_dims, args, op)
+
+    return rule
+
+
+def stacked(batch: int, in_dims: tuple[int | None, ...], args: tuple, function):
+    """What a vmap rule gives: the function called for each of the batch, its results one above the other."""
+    if not batch:
+        raise ValueError("vmap: a batch of weights or masks must hold one or more, got none")
+    calls = [function(*(a if d is None else a.select(d, i) for a, d in zip(args, in_dims, strict=True))) for i in range(batch)]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])
 
 
 def _writing(name: str, function, into: int, apart: bool = True):
@@ -127,4 +150,4 @@ def say_once(text: str) -> None:
     warnings.warn(text, stacklevel=5)
 
 
-__all__ = ["DTYPE_CODE", "_C", "define", "launch", "lib", "outputs", "raw_stream", "say_once", "threads"]
+__all__ = ["DTYPE_CODE", "_C", "define", "launch", "lib", "outputs", "raw_stream", "say_once", "stacked", "threads"]
