@@ -1,14 +1,15 @@
 """The Triton kernels compile, without a GPU, for the chips they are meant for, and to the code they are meant to become.
 
-What is compiled is what the launchers launch: a child process, in which Triton compiles instead of interpreting and is told that
-there is such a chip, calls them with tensors of a model's shapes and stops each launch once it is compiled. What is asserted is in
-the machine code: 16-byte loads, and nothing in local memory. Nothing here has run on hardware.
+What is compiled is what the launchers launch: a child process (ahead_of_time.py), in which Triton compiles instead of interpreting
+and is told that there is such a chip, calls them with tensors of a model's shapes and stops each launch once it is compiled. What
+is asserted is in the machine code: 16-byte loads, and nothing in local memory. Nothing here has run on hardware.
 """
 
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -125,74 +126,6 @@ TINY = {
     "mask_rows one of a long row": "mask_rows(torch.empty(1, 20000).double(), 1)",
 }
 
-CHILD = r"""
-import json, re, subprocess, sys, tempfile, types
-from pathlib import Path
-import torch, triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from sparsekit.kernels.compress24 import compress24, compress24_kernel
-from sparsekit.kernels.expand24 import expand24, expand24_kernel
-from sparsekit.kernels.expand_fragments import expand_fragments, expand_fragments_kernel
-from sparsekit.kernels.gram import gram, gram_kernel
-from sparsekit.kernels.mask_long_rows import count_digits_kernel, keep_above_kernel
-from sparsekit.kernels.mask_nm import mask_nm, mask_nm_kernel
-from sparsekit.kernels.mask_rows import mask_rows, mask_rows_kernel
-from sparsekit.kernels.obs import obs, obs_block_kernel
-from sparsekit.kernels.prune24 import prune24, prune24_kernel
-from sparsekit.kernels.prune_compress24 import prune_compress24, prune_compress24_kernel
-from sparsekit.kernels.validate24 import validate24, validate24_kernel
-
-bf16, fp16, fp32, fp8, int8 = torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.int8
-CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-dense = lambda dtype, cols=4096: torch.empty((4096, cols), dtype=dtype)
-words = lambda tiles, chunks: torch.empty((tiles, chunks, 32, 4), dtype=torch.int32)
-compiled = []
-
-def compile_only(kernel):
-    run = kernel.run
-    kernel.run = lambda *args, **kwargs: compiled.append(run(*args, **kwargs | {"warmup": True}))
-
-for kernel in (
-    prune_compress24_kernel, prune24_kernel, compress24_kernel, expand24_kernel, expand_fragments_kernel, validate24_kernel,
-    mask_nm_kernel, mask_rows_kernel, gram_kernel, obs_block_kernel, count_digits_kernel, keep_above_kernel,
-):
-    compile_only(kernel)
-
-def compile(call, arch):
-    driver.set_active(types.SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", arch, 32),
-        get_current_device=lambda: arch,
-        get_current_stream=lambda device: 0,
-    ))
-    compiled.clear()
-    eval(call)
-    found = [read(built) for built in compiled]
-    whole = {key: sum((one[key] for one in found), []) for key in ("loads", "stores", "copies", "local", "tensor")}
-    whole |= {key: max(one[key] for one in found) for key in ("stack", "registers", "instructions", "shared")}
-    return whole | dict(kernels=len(found))
-
-def read(built):
-    widths = {"ld": [], "st": []}
-    ptx = built.asm["ptx"]
-    for op, vector, bits in re.findall(r"\b(ld|st)\.global\S*?\.(?:v(\d)\.)?[bsuf](\d+)\b", ptx):
-        widths[op].append(int(vector or 1) * int(bits) // 8)
-    copies = [int(width, 0) for width in re.findall(r"cp\.async\.c[ag]\.shared\.global [^;]*?\], (0x\w+|\d+)", ptx)]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(built.asm["cubin"])
-        file.flush()
-        dump = subprocess.run([CUOBJDUMP, "-sass", "-res-usage", file.name], capture_output=True, text=True, check=True)
-    code = [line for line in re.findall(r"/\*[0-9a-f]{4,5}\*/\s+(.*?);", dump.stdout) if "NOP" not in line]
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", dump.stdout + dump.stderr).groups()
-    return dict(
-        loads=widths["ld"], stores=widths["st"], copies=copies, local=[line for line in code if re.search(r"\b(LDL|STL)\b", line)],
-        tensor=re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", " ".join(code)),
-        stack=int(stack), registers=int(registers), instructions=len(code), shared=built.metadata.shared,
-    )
-
-json.dump([compile(call, arch) for call, arch in json.load(sys.stdin)], sys.stdout)
-"""
-
 
 def on(*groups):
     """(name, arch) for the launches of the groups, each for every chip."""
@@ -203,33 +136,38 @@ CASES = on(STREAMING, WRITING, FRAGMENTS, ENDING, UNEVEN, LONG, OBS, OBS_UNEVEN)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """{(name, arch): what the machine code holds}, compiled by two processes that share nothing with this one."""
+def children(tmp_path_factory):
+    """What two processes that share nothing with this one compiled, every other case each."""
     calls = STREAMING | WRITING | FRAGMENTS | ENDING | LONG | OBS | OBS_UNEVEN | TINY
     calls = calls | {name: call for name, (call, _) in UNEVEN.items()}
     folder = tmp_path_factory.mktemp("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
-    halves, children = (CASES[::2], CASES[1::2]), []
-    for half in halves:
-        child = subprocess.Popen(
-            [sys.executable, "-c", CHILD],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=env,
-            cwd=folder,
-        )
+    command = [sys.executable, Path(__file__).with_name("ahead_of_time.py")]
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    started = []
+    for half in (CASES[::2], CASES[1::2]):
+        child = subprocess.Popen(command, **pipes, text=True, env=env, cwd=folder)
         child.stdin.write(json.dumps([(calls[name], arch) for name, arch in half]))
         child.stdin.close()
         child.stdin = None
-        children.append(child)
-    found = {}
-    for half, child in zip(halves, children):
-        out, err = child.communicate()
-        assert child.returncode == 0, err[-4000:]
-        found |= dict(zip(half, json.loads(out)))
-    return found
+        started.append(child)
+    said = [child.communicate() for child in started]
+    assert [child.returncode for child in started] == [0, 0], said[0][1][-4000:] + said[1][1][-4000:]
+    return [json.loads(out) for out, _ in said]
+
+
+@pytest.fixture(scope="module")
+def compiled(children):
+    """{(name, arch): what the machine code holds}."""
+    return dict(zip(CASES[::2] + CASES[1::2], children[0]["found"] + children[1]["found"]))
+
+
+def test_all_the_machine_code_is_read_as_that_of_one_kernel_is(children):
+    # All kernels of a chip are disassembled as one: what is read for the last of them is what cuobjdump reads in its file.
+    for child in children:
+        assert set(child["last"]) == {str(arch) for arch in ARCHS}
+        for ours, theirs in child["last"].values():
+            assert len(ours) > 50 and ours == theirs
 
 
 def test_the_child_finds_what_it_looks_for(compiled):
