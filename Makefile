@@ -30,15 +30,19 @@ DEMO_MODEL ?= smollm2
 demo: setup
 	$(BIN)/sparsekit demo --model $(DEMO_MODEL)
 
-$(VENV)/test: pyproject.toml | $(VENV)/installed
-	$(BIN)/pip install --quiet pytest pytest-benchmark hypothesis accelerate triton matplotlib ruff clang-format pybind11 ninja setuptools playwright
+$(VENV)/test: Makefile pyproject.toml | $(VENV)/installed
+	$(BIN)/pip install --quiet pytest pytest-xdist pytest-benchmark hypothesis accelerate triton matplotlib ruff clang-format pybind11 ninja setuptools playwright
 	@# A test looks at the report page in a browser, and fails where there is none.
 	@command -v chromium || command -v google-chrome || ! command -v apt-get || [ "$$(id -u)" != 0 ] || \
 	    { apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium fonts-liberation; }
 	touch $@
 
+# A process for each core, up to eight; one alone where there is a GPU, which what is timed there has to itself. Torch then has a
+# thread in each, and the CPU kernels two, so that what threads share is tested everywhere.
+WORKERS ?= $(if $(shell command -v nvidia-smi),0,$(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 8 ? cores : 8))))
+PYTEST = OMP_NUM_THREADS=1 SPARSEKIT_THREADS=2 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed $(VENV)/test
-	$(BIN)/pytest $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 # The Triton kernels with another Triton than the environment's, by default that of torch 2.11. A numpy comes with it, since the
 # interpreter of Triton 3.6 does not run on numpy 2.4.
@@ -50,7 +54,7 @@ $(OTHER_TRITON): | $(VENV)/test
 	mv $@.part $@
 
 test-triton: $(VENV)/installed $(VENV)/test $(OTHER_TRITON)
-	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(BIN)/pytest tests/test_kernels_triton.py tests/test_prune_triton.py tests/test_kernels_aot.py $(PYTEST_ARGS)
+	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(PYTEST) tests/test_kernels_triton.py tests/test_prune_triton.py tests/test_kernels_aot.py $(PYTEST_ARGS)
 
 # All that only a GPU can show, into benchmarks/results/. By the caller's Python, which has torch, Triton and what the tests import.
 gpu-evidence:

@@ -19,8 +19,40 @@ timed = [HealthCheck.too_slow]
 settings.register_profile("sparsekit", deadline=None, derandomize=True, database=None, suppress_health_check=timed)
 settings.load_profile("sparsekit")
 
+# Under pytest-xdist a file's tests run in one process, and those of files that share what a session compiles. What takes minutes
+# comes first, so that no process ends with it alone.
+FIRST = (
+    ("test_kernels_aot.py",),
+    ("test_resources.py", "test_cuda_sass.py", "test_cuda_hopper.py"),
+    ("test_kernels_triton.py",),
+    ("test_cuda_emulated.py", "test_cuda_decode.py"),
+    ("test_prune_triton.py",),
+    ("test_memory.py",),
+    ("test_world.py",),
+    ("test_resume.py",),
+)
 
-def pytest_collection_modifyitems(items):
+
+def unit_of(name: str) -> int | str:
+    """What runs in one process with a file of this name: a place in FIRST, or the file alone."""
+    return next((place for place, files in enumerate(FIRST) if name in files), name)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    from xdist.scheduler import LoadFileScheduling
+
+    class Scheduling(LoadFileScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return str(unit_of(nodeid.split("::")[0].rpartition("/")[2]))
+
+    return Scheduling(config, log) if config.getoption("dist") == "loadfile" else None
+
+
+def pytest_collection_modifyitems(config, items):
+    if hasattr(config, "workerinput"):
+        places = {item: unit_of(item.path.name) for item in items}
+        items.sort(key=lambda item: places[item] if isinstance(places[item], int) else len(FIRST))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):
