@@ -138,7 +138,7 @@ def prune(
         if parts:
             how = dict(scope=scope, round_to=round_to, compensate=compensate, device=device, dtype=dtype, tokenizer=tokenizer)
             with progress_bar("") as progress:
-                how |= dict(overwrite=overwrite, progress=progress)
+                how |= dict(overwrite=overwrite, max_memory=max_memory, progress=progress)
                 _show_structured(out, pipeline.prune_structured_folder(model_dir, out, batches, **how, **parts), json_out)
             return
         how = dict(
@@ -177,7 +177,7 @@ def prune(
 
 
 _OF_PARTS = ("scope", "round_to", "compensate")
-_OF_PATTERNS = ("method", "pattern", "plan", "format", "group", "skip", "resume", "max_memory", "offload")
+_OF_PATTERNS = ("method", "pattern", "plan", "format", "group", "skip", "resume", "offload")
 
 
 def _parts(context: typer.Context, structured: list[str] | None) -> dict[str, int | float]:

@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import sparsekit
 from sparsekit import SparsekitError, prune_folder
 from sparsekit.cli import app
-from sparsekit.pipeline import find_blocks, memory
+from sparsekit.pipeline import find_blocks, memory, prune_structured_folder, structured
 from sparsekit.pipeline import folder as folders
 from sparsekit.pipeline.memory import parse_size, shown_size
 from sparsekit.pipeline.store import OnDisk
@@ -44,19 +44,24 @@ print(json.dumps([peak_memory(cpu) - before, report.peak_memory - before]))
 """
 
 
+def child(script: str, *options) -> str:
+    """What the script prints in a process of its own."""
+    paths = [str(Path(sparsekit.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
+    environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system: else chance keeps 10 MB of it, or none
+    done = subprocess.run([sys.executable, "-c", script, *options], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def added(tmp_path: Path, depth: int, method: str, limit: int = 0, samples: int = 2, **sizes) -> tuple[int, int]:
     """Bytes that pruning a model of so many blocks adds at its peak to a process, and bytes of its weights in the file."""
     if not (tmp_path / "small").exists():
         build("llama", torch.bfloat16).save_pretrained(tmp_path / "small")
     folder = tmp_path / f"model-{depth}"
     build("llama", torch.bfloat16, num_hidden_layers=depth, max_position_embeddings=128, **sizes).save_pretrained(folder)
-    paths = [str(Path(sparsekit.__file__).parents[1]), str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
-    environ["MALLOC_MMAP_THRESHOLD_"] = "65536"  # what is freed goes back to the system: else chance keeps 10 MB of it, or none
     options = (tmp_path / "small", folder, tmp_path / f"out-{depth}", method, str(limit), str(samples))
-    done = subprocess.run([sys.executable, "-c", CHILD, *options], capture_output=True, text=True, env=environ)
-    assert done.returncode == 0, done.stderr
-    peak, reported = json.loads(done.stdout)
+    peak, reported = json.loads(child(CHILD, *options))
     assert reported == pytest.approx(peak, abs=16 * MIB)
     return peak, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
@@ -75,6 +80,58 @@ def test_a_model_larger_than_the_limit_goes_through(tmp_path):
     peak, weights = added(tmp_path, 24, "wanda", limit, samples=4, **sizes)
     assert weights > limit
     assert peak <= limit
+
+
+STRUCTURED = """
+import json, sys, torch
+from models import VOCABULARY
+from sparsekit.pipeline import memory, prune_structured_folder
+from sparsekit.timing import peak_memory
+
+small, folder, out = sys.argv[1:]
+cpu = torch.device("cpu")
+tokens = torch.randint(3, VOCABULARY, (2, 4, 128), generator=torch.Generator().manual_seed(0))
+asked = dict(layers=1, heads=2, ffn=0.25, device="cpu", dtype=torch.float32)
+prune_structured_folder(small, out + "-small", list(tokens[:, :, :16]), **asked)
+before = memory.taken()
+prune_structured_folder(folder, out, list(tokens), **asked)
+print(peak_memory(cpu) - before)
+"""
+
+
+def test_taking_parts_out_needs_no_more_than_it_says(tmp_path, monkeypatch):
+    """The estimate is above what is taken, and less than twice that."""
+    build("llama", torch.bfloat16).save_pretrained(tmp_path / "small")
+    sizes = dict(hidden_size=256, intermediate_size=768, num_hidden_layers=5, max_position_embeddings=128)
+    build("llama", torch.bfloat16, **sizes).save_pretrained(tmp_path / "model")
+    peak = json.loads(child(STRUCTURED, tmp_path / "small", tmp_path / "model", tmp_path / "out"))
+    monkeypatch.setattr(memory, "taken", lambda: 0)
+    tokens = torch.zeros(2, 4, 128, dtype=torch.long)
+    asked = dict(layers=1, heads=2, ffn=0.25, device="cpu", dtype=torch.float32)
+    with pytest.raises(SparsekitError, match=r"at least .*: it takes .* for the weights of the whole model") as error:
+        prune_structured_folder(tmp_path / "model", tmp_path / "none", list(tokens), max_memory=1, **asked)
+    said = parse_size(re.search(r"at least (\S+),", str(error.value))[1])
+    assert 0.5 * said < peak <= said
+
+
+@pytest.mark.parametrize("asked", [{"layers": 1}, {"heads": 2}])
+def test_parts_of_a_model_that_does_not_fit_are_refused_before_its_weights_are_read(asked, tmp_path, monkeypatch):
+    build("llama").save_pretrained(tmp_path / "model")
+    monkeypatch.setattr(structured, "load", None)
+    monkeypatch.setattr(memory, "free", lambda device: 100_000)
+    said = r"holds the whole model and needs \S+ of free memory, and cpu has 97.7KiB: it takes .* for the weights of the whole"
+    with pytest.raises(SparsekitError, match=said) as error:
+        prune_structured_folder(tmp_path / "model", tmp_path / "out", token_batches((2, 16)), device="cpu", **asked)
+    assert ("for a batch's gradients" in str(error.value)) == ("heads" in asked)
+    with pytest.raises(SparsekitError, match=r"--max-memory must be at least \S+, got 1MiB: .*; structured pruning holds all"):
+        prune_structured_folder(
+            tmp_path / "model", tmp_path / "out", token_batches((2, 16)), device="cpu", max_memory="1MiB", **asked
+        )
+    assert os.listdir(tmp_path) == ["model"]
+
+
+def test_what_is_free_is_told():
+    assert 1 << 20 < memory.free(torch.device("cpu")) < 1 << 50
 
 
 def test_hidden_states_go_to_disk_where_memory_is_short_and_change_nothing(tmp_path, monkeypatch):

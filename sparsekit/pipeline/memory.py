@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..checkpoint.lazy import LazyModel
 from ..criteria import Gram
 from ..errors import SparsekitError, listed
+from ..linear import dense_weight, is_linear
 from ..patterns import JOINT
 from ..pruners import Pruner, by_gradient
 from ..timing import peak_memory
-from .blocks import Target, find_blocks
+from .blocks import Target, find_blocks, fused_parameters
 from .store import OnDisk
 
 _UNITS = {f"{prefix}{'iB' if base == 1024 else 'B'}": base**i for base in (1000, 1024) for i, prefix in enumerate("KMGT", 1)}
@@ -134,6 +135,58 @@ def check_whole(limit: int, folder: Path, dtype: torch.dtype | str, device: torc
     keys_and_values = 2 * len(lazy.blocks) * tokens * _width(lazy) * lazy.dtype.itemsize
     found = {"the whole model that writes the text": sum(map(lazy.nbytes, parts)), "its keys and values": keys_and_values}
     _within(limit, found, "; calibrate on a text, which needs a block at a time")
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes of memory that the process can still take on the device, within its control group; None where that is not told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = []
+    try:
+        found.append(1024 * int(re.search(r"MemAvailable:\s+(\d+)", Path("/proc/meminfo").read_text())[1]))
+    except (OSError, TypeError):
+        return None
+    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        try:
+            found.append(int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))
+        except (OSError, ValueError):  # another version of control groups, or no limit
+            continue
+    return max(min(found), 0)
+
+
+def check_structured(
+    model: nn.Module, batches: Sequence[Any], device: torch.device, gates: bool, fits: bool, limit: int | None = None
+) -> None:
+    """Raises SparsekitError, saying how much is needed, where parts cannot be taken out of a model of this skeleton, all of it in
+    memory, within ``limit`` bytes or within what is free on the device.
+
+    gates: importance is by gradients. fits: what stays makes up for what goes, by least squares."""
+    config = model.config.get_text_config()
+    linears = [dense_weight(module).shape for module in model.modules() if is_linear(module)]
+    fused = [getattr(module, name).shape for module in model.modules() for name in fused_parameters(module)]
+    widest = max((k for _, k in linears), default=0)
+    experts = max((n * min(shape) ** 2 for n, *shape in fused), default=0)  # a Gram matrix of each of a block's
+    held, length = (max(map(of, batches), default=0) for of in (_tokens, _length))
+    a_token = max(model.dtype.itemsize, 4) * held
+    scores = config.num_attention_heads * length
+    forward = {"a batch at work": a_token * (5 * max(map(max, linears), default=0) + scores)}
+    if fits:
+        forward["what is known of inputs"] = 4 * (9 * widest**2 + experts)
+        forward["hidden states"] = 2 * sum(map(_tokens, batches)) * config.hidden_size * model.dtype.itemsize
+    features = sum(n + k for n, k in linears) + 5 * config.vocab_size
+    backward = {"a batch's gradients": a_token * (features + scores) * gates}
+    weights = {"the weights of the whole model": sum(parameter.nbytes for parameter in model.parameters())}
+    parts = weights | max(forward, backward, key=lambda one: sum(one.values()))
+    if limit is not None and device.type == "cpu":
+        _within(limit, parts, "; structured pruning holds all of the model")
+        return
+    there, need = free(device), sum(parts.values())
+    if there is not None and need > there:
+        what = listed(f"{shown_size(size)} for {name}" for name, size in parts.items() if size)
+        raise SparsekitError(
+            f"structured pruning holds the whole model and needs {shown_size(need)} of free memory, and {device} has "
+            f"{shown_size(there)}: it takes {what}; use a 16-bit dtype, fewer or shorter samples, or a larger machine"
+        )
 
 
 def _within(limit: int, parts: dict[str, int], instead: str = "") -> int:

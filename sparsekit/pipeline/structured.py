@@ -11,7 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import check_model_folder, check_new_folder, compressed_linears, load, save, skeleton, stored_dtype
+from ..checkpoint import (
+    check_model_folder,
+    check_new_folder,
+    compressed_linears,
+    load,
+    resolve_device,
+    save,
+    skeleton,
+    stored_dtype,
+)  # fmt: skip
 from ..checkpoint.writing import write_beside
 from ..data import count_tokens
 from ..errors import SparsekitError, listed
@@ -22,6 +31,7 @@ from ..structured.entries import SUBLAYERS, entries_of
 from ..structured.experts import experts_a_token
 from ..structured.heads import head_units
 from ..structured.routed import GROUPED, check_neurons, check_width
+from .memory import check_structured, parse_size
 from .narrow import Narrowed, count_parameters, prune_heads, prune_neurons
 from .source import Progress
 
@@ -89,6 +99,7 @@ def prune_structured_folder(
     dtype: torch.dtype | str = "auto",
     tokenizer=None,
     overwrite: bool = False,
+    max_memory: int | str | None = None,
     progress: Progress | None = None,
     **asked: Any,
 ) -> StructuredReport:
@@ -96,13 +107,18 @@ def prune_structured_folder(
 
     Where its blocks stay alike, ``out`` is an ordinary folder; where they differ, one that ``sparsekit.load`` reads. The whole
     model is in memory, on the device; weights are stored in the dtype that most of them had. device, dtype: as for ``load``.
+    max_memory: what the process may hold, such as "8GiB"; by default what is free.
     asked: the amounts and options of ``prune_structured``.
     Raises SparsekitError for what that refuses, for a compressed folder, and where ``out`` stands in the way unless ``overwrite``;
-    then nothing is left that was not there."""
+    then nothing is left that was not there. So is a model that does not fit in memory, before its weights are read."""
     check_new_folder(out, overwrite)
     folder = check_model_folder(folder)
     if compressed_linears(folder) is not None:
         raise SparsekitError(f"the model must be dense, and {folder} is compressed; take parts out first, then prune 2:4")
+    batches, gates = list(batches), asked.get("heads") is not None
+    limit, fits = None if max_memory is None else parse_size(max_memory), asked.get("compensate", True)
+    fits = fits and (gates or asked.get("ffn") is not None)
+    check_structured(skeleton(folder, dtype), batches, resolve_device(device), gates, fits, limit)
     model = load(folder, device=device, dtype=dtype)
     report = prune_structured(model, batches, progress=progress, **asked)
     model.to(stored_dtype(folder))
