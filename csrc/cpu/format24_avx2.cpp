@@ -3,10 +3,27 @@
 
 #include <immintrin.h>
 #include <type_traits>
-#include <utility>
 
 namespace sparsekit::cpu {
 namespace {
+
+// In the ring of m columns, of the r-th neighbour of each lane: the lane that it is, and its bytes in their half of a
+// vector.
+template <class Int, int m, int r> struct Ring {
+    static constexpr int kLanes = 32 / sizeof(Int);
+    alignas(32) Int lane[kLanes] = {};
+    alignas(32) int8_t bytes[32] = {};
+
+    constexpr Ring() {
+        for (int i = 0; i < kLanes; ++i) {
+            const int from = i / m * m + (i + r) % m;
+            lane[i] = static_cast<Int>(from);
+            for (size_t byte = 0; byte < sizeof(Int); ++byte)
+                bytes[i * sizeof(Int) + byte] = static_cast<int8_t>((from * sizeof(Int) + byte) % 16);
+        }
+    }
+};
+template <class Int, int m, int r> constexpr Ring<Int, m, r> kRing;
 
 // By the mask of eight columns: those that it has, and for each column its place among them; as lanes, and as the bytes
 // of lanes of two.
@@ -32,25 +49,6 @@ struct Columns {
 };
 constexpr Columns kColumnsOf;
 
-// In the ring of m columns, of the r-th neighbour of each lane: all ones where it is on the right; the lane that it is,
-// and its bytes in their half of a vector.
-template <class Int, int m, int r> struct Ring {
-    static constexpr int kLanes = 32 / sizeof(Int);
-    alignas(32) Int right[kLanes] = {}, lane[kLanes] = {};
-    alignas(32) int8_t bytes[32] = {};
-
-    constexpr Ring() {
-        for (int i = 0; i < kLanes; ++i) {
-            const int from = i / m * m + (i + r) % m;
-            right[i] = i % m + r < m ? -1 : 0;
-            lane[i] = static_cast<Int>(from);
-            for (size_t byte = 0; byte < sizeof(Int); ++byte)
-                bytes[i * sizeof(Int) + byte] = static_cast<int8_t>((from * sizeof(Int) + byte) % 16);
-        }
-    }
-};
-template <class Int, int m, int r> constexpr Ring<Int, m, r> kRing;
-
 template <class Int> struct Vector {
     using V = __m256i;
     static constexpr int kLanes = 32 / sizeof(Int);
@@ -64,13 +62,9 @@ template <class Int> struct Vector {
     static V flipped_abs(V a) { return _mm256_xor_si256(_mm256_abs_epi8(a), _mm256_set1_epi8(-128)); }
 };
 
-// What is made of masks that are vectors, of L's: bytes, 32 columns as a byte each; sum; rotate<m, r>, in which a lane
-// has its r-th neighbour in the ring of m; wins(a, b, right), where a > b, or equal in the lanes of `right`.
-template <class L, class Int> struct Masks {
+// What is made of L's bytes: the masks of 32 columns as a byte each.
+template <class L, class Int> struct Masks : MasksOfLanes<L, Int, sizeof(Int) == 8 ? 4 : 8> {
     using V = __m256i;
-    static constexpr int kMostRanked = sizeof(Int) == 8 ? 4 : 8;
-
-    static V lanes(V mask) { return mask; }
     template <class Body> static uint64_t word(const Body &body) {
         const auto half = [&](int i) {
             return uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(L::bytes(body, i)))};
@@ -80,18 +74,6 @@ template <class L, class Int> struct Masks {
     template <class Body> static void store_ones(const Body &body, uint8_t *out) {
         for (int i = 0; i < kWord; i += 32)
             _mm256_storeu_si256(reinterpret_cast<V *>(out + i), L::bytes(body, i) & _mm256_set1_epi8(1));
-    }
-    // Those that beat m - n of the m - 1 others or more: a win is a minus one.
-    template <int m> static V best(V v, int n) {
-        return L::gt(L::set(static_cast<Int>(n - m + 1)), wins<m>(v, std::make_integer_sequence<int, m - 1>()));
-    }
-
-  private:
-    template <int m, int... r> static V wins(V v, std::integer_sequence<int, r...>) {
-        V found = _mm256_setzero_si256();
-        ((found = L::sum(found, L::wins(v, L::template rotate<m, r + 1>(v), L::load(kRing<Int, m, r + 1>.right)))),
-         ...);
-        return found;
     }
 };
 

@@ -6,11 +6,19 @@
 
 #include <atomic>
 #include <cstring>
+#include <type_traits>
+#include <utility>
 
 namespace sparsekit::cpu {
 namespace {
 
 constexpr int kWord = 64; // columns of a word
+
+// The signed integer as wide as W.
+template <class W>
+using Integer = std::conditional_t<
+    sizeof(W) == 1, int8_t,
+    std::conditional_t<sizeof(W) == 2, int16_t, std::conditional_t<sizeof(W) == 4, int32_t, int64_t>>>;
 
 typedef uint64_t EightWords [[gnu::vector_size(64)]];
 
@@ -90,6 +98,38 @@ template <class L, class Bytes> struct MasksOfBits {
         constexpr uint64_t kRivalOnTheRight = in_groups(4, 4 - r);
         const V rival = L::template rotate<r>(v);
         return L::gt(v, rival) | (kRivalOnTheRight & ~L::gt(rival, v));
+    }
+};
+
+// Of m columns in a ring: all ones where a lane's r-th neighbour is on its right.
+template <class Int, int m, int r> struct RightOf {
+    static constexpr int kLanes = 32 / sizeof(Int);
+    alignas(32) Int lanes[kLanes] = {};
+
+    constexpr RightOf() {
+        for (int i = 0; i < kLanes; ++i)
+            lanes[i] = i % m + r < m ? -1 : 0;
+    }
+};
+template <class Int, int m, int r> constexpr RightOf<Int, m, r> kRightOf;
+
+// What Lanes of 32 bytes or fewer whose masks are vectors do with them, by L's sum; rotate<m, r>, in which a lane has
+// its r-th neighbour in the ring of m; and wins(a, b, right), where a > b, or equal in the lanes of `right`.
+template <class L, class Int, int kMost> struct MasksOfLanes {
+    static constexpr int kMostRanked = kMost;
+
+    template <class V> static V lanes(V mask) { return mask; }
+    // Those that beat m - n of the m - 1 others or more: a win is a minus one.
+    template <int m, class V> static V best(V v, int n) {
+        return L::gt(L::set(static_cast<Int>(n - m + 1)), wins<m>(v, std::make_integer_sequence<int, m - 1>()));
+    }
+
+  private:
+    template <int m, class V, int... r> static V wins(V v, std::integer_sequence<int, r...>) {
+        V found = L::set(0);
+        ((found = L::sum(found, L::wins(v, L::template rotate<m, r + 1>(v), L::load(kRightOf<Int, m, r + 1>.lanes)))),
+         ...);
+        return found;
     }
 };
 

@@ -115,9 +115,7 @@ constexpr int kSide = 8; // of a block that is turned over in registers
 // interleaves the first half of the columns with the second, in lanes of kCols.
 template <int kCols = kSide, int kRows = kSide, class Int>
 inline void turn_block(const Int *from, int64_t col_stride, Int *to, int64_t stride) {
-    using Lane = std::conditional_t<
-        sizeof(Int) == 1, int8_t,
-        std::conditional_t<sizeof(Int) == 2, int16_t, std::conditional_t<sizeof(Int) == 4, int32_t, int64_t>>>;
+    using Lane = Integer<Int>;
     typedef Lane V [[gnu::vector_size(kRows * sizeof(Lane))]];
     constexpr std::make_index_sequence<kRows> places;
     V a[kCols], b[kCols];
@@ -144,7 +142,8 @@ inline void turn_block(const Int *from, int64_t col_stride, Int *to, int64_t str
 }
 
 // Copies a span of a matrix to `room`, rows `stride` apart.
-template <class Isa, class Int> void turn(const Matrix &m, const Span &s, Int *room, int64_t stride) {
+template <class Isa, class Int>
+[[gnu::noinline, gnu::flatten]] void turn(const Matrix &m, const Span &s, Int *room, int64_t stride) {
     const Int *from = static_cast<const Int *>(m.data) + s.row * m.row_stride + s.col * m.col_stride;
     constexpr int kRows = Isa::template Lanes<Int>::kLanes, kCols = min(16 / int(sizeof(Int)), kRows);
     const auto copy = [&](int64_t row, int64_t row_end, int64_t col, int64_t col_end) {
@@ -204,18 +203,17 @@ template <class Int> class Ahead {
 // the rest `fill`.
 template <class Int, class Body>
 inline void for_words(const Tile<Int> &tile, const Span &s, Int fill, const Body &body) {
+    Int copy[kWord];
     int64_t word = 0;
     for (int64_t row = 0; row < s.rows; ++row)
         for (int64_t col = 0; col < s.cols; col += kWord, ++word) {
             const Int *p = tile.data + row * tile.stride + col;
-            if (const int64_t count = s.cols - col; count >= kWord) {
-                body(row, col, p, int64_t{kWord}, word);
-            } else {
-                Int copy[kWord];
-                for (int64_t i = 0; i < kWord; ++i)
-                    copy[i] = i < count ? p[i] : fill;
-                body(row, col, copy, count, word);
+            const int64_t count = min(kWord, s.cols - col);
+            if (count < kWord) {
+                std::fill(std::copy_n(p, count, copy), copy + kWord, fill);
+                p = copy;
             }
+            body(row, col, p, count, word);
         }
 }
 

@@ -38,10 +38,14 @@ inline float to_float(E4M3 v) {
 inline int32_t sum_key(float a, float b) { return order_of(bit_cast<int32_t>(a + b)); }
 inline int64_t sum_key(double a, double b) { return order_of(bit_cast<int64_t>(a + b)); }
 
+// Reads the keys of a row's members, columns or pairs of them, and counts them.
+template <class Key> using ReadKeys = int64_t (*)(const void *row, int64_t cols, DType dtype, Key *keys);
+
 template <class Isa, class Int>
-int64_t read_keys(const Reader<Isa, Int> &reader, const Int *row, int64_t cols, Int *keys) {
+[[gnu::flatten]] int64_t read_keys(const void *row, int64_t cols, DType dtype, Int *keys) {
     using L = Lanes<Isa, Int>;
-    for_words(Tile<Int>{row, 0}, Span{0, 1, 0, cols}, Int{0},
+    const Reader<Isa, Int> reader(dtype);
+    for_words(Tile<Int>{static_cast<const Int *>(row), 0}, Span{0, 1, 0, cols}, Int{0},
               [&](int64_t, int64_t col, const Int *at, int64_t, int64_t) {
                   for (int i = 0; i < kWord; i += L::kLanes)
                       L::store(keys + col + i, reader.order(L::load(at + i)));
@@ -50,7 +54,8 @@ int64_t read_keys(const Reader<Isa, Int> &reader, const Int *row, int64_t cols, 
 }
 
 // Keys of the sums of pairs; a column past the end adds nothing.
-template <class T, class Key> int64_t read_pair_keys(const T *row, int64_t cols, Key *keys) {
+template <class T, class Key> int64_t read_pair_keys(const void *numbers, int64_t cols, DType, Key *keys) {
+    const T *row = static_cast<const T *>(numbers);
     for (int64_t i = 0; i < cols / 2; ++i)
         keys[i] = sum_key(to_float(row[2 * i]), to_float(row[2 * i + 1]));
     if (cols % 2)
@@ -188,11 +193,21 @@ template <class Isa, int kMost, class Key>
     return bad;
 }
 
-// A span of groups of 8 or more by the keys that read(row, cols, keys) makes: 64 groups at once, of as many rows as
-// have them.
-template <class Isa, class Key, class T, class Read>
-void mask_large_groups(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key_dtype, First &nan,
-                       const Read &read) {
+// The rows of a span, of whichever dtype: those of the scores, or turned over.
+struct Rows {
+    const char *data;
+    int64_t stride; // in bytes
+    DType dtype;
+
+    template <class T>
+    Rows(const Tile<T> &tile, DType dtype)
+        : data(reinterpret_cast<const char *>(tile.data)), stride(tile.stride * int64_t(sizeof(T))), dtype(dtype) {}
+};
+
+// A span of groups of 8 or more by keys: 64 groups at once, of as many rows as have them.
+template <class Isa, class Key>
+void mask_large_groups(const MaskNM &p, const Span &s, const Rows &from, DType key_dtype, First &nan,
+                       ReadKeys<Key> read) {
     const int64_t width = p.pairs ? 2 : 1, groups = ceil_div(s.cols, p.m * width); // columns of a member, of a row
     const int64_t batch = max(1, kWord / groups);                                  // rows
     const Ends<Key> ends{numbers(key_dtype)};
@@ -204,7 +219,7 @@ void mask_large_groups(const MaskNM &p, const Span &s, const Tile<T> &tile, DTyp
         const int64_t rows = min(batch, s.rows - row), all = rows * groups;
         for (int64_t r = 0; r < rows; ++r) {
             Key *of_row = keys + r * groups * p.m;
-            const int64_t members = read(tile.data + (row + r) * tile.stride, s.cols, of_row);
+            const int64_t members = read(from.data + (row + r) * from.stride, s.cols, from.dtype, of_row);
             std::fill(of_row + members, of_row + groups * p.m, ends.lowest); // past the end: they lose every tie
         }
         std::fill(keys + all * p.m, keys + ceil_div(all, kWord) * kWord * p.m + kSide, ends.lowest);
@@ -215,25 +230,26 @@ void mask_large_groups(const MaskNM &p, const Span &s, const Tile<T> &tile, DTyp
                            group % groups);
             }
         for (int64_t r = 0; r < rows; ++r) {
-            const uint8_t *from = mask + r * groups * p.m;
+            const uint8_t *found = mask + r * groups * p.m;
             uint8_t *out = p.mask + (s.row + row + r) * p.cols + s.col;
             if (!p.pairs) {
-                std::memcpy(out, from, s.cols);
+                std::memcpy(out, found, s.cols);
                 continue;
             }
             for (int64_t i = 0; i < s.cols / 2; ++i)
-                out[2 * i] = out[2 * i + 1] = from[i];
+                out[2 * i] = out[2 * i + 1] = found[i];
             if (s.cols % 2)
-                out[s.cols - 1] = from[s.cols / 2];
+                out[s.cols - 1] = found[s.cols / 2];
         }
     }
 }
 
-// A span by the keys of its members (columns, or pairs of them) that read(row, cols, keys) makes and counts.
-template <class Isa, class Key, class T, class Read>
-void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key_dtype, First &nan, const Read &read) {
+// A span by the keys of its members.
+template <class Isa, class Key>
+[[gnu::noinline, gnu::flatten]] void mask_by_keys(const MaskNM &p, const Span &s, const Rows &from, DType key_dtype,
+                                                  First &nan, ReadKeys<Key> read) {
     if (p.m > kSide || (p.m == kSide && sizeof(Key) == 2)) // of eight others ranking is as fast or faster in vectors
-        return mask_large_groups<Isa, Key>(p, s, tile, key_dtype, nan, read);
+        return mask_large_groups<Isa, Key>(p, s, from, key_dtype, nan, read);
     using L = Lanes<Isa, Key>;
     constexpr Key kLowest = static_cast<Key>(uint64_t{1} << (8 * sizeof(Key) - 1));
     const int per = kWord / p.m * p.m, width = p.pairs ? 2 : 1; // members of a step, columns of a member
@@ -241,7 +257,7 @@ void mask_by_keys(const MaskNM &p, const Span &s, const Tile<T> &tile, DType key
     const auto top = L::set(static_cast<Key>(n.largest)), bottom = L::set(static_cast<Key>(-n.largest));
     Key keys[kTileSteps * kWord + kWord + kSide]; // a step reads a word and the m - 1 neighbours to its right
     for (int64_t row = 0; row < s.rows; ++row) {
-        const int64_t members = read(tile.data + row * tile.stride, s.cols, keys);
+        const int64_t members = read(from.data + row * from.stride, s.cols, from.dtype, keys);
         for (Key *past = keys + members; past < keys + ceil_div(members, per) * per + kWord + kSide; ++past)
             *past = kLowest; // they lose every tie, as the last
         uint8_t *out = p.mask + (s.row + row) * p.cols + s.col;
@@ -295,8 +311,7 @@ template <class Isa, int m, class Int>
         });
 }
 
-template <class Isa, class Int>
-[[gnu::flatten]] void mask_columns(const MaskNM &p, const Span &s, const Span &next, First &nan) {
+template <class Isa, class Int> void mask_columns(const MaskNM &p, const Span &s, const Span &next, First &nan) {
     Int room[kRoom<Int>];
     const Tile<Int> tile = fetch<Isa>(p.scores, s, room);
     Ahead<Int>(p.scores, next).all();
@@ -305,19 +320,16 @@ template <class Isa, class Int>
     if constexpr (Lanes<Isa, Int>::kMostRanked == 8)
         if (p.m == 8)
             return mask_small_groups<Isa, 8>(p, s, tile, nan);
-    const Reader<Isa, Int> reader(p.scores.dtype);
-    mask_by_keys<Isa, Int>(p, s, tile, p.scores.dtype, nan, [&](const Int *row, int64_t cols, Int *keys) {
-        return read_keys<Isa>(reader, row, cols, keys);
-    });
+    mask_by_keys<Isa, Int>(p, s, Rows(tile, p.scores.dtype), p.scores.dtype, nan, read_keys<Isa, Int>);
 }
 
-template <class Isa, class T>
-[[gnu::flatten]] void mask_pairs(const MaskNM &p, const Span &s, const Span &next, First &nan) {
+template <class Isa, class T> void mask_pairs(const MaskNM &p, const Span &s, const Span &next, First &nan) {
     using Key = decltype(sum_key(to_float(T{}), to_float(T{})));
     T room[kRoom<T>];
     const DType key_dtype = sizeof(Key) == 8 ? kFloat64 : kFloat32;
+    const Rows rows(fetch<Isa>(p.scores, s, room), p.scores.dtype);
     Ahead<T>(p.scores, next).all();
-    mask_by_keys<Isa, Key>(p, s, fetch<Isa>(p.scores, s, room), key_dtype, nan, read_pair_keys<T, Key>);
+    mask_by_keys<Isa, Key>(p, s, rows, key_dtype, nan, read_pair_keys<T, Key>);
 }
 
 template <class Isa> void mask_nm(const MaskNM &problem, int threads) {

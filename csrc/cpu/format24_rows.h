@@ -98,7 +98,7 @@ template <class Isa, class Int> class Search {
                   [&](int64_t, int64_t col, const Int *at, int64_t count, int64_t) { body(col, at, count); });
     }
 
-    int64_t above(const Int *row, int64_t cols, int64_t key) const {
+    [[gnu::noinline, gnu::flatten]] int64_t above(const Int *row, int64_t cols, int64_t key) const {
         const Test test(key, integer);
         int64_t found = 0;
         for_row(row, cols, [&](int64_t, const Int *at, int64_t count) {
@@ -112,7 +112,8 @@ template <class Isa, class Int> class Search {
     }
 
     // What is between goes to `list`, while a word more than it has room there.
-    Counts gather(const Int *row, int64_t cols, const Bracket &b, Int *list, int64_t room, int64_t next = 0) const {
+    [[gnu::noinline, gnu::flatten]] Counts gather(const Int *row, int64_t cols, const Bracket &b, Int *list,
+                                                  int64_t room, int64_t next = 0) const {
         const Test over(b.high, integer), some(b.low, integer);
         Counts found{0, 0};
         for_row(row, cols, [&](int64_t, const Int *at, int64_t count) {
@@ -130,7 +131,7 @@ template <class Isa, class Int> class Search {
 
     // The rank-th highest of a list whose keys lie in low..high, which is quartered. A word past the list's end may be
     // read; it is overwritten.
-    Cut nth(Int *list, int64_t size, int64_t rank, int64_t low, int64_t high) const {
+    [[gnu::noinline, gnu::flatten]] Cut nth(Int *list, int64_t size, int64_t rank, int64_t low, int64_t high) const {
         int64_t over = 0, least = size; // keys above high, from low on
         while (low < high) {
             const int64_t half = middle(low, high);
@@ -240,7 +241,8 @@ template <class Isa, class Int> class Search {
 
 // Writes the mask of `cols` columns of a row, of whose ties the first `room` are kept; returns whether one is NaN.
 template <class Isa, class Int>
-bool write_row(const Reader<Isa, Int> &reader, const Int *row, int64_t cols, const Cut &cut, uint8_t *mask) {
+[[gnu::noinline, gnu::flatten]] bool write_row(const Reader<Isa, Int> &reader, const Int *row, int64_t cols,
+                                               const Cut &cut, uint8_t *mask) {
     using L = Lanes<Isa, Int>;
     const Above<Isa, Int> over(cut.key, reader.integer()), least(before(cut.key), reader.integer());
     int64_t room = cut.room;
@@ -272,8 +274,8 @@ template <class Int> Cut of_all(int64_t cols, int64_t kept) {
 }
 
 template <class Isa, class Int>
-[[gnu::flatten]] void mask_row(const MaskRows &p, const Int *row, int64_t place, int64_t next, Bracket &guess,
-                               Int *list, Int *sample, First &nan) {
+void mask_row(const MaskRows &p, const Int *row, int64_t place, int64_t next, Bracket &guess, Int *list, Int *sample,
+              First &nan) {
     const Reader<Isa, Int> reader(p.scores.dtype);
     const Search<Isa, Int> search{reader.integer()};
     const Cut cut = p.kept == 0 || p.kept == p.cols ? of_all<Int>(p.cols, p.kept)
