@@ -23,17 +23,18 @@ _NAMES: tuple[tuple[str, Capability], ...] = (
     (r"RTX PRO \d+|RTX 50\d0|PRO 6000", (12, 0)),
     (r"GB10|DGX SPARK", (12, 1)),
     (r"THOR", (11, 0)),
-    (r"B300|GB300", (10, 3)),
+    (r"B300|GB300|BLACKWELL ULTRA", (10, 3)),
     (r"B100|B200|GB200|BLACKWELL", (10, 0)),
     (r"H100|H200|H800|H20|GH200|HOPPER", (9, 0)),
-    (r"L4|L40S?|L20|RTX 40\d0|RTX [2456]\d00 ADA|ADA|ADA LOVELACE", (8, 9)),
+    (r"L2|L4|L40S?|L20|RTX 40\d0|ADA|LOVELACE", (8, 9)),
     (r"ORIN", (8, 7)),
-    (r"A2|A10G?|A16|A40|RTX 30\d0|(RTX )?A[1-6][05]00", (8, 6)),
-    (r"A30|A100|A800|AMPERE", (8, 0)),
-    (r"T4|RTX 20\d0|GTX 16\d0|QUADRO RTX \d+|TITAN RTX|TURING", (7, 5)),
-    (r"V100|VOLTA|TITAN V", (7, 0)),
-    (r"P4|P40|GTX 10\d0", (6, 1)),
-    (r"P100|PASCAL", (6, 0)),
+    (r"A2|A10G?|A16|A40|RTX 30\d0|(RTX )?A[1-6][05]00|RTX A[45]00", (8, 6)),
+    (r"A30X?|A100X?|A800|AMPERE", (8, 0)),
+    (r"T4|T[46]00|T[12]\d00|RTX 20\d0|GTX 16\d0|MX450|QUADRO RTX \d+|TITAN RTX|TURING", (7, 5)),
+    (r"XAVIER", (7, 2)),
+    (r"V100|GV100|VOLTA|TITAN V", (7, 0)),
+    (r"P4|P40|P[1-6]\d00|GTX 10\d0|GT 10[1-3]0|TITAN XP?", (6, 1)),
+    (r"P100|GP100|PASCAL", (6, 0)),
 )
 _EXAMPLES = ("A100", "A10", "L4", "L40S", "RTX 4090", "RTX 6000 Ada", "H100", "H200", "B200", "RTX 5090")
 _SPARSE_UNITS = (8, 0)  # the first capability with mma.sp: PTX ISA, "mma.sp", target ISA notes
@@ -52,10 +53,11 @@ def capability_of(gpu: str | Capability | torch.device | None = None) -> Capabil
         return torch.cuda.get_device_capability(gpu) if gpu.type == "cuda" else None
     if not isinstance(gpu, str):
         raise SparsekitError(f'the GPU must be a name, a capability, such as "9.0" or (9, 0), or a torch.device, got {gpu!r}')
-    text = gpu.strip().upper()
+    text = re.sub(r"[\s_-]+", " ", gpu.upper()).strip()
+    text = re.sub(r"\b([RG]TX)(?=\d)", r"\1 ", text)
     if text == "CPU":
         return None
-    if match := re.fullmatch(r"(?:SM_?)?(\d{1,2})\.?(\d)[A-Z]?", text):
+    if match := re.fullmatch(r"(?:SM ?)?(\d{1,2})\.?(\d)[A-Z]?", text):
         return int(match[1]), int(match[2])
     for words, capability in _NAMES:
         if re.search(rf"(?<![A-Z0-9])(?:{words})(?![A-Z0-9])", text):

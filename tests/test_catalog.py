@@ -36,12 +36,39 @@ from sparsekit.tune import Row
         ("Tesla T4", (7, 5)),
         ("Tesla V100-SXM2-16GB", (7, 0)),
         ("Tesla P100-PCIE-16GB", (6, 0)),
+        ("NVIDIA A100X", (8, 0)),
+        ("GRID A100X-40C", (8, 0)),
+        ("NVIDIA A40-48Q", (8, 6)),
+        ("NVIDIA RTX A400", (8, 6)),
+        ("NVIDIA GeForce RTX 3060 Laptop GPU", (8, 6)),
+        ("NVIDIA GeForce RTX 4070 Ti SUPER", (8, 9)),
+        ("NVIDIA RTX 4000 SFF Ada Generation", (8, 9)),
+        ("NVIDIA L2", (8, 9)),
+        ("NVIDIA RTX PRO 4500 Blackwell", (12, 0)),
+        ("NVIDIA GB10", (12, 1)),
+        ("NVIDIA Thor", (11, 0)),
+        ("Orin", (8, 7)),
+        ("Xavier", (7, 2)),
+        ("NVIDIA TITAN RTX", (7, 5)),
+        ("NVIDIA GeForce GTX 1650", (7, 5)),
+        ("NVIDIA T1000", (7, 5)),
+        ("Quadro GV100", (7, 0)),
+        ("NVIDIA TITAN V", (7, 0)),
+        ("NVIDIA TITAN X (Pascal)", (6, 1)),
+        ("Quadro P4000", (6, 1)),
+        ("Quadro GP100", (6, 0)),
         # As people do.
         ("a100", (8, 0)),
         ("Ada", (8, 9)),
         ("Blackwell", (10, 0)),
         ("hopper", (9, 0)),
         ("A6000", (8, 6)),
+        ("RTX4090", (8, 9)),
+        ("rtx_3090", (8, 6)),
+        ("A100-80GB", (8, 0)),
+        ("A100_80GB", (8, 0)),
+        ("Lovelace", (8, 9)),
+        ("Blackwell Ultra", (10, 3)),
         ("RTX A4500", (8, 6)),
         ("9.0", (9, 0)),
         ("sm_90a", (9, 0)),
@@ -56,7 +83,10 @@ def test_names(name, capability):
     assert capability_of(name) == capability
 
 
-@pytest.mark.parametrize("name", ["", "A1000000", "GPU", "XH100Y", "MI300X", "9", "4090", "Canada", 9.0, (9,), (9, 0.5), (-1, 0)])
+UNKNOWN = ["", "A1000000", "GPU", "XH100Y", "MI300X", "RTX 6000", "9", "4090", "Canada", 9.0, (9,), (9, 0.5), (-1, 0)]
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
 def test_unknown_names(name):
     with pytest.raises(SparsekitError, match="A100.*H200.*got" if isinstance(name, str) else r"got [9(]"):
         capability_of(name)
