@@ -209,7 +209,7 @@ def test_the_callback_prunes_as_the_trainer_steps_and_resumes(tmp_path):
 
     def trainer(steps: int) -> tuple[Trainer, GradualPruner]:
         model = build("llama")
-        pruner = GradualPruner(model, PruningConfig("2:4", begin=1, end=5, every=2))
+        pruner = GradualPruner(model, PruningConfig("2:4", "gradient", begin=1, end=5, every=2))  # squares are saved too
         args = TrainingArguments(
             output_dir=str(tmp_path), max_steps=steps, per_device_train_batch_size=2, gradient_accumulation_steps=2, save_steps=3,
             learning_rate=0.01, report_to=[], use_cpu=True, disable_tqdm=True, logging_strategy="no", lr_scheduler_type="constant",
