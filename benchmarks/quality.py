@@ -1,6 +1,6 @@
 """What each criterion costs the shipped model at each pattern and in each group, in perplexity: a table in docs/pruning.md.
 
-python -m benchmarks.quality --out benchmarks/results/quality/criteria.json   # measures all of it, some minutes
+python -m benchmarks.quality --out benchmarks/results/quality/criteria.json   # measures all of it: 3 minutes of a core
 python -m benchmarks.quality --docs                                           # writes the tables anew from that file
 
 While it measures, a file beside OUT keeps each row that is done: the same command on the same day, machine and source goes on.

@@ -80,6 +80,32 @@ def test_the_file_is_what_is_measured(method, pattern):
     assert quality.measure(method, pattern, None)["perplexity"] == pytest.approx(TABLE[method, pattern, None], rel=1e-3)
 
 
+def test_a_measurement_goes_on_where_it_was_interrupted_and_of_other_settings_begins_anew(tmp_path, monkeypatch):
+    out, seen = tmp_path / "criteria.json", []
+
+    def measured(*case):
+        seen.append(case)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return {"case": list(case)}
+
+    monkeypatch.setattr(quality, "measure", measured)
+    with pytest.raises(KeyboardInterrupt):
+        quality.run(out)
+    assert not out.exists()
+    quality.run(out)
+    assert seen == [*list(quality.cases())[:3], *list(quality.cases())[2:]]
+    assert [tuple(row["case"]) for row in json.loads(out.read_text())["rows"]] == list(quality.cases())
+    assert list(tmp_path.iterdir()) == [out]
+    seen[:] = []
+    with pytest.raises(KeyboardInterrupt):
+        quality.run(out)
+    monkeypatch.setattr(quality, "SAMPLES", 8)
+    seen[:] = [None] * 3
+    quality.run(out)
+    assert seen[3:] == list(quality.cases())
+
+
 def test_the_freer_the_pattern_the_less_is_lost():
     dense, half, four, two = (
         pruned_perplexity(None),
