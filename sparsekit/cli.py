@@ -214,7 +214,9 @@ def _show_structured(out: Path, report: StructuredReport, json_out: bool) -> Non
     show(f"{out}: {report.seconds:.1f} s", ("part", "removed", "", "time"), rows)
     print(f"{report.parameters:,} of {report.parameters_before:,} parameters are left ({report.parameters_predicted:,} predicted)")
     if report.per_layer_config:
-        print("its blocks differ: sparsekit loads it, transformers alone does not")
+        alike = all(entry == report.per_layer_config[0] for entry in report.per_layer_config)
+        why = "transformers' config cannot say what its blocks have left" if alike else "its blocks differ"
+        print(f"{why}: sparsekit loads it, transformers alone does not")
 
 
 @command()

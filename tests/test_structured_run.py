@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import sparsekit
 from sparsekit import SparsekitError, checkpoint, prune_structured
+from sparsekit.cli import _show_structured
 from sparsekit.pipeline import parse_amount, prune_structured_folder
 from sparsekit.report import StructuredReport
 from sparsekit.structured import architecture_of, prune_experts, prune_layers, remove_sublayers
@@ -265,6 +266,15 @@ def test_the_table(tmp_path):
     assert "its blocks differ" not in done.stdout
     theirs, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(info.values()) and count(theirs) == 721_792
+
+
+@pytest.mark.parametrize(
+    "entries, says",
+    [([{"num_attention_heads": 3}] * 2, "transformers' config cannot say what"), ([{}, {"mlp": False}], "its blocks differ:")],
+)
+def test_a_result_for_sparsekit_alone_is_told_with_its_reason(entries, says, capsys):
+    _show_structured(Path("out"), StructuredReport({"heads": 1}, per_layer_config=entries), False)
+    assert says in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -139,8 +139,8 @@ def test_a_folder_that_transformers_wrote_of_such_a_model(name, tmp_path):
 # ---- with 2:4 after it ----
 
 
-# Plain and tied; Conv1D; the MLP's linears the block's own; experts, which stay dense parameters.
-@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "opt", "qwen3_moe"])
+# Plain and tied; Conv1D; the MLP's linears the block's own; experts, which stay dense parameters; heads from the config; slopes.
+@pytest.mark.parametrize("name", ["llama, tied", "gpt2", "opt", "qwen3_moe", "phi3", "bloom"])
 @pytest.mark.parametrize("format", checkpoint.FORMATS)
 @pytest.mark.parametrize("shape", ["even", "uneven"])
 def test_structured_first_and_2_4_after(name, format, shape, tmp_path):

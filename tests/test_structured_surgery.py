@@ -6,7 +6,7 @@ import pickle
 import pytest
 import torch
 import transformers
-from models import build, token_batches
+from models import WIDTH, build, token_batches
 from torch import nn
 
 from sparsekit import SparsekitError
@@ -209,6 +209,29 @@ def test_what_the_config_cannot_say_is_said_of_each_block(name, blocks, tmp_path
     model.save_pretrained(tmp_path)
     with pytest.raises(Exception, match=r"mismatch|size"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["bloom", "falcon, alibi"])
+def test_a_second_cut_keeps_the_slopes_that_the_first_left(name):
+    model = build(name)
+    silence(model, group=0, neurons=())
+    silence(model, group=2, neurons=())
+    before = logits(model)
+    cut(model, group=0, neurons=())
+    cut(model, group=1, neurons=())  # the third, which is the second by now
+    torch.testing.assert_close(logits(model), before, rtol=0, atol=TOLERANCE)
+    assert [entry["alibi_heads"] for entry in entries_of(model.config)] == [[1, 3]] * 3
+
+
+# All that take a head's width beside their number of heads, whatever that divides; Llama's and Gemma's later ones do not.
+@pytest.mark.parametrize("name", ["mistral", "qwen2", "gemma", "phi", "phi3", *EXPERTS])
+def test_a_head_count_that_does_not_divide_the_hidden_size_is_an_ordinary_folder(name, tmp_path):
+    model = build(name, num_key_value_heads=4)
+    cut(model, group=0, neurons=())
+    assert model.config.num_attention_heads == 3 and WIDTH % 3
+    model.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert torch.equal(logits(loaded), logits(model)) and parameters(loaded) == parameters(model)
 
 
 def test_a_head_count_that_llamas_config_refuses():
