@@ -3,8 +3,11 @@ that every sum is exact and equal means equal."""
 
 import copy
 import io
+import re
+from pathlib import Path
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
@@ -207,6 +210,17 @@ def test_forward_mode_refuses_what_others_do(layers):
         jvp(sparse, (wrong[:, :20].double(),), (wrong[:, :20].double(),))
 
 
+def test_the_page_runs():
+    """docs/linear.md: its code, in order, and what it says of the shapes."""
+    names: dict = {}
+    page = (Path(__file__).resolve().parents[1] / "docs/linear.md").read_text(encoding="utf-8")
+    for block in re.findall(r"(?m)^```python\n(.*?)^```", page, re.S):
+        exec(block, names)
+    sparse, x, y, layer = (names[name] for name in ("sparse", "x", "y", "layer"))
+    assert names["each"]["values"].shape == (len(x), *sparse.values.shape) == (8, 256, 512)
+    assert torch.allclose(y, layer(x), rtol=2**-7, atol=2**-7) and sparse.values.grad.shape == sparse.values.shape
+
+
 # ---- exported ----
 
 
@@ -227,10 +241,15 @@ def test_export(root, layers):
     assert not any("expand" in str(node.target) for node in program.graph.nodes)
 
 
-def test_the_metadata_are_saved_under_their_name(layers):
+def test_the_metadata_are_saved_under_their_name(layers, tmp_path):
     _, sparse = layers()
     assert list(sparse.state_dict()) == ["values", "bias", "meta"] and [name for name, _ in sparse.named_buffers()] == ["metadata"]
     assert dense_weight(sparse.to_linear()).equal(ops.expand24(sparse.weight24))
     other = copy.deepcopy(sparse)
+    safetensors.save_model(sparse, str(tmp_path / "layer.safetensors"))
+    with torch.no_grad():
+        other.values.zero_(), other.meta.fill_(0x44)
+    assert safetensors.load_model(other, str(tmp_path / "layer.safetensors")) == (set(), [])
+    assert torch.equal(other.values, sparse.values) and torch.equal(other.meta, sparse.meta)
     other.meta = other.meta.clone()
     assert other.meta is other.metadata and torch.equal(other.meta, sparse.meta)

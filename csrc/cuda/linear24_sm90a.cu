@@ -20,7 +20,12 @@
 //   192 x 256         3 x 1                 160          -, 4                            202 KiB
 //   128 x 128         2 x 1                 232         12, -                            209 KiB
 //   128 x  64         2 x 1                 232         12, -                            113 KiB
-// 192 x 256 has no register form: 128 sums and four steps of w do not fit 160 registers (C7512).
+// 192 x 256 has no register form, because ptxas (nvcc 13.0) makes none: with 128 sums a wgmma whose w is in registers
+// stays asynchronous from some 176 registers a thread on, and then with two steps of w in hand, not four. Three
+// warpgroups that multiply and one that loads have 160 and 32 of the 65536. At 160 every wgmma is drained (C7512), even
+// with a step of w in hand (8 registers), no metadata loaded, no predicates and the sums stored as they lie. At 168,
+// what three have without a fourth to load, it is drained unless metadata and predicates are left out, which they
+// cannot be. A fourth warpgroup of a single warp counts as a whole one.
 //
 // A step keeps one wgmma group in flight: wait for x, fence, multiply, commit, wait for the group before, release its
 // stage, refill its registers. In any other order, or with a branch between the loads and the next wait, ptxas drains
