@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from sparsekit import checkpoint
+from sparsekit import Pattern, checkpoint
 from sparsekit.checkpoint import unfinished
 from sparsekit.cli import app
 
@@ -200,6 +200,20 @@ def test_criteria_and_groups(criterion, group, pattern, share, tmp_path):
     assert report["method"] == criterion and report["sparsity"] == pytest.approx(share, abs=1e-3) and report["tokens"] > 0
     alike = len({round(row["sparsity"], 4) for row in report["linears"]}) == 1
     assert alike == (group == "layer")
+
+
+# Each of the other criteria, and the patterns that those above lack.
+@pytest.mark.parametrize(
+    "criterion, pattern", [("activation", "4:8 pairs"), ("magnitude", "block:32x32@50%"), ("sparsegpt", "block:32x32@50%")]
+)
+def test_criteria_and_patterns(criterion, pattern, tmp_path):
+    options = ("--criterion", criterion, "--pattern", pattern, "--format", "dense", *SMALL)
+    done = invoke("prune", MODEL, "--calib", CALIB, "--out", tmp_path / "out", *options)
+    assert done.exit_code == 0, done.stderr
+    report, model = json.loads((tmp_path / "out" / "report.json").read_text()), checkpoint.load(tmp_path / "out", device="cpu")
+    assert report["method"] == criterion and report["pattern"] == pattern and report["sparsity"] == pytest.approx(0.5, abs=0.02)
+    for row in report["linears"]:
+        assert Pattern.parse(pattern).check(model.get_submodule(row["name"]).weight) is None
 
 
 def test_calibration_sources_of_the_same_tokens_give_the_same_weights(tmp_path):
