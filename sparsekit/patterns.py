@@ -164,7 +164,7 @@ class Share(Pattern):
     _what, _line = "zeros", "row"  # what removed units are, and what ``rowwise`` counts within
 
     def __post_init__(self):
-        if not isinstance(self.share, int | float):
+        if not isinstance(self.share, int | float) or isinstance(self.share, bool):
             raise SparsekitError(f"a share must be a number from 0 to 1, got {self.share!r}")
         if not 0 <= self.share <= 1:
             raise SparsekitError(f"sparsity must lie in 0% to 100%, got {percent(self.share)}")

@@ -311,6 +311,22 @@ def test_blocks_against_sums(shape, text, dtype, rowwise):
     assert pattern.check(torch.where(mask, 1.0, 0.0), rowwise) is None
 
 
+# Sums that the scores' own dtype would round to equals, or to infinity.
+@pytest.mark.parametrize(
+    "dtype, scores",
+    [
+        (torch.float32, [2.0**24, 0, 2.0**24, 1]),
+        (torch.bfloat16, [2.0**24, 0, 2.0**24, 1]),
+        (torch.float16, [60000, 50000, 60000, 60000]),
+        (torch.float8_e4m3fn, [448, 0, 448, 1]),
+    ],
+    ids=str,
+)
+def test_blocks_are_added_up_in_fp64(dtype, scores):
+    mask = Block(1, 2, 0.5).mask(torch.tensor([scores]).to(dtype))
+    assert mask.tolist() == [[False, False, True, True]]
+
+
 def test_check_of_blocks():
     pattern, w = Block(2, 2, 0.5), torch.ones(4, 6)
     w[:2, :2] = 0
@@ -336,6 +352,7 @@ def test_a_block_of_nan():
         (2.5, 4, 0.5, "one row and one column, got 2.5x4"),
         (4, 4, 1.5, "0% to 100%, got 150%"),
         (4, 4, "0.5", "a number from 0 to 1, got '0.5'"),
+        (4, 4, True, "a number from 0 to 1, got True"),
     ],
 )
 def test_blocks_that_are_refused(rows, cols, share, says):
