@@ -100,7 +100,7 @@ def obs_block_kernel(
         tl.store(mask_ptr + flat + col, kept.to(tl.uint8), mask=inside)
         tl.store(w_ptr + col, tl.where(kept, w, 0.0), mask=inside)
         tl.debug_barrier()  # the next panels read the errors that other threads wrote
-    tl.store(loss_ptr + batch * rows + row, loss, mask=row < rows)
+    tl.store(loss_ptr + batch * rows + row, tl.where(bad != 0, float("nan"), loss), mask=row < rows)
     report(status_ptr, bad != 0, batch * rows + row0, 0, 1, ROWS, 1)
 
 
@@ -112,8 +112,8 @@ def obs(
     w fp32 with a unit column stride, upper fp32 of any strides. Kept is what the bool mask, of w's shape, keeps, or of every m
     columns (pairs: pairs of columns) the n of the highest (w / U_jj)^2 when the first is reached; a tie goes to the lower
     column; 1 <= m <= 32.
-    errors (w's shape): e_j = w_j / U_jj of what went, else 0; loss: the sum of e^2 of a row. status[0] is the first row,
-    counted over the batch, that held or came to a NaN, tiles.NOTHING where there is none."""
+    errors (w's shape): e_j = w_j / U_jj of what went, else 0; loss: the sum of e^2 of a row, NaN where the row held or came to
+    one. status[0] is the first such row, counted over the batch, tiles.NOTHING where there is none."""
     *batches, rows, cols = w.shape
     batch = batches[0] if batches else 1
     errors = torch.empty(w.shape, dtype=torch.float32, device=w.device)

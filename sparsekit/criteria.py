@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .precision import full_precision
 
 
 def _tokens(x: Tensor) -> Tensor:
@@ -84,6 +85,7 @@ class Gram:
     def __init__(self, columns: int, device: torch.device | str = "cpu"):
         self.sum, self.tokens = torch.zeros(columns, columns, dtype=torch.float32, device=device), 0
 
+    @full_precision()
     def update(self, x: Tensor) -> None:
         """Adds the tokens of x (..., k), any float dtype; summed in fp32."""
         rows = _tokens(x)
@@ -98,21 +100,11 @@ class Gram:
         H = R R' with R upper is the Cholesky factorisation of H read from its last row and column backwards; then
         H^-1 = (R^-1)' R^-1, and R^-1 is the upper factor asked for, without ever forming H^-1.
         Raises ValueError for NaN or Inf, or when the last rung of the ladder is not positive definite either."""
+        factorise([self])
+        if "factor" in self.__dict__:
+            return self.__dict__["factor"]
         if not torch.isfinite(self.sum).all():
             raise ValueError("its inputs hold NaN or Inf")
-        dead, mean = self.sum.diagonal() == 0, self._mean()
-        h = self.sum / mean
-        h.diagonal()[dead] = 1
-        scale = 1.0 if dead.all() else 2 * mean.item() / max(self.tokens, 1)
-        for damping in self.DAMPING_LADDER:
-            damped = (h.double() if damping == self.DAMPING_LADDER[-1] else h).flip(0, 1)
-            damped.diagonal().add_(damping)
-            damped, failed = torch.linalg.cholesky_ex(damped)
-            if not failed:
-                unit = damped.flip(0, 1).contiguous()
-                _invert_upper_(unit)
-                if torch.isfinite(unit).all():
-                    return Factor(unit.float(), scale, dead, damping)
         raise ValueError(
             f"its Gram matrix is not positive definite with damping up to {self.DAMPING_LADDER[-1]:g} of the mean diagonal"
         )
@@ -121,6 +113,7 @@ class Gram:
         """|X (W - W_pruned)'|^2 / |X W'|^2 over the tokens seen; weights (n, k)."""
         return self.output_errors(weight, [pruned])[0]
 
+    @full_precision()
     def output_errors(self, weight: Tensor, pruned: Iterable[Tensor]) -> list[float]:
         """The output error of each of several pruned weights; one at a time is asked for and held."""
         weight = weight.float()
@@ -143,15 +136,49 @@ class Gram:
         return torch.where(fired > 0, diagonal.sum() / fired, 1.0).float()
 
 
+@full_precision()
+def factorise(grams: Sequence[Gram]) -> None:
+    """Makes the ``factor`` of several Gram matrices of one size in as many calls of the library as that of one, with the same bits.
+
+    One that has none is left without: whoever asks for its factor is told why."""
+    grams = [gram for gram in dict.fromkeys(grams) if "factor" not in gram.__dict__]
+    if not grams:
+        return
+    means, dead = torch.stack([gram._mean() for gram in grams]), torch.stack([gram.sum.diagonal() == 0 for gram in grams])
+    scaled = grams[0].sum.new_empty(len(grams), *grams[0].sum.shape)
+    for one, gram, mean in zip(scaled, grams, means):
+        torch.div(gram.sum, mean, out=one)
+    scaled.diagonal(dim1=1, dim2=2).masked_fill_(dead, 1)
+    finite = torch.stack([torch.isfinite(gram.sum).all() for gram in grams])
+    finite, none_fired, means = torch.stack((finite.float(), dead.all(1).float(), means)).tolist()  # a GPU is waited for once
+    left = [i for i in range(len(grams)) if finite[i]]
+    for damping in Gram.DAMPING_LADDER:
+        if not left:
+            return
+        damped = scaled if len(left) == len(grams) else scaled[left]
+        damped = (damped.double() if damping == Gram.DAMPING_LADDER[-1] else damped).flip(1, 2)
+        damped.diagonal(dim1=1, dim2=2).add_(damping)
+        damped, failed = torch.linalg.cholesky_ex(damped)
+        units = damped.flip(1, 2).contiguous()
+        _invert_upper_(units)
+        good = ((failed == 0) & torch.isfinite(units).all(2).all(1)).tolist()
+        for i, unit, is_one in zip(left, units, good):
+            if is_one:
+                scale = 1.0 if none_fired[i] else 2 * means[i] / max(grams[i].tokens, 1)
+                grams[i].__dict__["factor"] = Factor(unit.float(), scale, dead[i], damping)
+        left = [i for i, is_one in zip(left, good) if not is_one]
+
+
 def _invert_upper_(r: Tensor) -> None:
-    """The inverse of an upper triangular matrix in its place: [[a, b], [0, d]] becomes [[a^-1, -a^-1 b d^-1], [0, d^-1]].
+    """The inverse of upper triangular matrices (..., k, k) in their place: [[a, b], [0, d]] becomes
+    [[a^-1, -a^-1 b d^-1], [0, d^-1]].
 
     A third of the operations of solving for all of the identity."""
-    if (k := r.shape[0]) <= 256:
+    if (k := r.shape[-1]) <= 256:
         r.copy_(torch.linalg.solve_triangular(r, torch.eye(k, dtype=r.dtype, device=r.device), upper=True))
         return
     half = k // 512 * 256 or 256
-    a, b, d = r[:half, :half], r[:half, half:], r[half:, half:]
+    a, b, d = r[..., :half, :half], r[..., :half, half:], r[..., half:, half:]
     left = torch.linalg.solve_triangular(a, b, upper=True)
     b.copy_(torch.linalg.solve_triangular(d, left, upper=True, left=False).neg_())
     _invert_upper_(a)

@@ -351,12 +351,12 @@ def _overfull(members: Tensor, most: int, m: int, k: int, what: str) -> str | No
     return f"row {row}, columns {group * m} to {min(group * m + m, k) - 1} hold {int(count[row, group])} {what}"
 
 
-def keep_top(scores: Tensor, kept: int) -> Tensor:
+def keep_top(scores: Tensor, kept: int, check: bool = True) -> Tensor:
     """The bool mask of the ``kept`` highest scores along the last dimension, exactly; a tie goes to the lower index.
 
-    scores (..., k) of a dtype that ops.mask_rows takes, 0 <= kept <= k. Raises what mask_rows raises, rows counted over all the
-    leading dimensions."""
-    return ops.mask_rows(scores.reshape(scores.shape[:-1].numel(), scores.shape[-1]), kept).view(scores.shape)
+    scores (..., k) of a dtype that ops.mask_rows takes, 0 <= kept <= k, check as for it. Raises what mask_rows raises, rows counted
+    over all the leading dimensions."""
+    return ops.mask_rows(scores.reshape(scores.shape[:-1].numel(), scores.shape[-1]), kept, check=check).view(scores.shape)
 
 
 def keep_top_of_all(lines: Iterable[Tensor], kept: int) -> Iterator[Tensor]:

@@ -108,7 +108,8 @@ def obs_block(w: Tensor, upper: Tensor, mask: Tensor | None, n: int, m: int, pai
     for j in range(w.shape[1]):
         if mask is None and j % group == 0:
             ahead = slice(j, j + group)
-            kept[:, ahead] = mask_nm((w[:, ahead] * inverse[ahead]).square(), n, m, pairs)
+            scores = (w[:, ahead] * inverse[ahead]).square()
+            kept[:, ahead] = mask_nm(scores.masked_fill(scores.isnan(), -1), n, m, pairs)  # whoever asked finds a NaN in w
         errors[:, j] = torch.where(kept[:, j], 0, w[:, j] * inverse[j])
         w[:, j:] -= errors[:, j, None] * upper[j, j:]
         w[:, j] = w[:, j].masked_fill(~kept[:, j], 0)  # an exact zero, neither the rounding of w - w nor -0.0

@@ -8,9 +8,13 @@ from typing import Any
 
 @dataclass
 class LinearReport:
-    """One pruned matrix. shape is (out_features, in_features); output_error, output_error_masked (before the update), loss, damping
-    and seconds (by phase) as in PruneResult, and "gram" of the one that gathers the statistics for all that share its input.
+    """One pruned matrix. shape is (out_features, in_features); output_error, output_error_masked (before the update), loss and
+    damping as in PruneResult.
 
+    seconds: by phase as in PruneResult, and "forward" of the linear alone, twice as of the block; "gram" of the one that gathers
+    the statistics for all that share its input; "write", its own tensors rounded, compressed and handed to the file. An expert in
+    one parameter with the others has no forward and no write of its own: they are the block's.
+    peak_memory: the most bytes that the process had held when it was pruned, of the device's memory on a GPU.
     statistics: what is known of its inputs, "own", or of an expert that saw too few tokens "layer", those of all experts, or
     "magnitude", none. tokens: how many it saw itself; of gradients, how many sequences reached it."""
 
@@ -25,6 +29,7 @@ class LinearReport:
     seconds: dict[str, float]
     statistics: str
     tokens: int
+    peak_memory: int = 0
 
     @classmethod
     def from_dict(cls, row: dict[str, Any]) -> LinearReport:
@@ -33,7 +38,7 @@ class LinearReport:
 
 @dataclass
 class BlockReport:
-    """One block. seconds: by phase, but for those of its matrices: read, forward (twice: to observe, and to go on), write.
+    """One block. seconds: by phase, but for what its matrices have of it: read, forward (twice: to observe, and to go on), write.
     peak_memory: the most bytes that the process had held when it was done, of the device's memory on a GPU."""
 
     name: str

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sparsekit import SparsekitError, checkpoint, criteria
 from sparsekit.patterns import Pattern
-from sparsekit.pipeline import prune
+from sparsekit.pipeline import loop, prune
 from sparsekit.pipeline.blocks import find_targets
 from sparsekit.pipeline.observe import Observer
 from sparsekit.pruners import METHODS, Magnitude, SparseGPT
@@ -299,7 +299,23 @@ def test_a_shared_gram_is_gathered_and_factored_once(monkeypatch):
     monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda h: (factored.append(h.shape), cholesky(h))[1])
     prune(Toy(toy()), hidden_batches(90, 70))
     assert len(updates) == 3 * 2 * 2
-    assert sorted(factored) == [(INNER, INNER)] * 3 + [(WIDTH, WIDTH)] * 3
+    assert sorted(factored) == [(1, INNER, INNER), (1, WIDTH, WIDTH), (1, WIDTH, WIDTH), (1, WIDTH, WIDTH), (2, INNER, INNER)]
+
+
+@pytest.mark.parametrize("kind", ["modules", "one parameter"])
+def test_factorised_together_and_alone_are_the_same_bits(kind, monkeypatch):
+    # Of 32 inputs one takes what there is room for; of 20 two, and the third expert's is left.
+    made, factored, cholesky = [], [], torch.linalg.cholesky_ex
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda h: (factored.append(h.shape), cholesky(h))[1])
+    for together in (loop.TOGETHER, 0):
+        monkeypatch.setattr(loop, "TOGETHER", together)
+        model = Toy(toy() if kind == "modules" else Fused(toy(), PRODUCTS["linear"][0]))
+        report = prune(model, hidden_batches(90, 70))
+        made.append((model.state_dict(), [(row.name, row.output_error, row.damping) for row in report.linears]))
+    assert len(factored) == 5 + 6 and sum(shape[0] for shape in factored) == 12
+    assert made[0][1] == made[1][1]
+    for name, tensor in made[0][0].items():
+        assert torch.equal(tensor, made[1][0][name]), name
 
 
 @pytest.mark.parametrize("kind", ["modules", "one parameter"])
@@ -322,7 +338,7 @@ def test_tokens_that_do_not_count_are_not_shown(kind):
 
 def test_an_expert_without_tokens_shares_as_the_others_do(monkeypatch):
     factored, cholesky = [], torch.linalg.cholesky_ex
-    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda h: (factored.append(h.shape[0]), cholesky(h))[1])
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", lambda h: (factored.extend([h.shape[1]] * h.shape[0]), cholesky(h))[1])
     prune(Toy(toy(never=1)), hidden_batches(60))
     assert sorted(factored) == [INNER] * 2 + [WIDTH] * 3, "gate and up of the layer's statistics have one factor too"
 

@@ -1,6 +1,8 @@
 """Folders pruned block by block, against the model pruned as a whole; runs that were killed, against one that was not."""
 
 import json
+import statistics
+import time
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from safetensors.torch import load_file
 
 from sparsekit import checkpoint, compress, prune, prune_folder
 from sparsekit.checkpoint import writing
+from sparsekit.linear import SparseLinear
 from sparsekit.pipeline import loop
 
 KJV = Path(__file__).parent / "data" / "kjv1m"
@@ -108,6 +111,30 @@ def test_experts_that_are_stored_one_by_one(family, tmp_path):
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
     assert any(".experts.3." in name for name in weights(tmp_path / "model"))
     check_as_a_whole(tmp_path / "model", tmp_path, "wanda", "compressed")
+
+
+def test_what_is_written_is_told_of_each_linear(tmp_path, monkeypatch):
+    """Of each linear its own tensors, rounded, compressed and handed to the file; of the block the rest, no time twice."""
+    folder = dense_folder(tmp_path / "model", "llama", torch.bfloat16)
+    from_linear = SparseLinear.from_linear.__func__
+    compressed = []
+
+    def slowly(cls, linear):
+        compressed.append(linear)
+        time.sleep(0.05 if len(compressed) == 13 else 0)
+        return from_linear(cls, linear)
+
+    monkeypatch.setattr(SparseLinear, "from_linear", classmethod(slowly))
+    begin = time.perf_counter()
+    report = prune_folder(folder, tmp_path / "out", token_batches((3, 16)), device="cpu", dtype=torch.float32)
+    took = time.perf_counter() - begin
+    names = ARCHITECTURES["llama"].targets()
+    spent = {row.name: row.seconds["write"] for row in report.linears}
+    assert list(spent) == names and min(spent.values()) > 0
+    assert 0.05 < spent.pop(names[12]) and statistics.median(spent.values()) < 0.05
+    assert all(block.seconds["write"] > 0 for block in report.blocks) and sum(report.phases.values()) <= took
+    kept = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [row["seconds"] for row in kept["linears"]] == [row.seconds for row in report.linears]
 
 
 def test_one_block_is_in_memory_at_a_time(tmp_path, monkeypatch):

@@ -169,6 +169,19 @@ def test_nan_names_its_row(isa, given):
         ops.obs_block_(w, upper.float(), n=0, m=4, mask=None if mask is None else ~mask[0])
 
 
+@pytest.mark.parametrize("given", [False, True], ids=["2:4", "mask"])
+def test_nan_that_is_not_checked_for_shows_in_the_loss_of_its_row(isa, given):
+    # Also where it is kept, so that nothing of the row's loss is of it. What is checked for and what is not is else the same.
+    w, _, upper = problem(50, 24, batch=(2,))
+    mask = torch.ones(w.shape, dtype=torch.bool) if given else None
+    ours, theirs = w.clone(), w.clone()
+    found = ops.obs_block_(ours, upper.float(), n=2, m=4, mask=mask, check=False)
+    assert all(map(torch.equal, (ours, *found), (theirs, *ops.obs_block_(theirs, upper.float(), n=2, m=4, mask=mask))))
+    w[1, 41, 17] = torch.nan
+    loss = ops.obs_block_(w, upper.float(), n=2, m=4, mask=mask, check=False)[2]
+    assert loss.isnan().nonzero().tolist() == [[1, 41]]
+
+
 def test_what_is_refused():
     w, upper = torch.zeros(3, 8), torch.eye(8)
     for bad, error, text in (
@@ -193,5 +206,5 @@ def test_what_is_refused():
 @pytest.mark.parametrize("batch", [(), (2,)], ids=["a weight", "two weights"])
 def test_as_a_torch_op(batch):
     w, _, upper = problem(5, 12, batch=batch)
-    torch.library.opcheck(torch.ops.sparsekit.obs_block_.default, (w, upper.float(), None, 2, 4, False))
-    torch.library.opcheck(torch.ops.sparsekit.obs_block_.default, (w, upper.float(), w > 0, 0, 0, False))
+    torch.library.opcheck(torch.ops.sparsekit.obs_block_.default, (w, upper.float(), None, 2, 4, False, True))
+    torch.library.opcheck(torch.ops.sparsekit.obs_block_.default, (w, upper.float(), w > 0, 0, 0, False, False))

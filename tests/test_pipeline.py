@@ -2,6 +2,7 @@
 
 import copy
 import re
+import statistics
 import time
 
 import pytest
@@ -31,6 +32,7 @@ from sparsekit.pipeline.source import Resident
 from sparsekit.pipeline.store import InMemory, OnDisk
 from sparsekit.pipeline.stream import Stream
 from sparsekit.pruners import METHODS, Magnitude, SparseGPT, Wanda
+from sparsekit.timing import peak_memory
 
 EVERY = pytest.mark.parametrize("name", ARCHITECTURES)
 RAGGED = ((2, 16), (2, 16), (1, 16))  # the last batch holds fewer sequences
@@ -263,18 +265,22 @@ def test_the_first_of_a_set_of_alike_runs_is_the_second():
         for timed in ("seconds", "phases", "blocks", "peak_memory"):
             report.pop(timed)
         for linear in report["linears"]:
-            linear.pop("seconds")
+            linear.pop("seconds"), linear.pop("peak_memory")
     assert reports[0] == reports[1]
 
 
 @pytest.mark.parametrize("method", ["sparsegpt", "wanda"])
 def test_seconds_are_told_of_each_linear_by_phase(method, monkeypatch):
-    """The statistics are the work of the linear that gathers them for all that share its input; no time is counted twice."""
+    """The statistics are the work of the linear that gathers them for all that share its input, and its forward is without them; no
+    time is counted twice."""
     kind = METHODS[method]
     observe = kind.observe
     monkeypatch.setattr(kind, "observe", lambda *given: (time.sleep(0.03), observe(*given)))  # most of the time there is
+    model = build("llama")
+    slow = model.model.layers[1].mlp.up_proj.register_forward_hook(lambda *_: time.sleep(0.02))  # of one linear, in both passes
     begin = time.perf_counter()
-    report = prune(build("llama"), token_batches(*RAGGED), method)
+    report = prune(model, token_batches(*RAGGED), method)
+    slow.remove()
     spent = time.perf_counter() - begin
     gather = {row.name.rpartition(".")[2] for row in report.linears if row.seconds.get("gram", 0) > 0}
     assert gather == {"q_proj", "o_proj", "gate_proj", "down_proj"}
@@ -282,8 +288,23 @@ def test_seconds_are_told_of_each_linear_by_phase(method, monkeypatch):
         assert row.seconds and min(row.seconds.values()) >= 0 and all(isinstance(phase, str) for phase in row.seconds)
     for block in report.blocks:
         assert block.seconds.keys() == {"read", "forward"} and block.seconds["forward"] > 0
+    forward = {row.name: row.seconds["forward"] for row in report.linears}
+    slowest = forward.pop("model.layers.1.mlp.up_proj")
+    assert slowest >= 6 * 0.02 and 0 < min(forward.values()) <= statistics.median(forward.values()) < 0.02
+    assert all(not module._forward_hooks and not module._forward_pre_hooks for module in model.modules())
     assert report.phases["gram"] == pytest.approx(sum(row.seconds.get("gram", 0) for row in report.linears))
     assert sum(report.phases.values()) <= spent
+
+
+def test_peak_memory_is_told_of_each_linear():
+    """The most that was held by then: it does not fall, and is within what the block is said to have held."""
+    before = peak_memory(torch.device("cpu"))
+    report = prune(build("llama"), token_batches(*RAGGED))
+    rows = iter(report.linears)
+    told = [before]
+    for block in report.blocks:
+        told += [next(rows).peak_memory for _ in ARCHITECTURES["llama"].linears] + [block.peak_memory]
+    assert told == sorted(told) and report.peak_memory == told[-1]
 
 
 def test_progress_names_each_block_and_ends_at_the_whole():

@@ -92,7 +92,10 @@ def test_obs_reads_the_upper_triangle_alone():
 def test_obs_names_the_first_row_with_a_nan():
     w, upper = problem(70, 20, DEVICE, batch=2)
     w[1, 65, 19] = w[1, 66, 0] = torch.nan
-    assert obs(w, upper, None, 2, 4)[3].item() == 70 + 65
+    loss, status = obs(w.clone(), upper, None, 2, 4)[2:]
+    assert status.item() == 70 + 65 and loss.isnan().nonzero().tolist() == [[1, 65], [1, 66]]
+    loss = obs(w.clone(), upper, torch.ones_like(w, dtype=torch.bool))[2]  # kept, it adds nothing to the loss
+    assert loss.isnan().nonzero().tolist() == [[1, 65], [1, 66]]
     w[0, 3, 0] = torch.inf  # goes or stays, it leaves inf - inf or inf * 0 somewhere
     assert obs(w, upper, torch.zeros_like(w, dtype=torch.bool))[3].item() == 3
 
@@ -116,8 +119,10 @@ def test_the_cuda_half_of_obs_block(launches):  # noqa: F811
     none = _obs_block_cuda(w[:0], upper[:0], None, 20, 40, False)
     assert [t.shape for t in none] == [(0, 5, 90), (0, 5, 90), (0, 5)]
     w[1, 4, 7] = torch.nan
-    with pytest.raises(ValueError, match=r"^obs_block_: w and upper must give no NaN, got one in row 4 of weight 1$"):
-        _obs_block_cuda(w, upper, None, 2, 4, False)
+    for n, m in ((2, 4), (33, 33)):  # by the kernel, and of more columns than it takes
+        with pytest.raises(ValueError, match=r"^obs_block_: w and upper must give no NaN, got one in row 4 of weight 1$"):
+            _obs_block_cuda(w.clone(), upper, None, n, m, False)
+        assert _obs_block_cuda(w.clone(), upper, None, n, m, False, check=False)[2].isnan().nonzero().tolist() == [[1, 4]]
     with pytest.raises(ValueError, match=r"^obs_block_: without a mask"):
         _obs_block_cuda(w, upper, None, 5, 4, False)
 

@@ -188,12 +188,12 @@ def test_a_full_disk_leaves_what_is_finished(model, whole, tmp_path, monkeypatch
     written = []
     save = unfinished.save_file
 
-    def full(tensors, path, metadata):
+    def full(tensors, path, metadata, within):
         written.append(path)
         if len(written) == 3:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        save(tensors, path, metadata)
+        save(tensors, path, metadata, within)
 
     with monkeypatch.context() as patch:
         patch.setattr(unfinished, "save_file", full)
@@ -309,6 +309,14 @@ def test_other_weights_and_another_version_are_not_gone_on_with(model, half, mon
     assert tree(half.parent) == was
 
 
+def test_a_record_of_the_run_that_says_nothing_is_named(model, half):
+    for text in ("", "{", "null", "[1]", '"other"'):
+        Path(f"{half}.partial", "run.json").write_text(text)
+        with pytest.raises(SparsekitError, match=r"run\.json must say which run is unfinished, and cannot be read: ") as error:
+            run(model, half, resume=True)
+        assert "\n" not in str(error.value)
+
+
 def test_without_resume_it_is_refused_or_thrown_away(model, half, whole):
     was = tree(half.parent)
     with pytest.raises(SparsekitError, match=r"out\.partial holds an unfinished run; go on with --resume, or throw it away"):
@@ -375,6 +383,24 @@ def test_a_finished_run_without_a_fingerprint_is_only_in_the_way(model, done, tm
         (copy / "report.json").write_text(json.dumps({**report, "fingerprint": fingerprint}))
         with pytest.raises(SparsekitError, match="exists and is not empty; give another, or --overwrite"):
             run(model, copy, resume=True)
+
+
+@pytest.mark.parametrize("resume", [False, True], ids=["overwrite", "overwrite and resume"])
+def test_what_an_older_version_finished_is_overwritten(resume, model, whole, tmp_path, monkeypatch):
+    """Its report may say less than today's; without overwrite it is refused, and stays."""
+    with monkeypatch.context() as patch:
+        patch.setattr(folders, "__version__", "0.0.9")
+        run(model, tmp_path / "out")
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    for row in report["linears"]:
+        del row["peak_memory"], row["seconds"]["write"]
+    (tmp_path / "out" / "report.json").write_text(json.dumps(report))
+    was = tree(tmp_path)
+    with pytest.raises(SparsekitError, match="its version of sparsekit differs" if resume else "exists and is not empty"):
+        run(model, tmp_path / "out", resume=resume)
+    assert tree(tmp_path) == was
+    run(model, tmp_path / "out", overwrite=True, resume=resume)
+    assert content(tmp_path / "out") == whole and os.listdir(tmp_path) == ["out"]
 
 
 def test_to_resume_what_is_finished_leaves_another_run_alone(model, tmp_path, monkeypatch):

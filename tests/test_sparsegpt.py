@@ -9,8 +9,8 @@ import torch
 from test_prune import block_of, correlated, hessian, normal, output_error, same_bits
 
 from benchmarks.sparsegpt import paper_loop
-from sparsekit import Pattern
-from sparsekit.criteria import Gram, _invert_upper_
+from sparsekit import Pattern, ops
+from sparsekit.criteria import Gram, _invert_upper_, factorise
 from sparsekit.pruners import SparseGPT
 
 LEVELS = ["2:4", "4:8", "1:4", "3:7", "4:8 pairs", "50%", "33.3%", "0%", "100%", "block:4x8@50%", "block:16x3@30%"]
@@ -149,6 +149,56 @@ def test_a_thousand_grams():
         assert result.damping in Gram.DAMPING_LADDER and math.isfinite(result.loss) and result.loss >= 0, where
         assert math.isfinite(result.output_error) and math.isfinite(result.output_error_masked), where
         assert result.output_error <= result.output_error_masked + 1e-6, where  # a singular H lends the update no licence
+
+
+@pytest.mark.parametrize(("text", "row"), [("2:4", 1), ("50%", 4), ("4:8 pairs", 1)])
+def test_an_update_past_what_fp32_holds_names_its_row(text, row):
+    # Finite inputs and weights; what columns alike owe one another is inf - inf. Told at the end, not block by block. Half of a
+    # block is row 0 and, of the others' equal scores, the last two rows.
+    w, x = normal(6, 300), normal(400, 1) + 1e-3 * normal(400, 300, seed=1)
+    w[1:] = torch.tensor([1.0, -1]).repeat(150) * torch.finfo(torch.float32).max
+    with pytest.raises(ValueError, match=rf"making up for what goes gives NaN, the first in row {row}$"):
+        pruner(x, text).prune(w)
+
+
+def test_a_device_is_waited_for_once_a_weight(monkeypatch):
+    # The blocks' launches can run ahead of a GPU: none asks the host to look at what it found.
+    checked = []
+    for name in ("obs_block_", "mask_rows"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, op=op, check=True, **more: (checked.append(check), op(*args, **more))[1])
+    for text in LEVELS:
+        pruner(correlated(300, 400), text).prune(normal(8, 400))
+    assert len(checked) > len(LEVELS) and not any(checked)
+
+
+@pytest.mark.parametrize("k", [7, 300], ids=["one call of the inverse", "several"])
+def test_several_factorised_together_have_the_bits_of_each_alone(k):
+    # Of every kind: each rung of the ladder, the last in fp64, takes those that are left. One has none and says why.
+    alike = Gram(k), Gram(k), Gram(k), Gram(k), Gram(k), Gram(k)
+    dense, eye = correlated(2 * k, k), torch.eye(k)
+    for gram, x in zip(alike, (dense, dense, torch.zeros(3, k), dense[:, :1].expand(-1, k) * 1e12, dense, dense * 1e-18)):
+        gram.update(x)
+    for gram, less in ((alike[1], 0.05), (alike[4], 0.5)):
+        gram.sum -= less * gram.sum.diagonal().mean() * eye
+    indefinite = Gram(k)
+    indefinite.sum, indefinite.tokens = torch.full((k, k), -5.0).fill_diagonal_(1), 9
+    broken = Gram(k)
+    broken.update(torch.full((2, k), torch.nan))
+    alone = []
+    for gram in (*alike, indefinite, broken):
+        alone.append(Gram(k))
+        alone[-1].sum, alone[-1].tokens = gram.sum.clone(), gram.tokens
+    factorise([*alike, indefinite, broken, alike[0]])
+    assert [gram.factor.damping for gram in alike] == [0.01, 0.1, 0.01, 0.01, 1.0, 0.01]
+    for gram, one in zip(alike, alone):
+        assert "factor" in gram.__dict__
+        assert same_bits(gram.factor.unit, one.factor.unit) and torch.equal(gram.factor.dead, one.factor.dead)
+        assert (gram.factor.scale, gram.factor.damping) == (one.factor.scale, one.factor.damping)
+    for gram, says in ((indefinite, "not positive definite with damping up to 1"), (broken, "its inputs hold NaN or Inf")):
+        with pytest.raises(ValueError, match=says):
+            _ = gram.factor
+    factorise([])
 
 
 def test_nan_in_a_weight_names_its_place():

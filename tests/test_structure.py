@@ -19,9 +19,10 @@ SUFFIXES = {".py", ".cpp", ".h", ".cu", ".cuh"}
 
 # A module imports only what stands before it. A folder is one place; inside it, files may import one another.
 ORDER = [
-    "errors", "env", "documents", "format", "reference", "tune", "timing", "ops", "bench", "patterns", "schedules", "plan",
-    "config", "catalog", "criteria", "pruners", "linear", "report", "assets", "data", "evaluate", "structured", "checkpoint",
-    "pipeline", "gradual", "inspection", "integrations", "demo", "analysis", "console", "cli_analysis", "cli", "__main__",
+    "errors", "env", "documents", "format", "reference", "tune", "timing", "precision", "ops", "bench", "patterns", "schedules",
+    "plan", "config", "catalog", "criteria", "pruners", "linear", "report", "assets", "data", "evaluate", "structured",
+    "checkpoint", "pipeline", "gradual", "inspection", "integrations", "demo", "analysis", "console", "cli_analysis", "cli",
+    "__main__",
 ]  # fmt: skip
 
 

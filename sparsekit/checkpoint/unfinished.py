@@ -6,7 +6,7 @@ import fcntl
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,19 @@ class Unfinished:
         said = self._done / f"{i}.json"
         return json.loads(said.read_text()) if said.is_file() and self.shard(i).is_file() else None
 
-    def put(self, i: int, tensors: dict[str, Tensor], metadata: dict[str, str], remember: Callable[[], Any]) -> None:
-        """Writes weight file i, and then what there is to remember of it, which JSON must hold: that makes it finished."""
+    def put(
+        self,
+        i: int,
+        tensors: dict[str, Tensor],
+        metadata: dict[str, str],
+        remember: Callable[[], Any],
+        within: Callable[[str], AbstractContextManager] = nullcontext,
+    ) -> None:
+        """Writes weight file i, each tensor ``within`` as save_file says, and then what there is to remember of it, which JSON must
+        hold: that makes it finished."""
         for folder in (self.model, self._done):
             folder.mkdir(exist_ok=True)
-        write_whole(self.shard(i), lambda path: save_file(tensors, path, metadata))
+        write_whole(self.shard(i), lambda path: save_file(tensors, path, metadata, within))
         write_whole(self._done / f"{i}.json", lambda path: write_json(path, remember()))
 
     def any(self) -> bool:
@@ -117,8 +125,8 @@ def looked_at(out: str | Path, count: int) -> Iterator[Unfinished]:
 
 def _check_begun(path: Path, run: dict[str, Any]) -> None:
     try:
-        found = json.loads((path / "run.json").read_text())
-    except (OSError, ValueError) as error:
+        found = dict(json.loads((path / "run.json").read_text()))
+    except (OSError, ValueError, TypeError) as error:
         raise SparsekitError(f"{path / 'run.json'} must say which run is unfinished, and cannot be read: {error}") from None
     check_same(path, found, run)
 

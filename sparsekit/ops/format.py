@@ -382,12 +382,13 @@ def mask_nm(scores: Tensor, n: int, m: int, pairs: bool = False, *, out: Tensor 
     return _to_dense("mask_nm", out, scores, n, m, pairs)
 
 
-def mask_rows(scores: Tensor, kept: int, *, out: Tensor | None = None) -> Tensor:
+def mask_rows(scores: Tensor, kept: int, *, out: Tensor | None = None, check: bool = True) -> Tensor:
     """The mask (rows, k) bool that keeps exactly ``kept`` columns of each row: those with the highest scores.
 
     scores (rows, k) as for mask_nm; 0 <= kept <= k. A tie goes to the lower column.
-    Raises TypeError for another dtype, ValueError for another rank or count, and for NaN, naming the first."""
-    return _to_dense("mask_rows", out, scores, kept)
+    Raises TypeError for another dtype, ValueError for another rank or count, and for NaN, naming the first. Not to ``check`` for
+    NaN spares the host its wait for a GPU: then nothing is said of the mask of a row with one."""
+    return _to_dense("mask_rows", out, scores, kept, check)
 
 
 def _check_mask_nm(scores: Tensor, n: int, m: int) -> None:
@@ -429,23 +430,25 @@ def _check_mask_rows(scores: Tensor, kept: int) -> None:
         raise ValueError(f"mask_rows: kept must be from 0 to the {scores.shape[1]} columns of scores, got {kept}")
 
 
-def _mask_rows(scores: Tensor, kept: int, out: _Out = None) -> Tensor:
-    mask, status = _mask_rows_fake(scores, kept, out), _new_status(scores, 1)
+def _mask_rows(scores: Tensor, kept: int, check: bool = True, out: _Out = None) -> Tensor:
+    mask, status = _mask_rows_fake(scores, kept, check, out), _new_status(scores, 1)
     _C.mask_rows_cpu(*_matrix(scores), DTYPE_CODE[scores.dtype], kept, mask.data_ptr(), status.data_ptr(), threads())
-    _check_status(reference.mask_rows, status, 1, scores, kept)
+    if check:
+        _check_status(reference.mask_rows, status, 1, scores, kept)
     return mask
 
 
-def _mask_rows_cuda(scores: Tensor, kept: int, out: _Out = None) -> Tensor:
-    mask, status = launch("mask_rows", scores, kept, _mask_rows_fake(scores, kept, out))
-    _check_status(reference.mask_rows, status, 1, scores, kept)
+def _mask_rows_cuda(scores: Tensor, kept: int, check: bool = True, out: _Out = None) -> Tensor:
+    mask, status = launch("mask_rows", scores, kept, _mask_rows_fake(scores, kept, check, out))
+    if check:
+        _check_status(reference.mask_rows, status, 1, scores, kept)
     return mask
 
 
-def _mask_rows_fake(scores: Tensor, kept: int, out: _Out = None) -> Tensor:
+def _mask_rows_fake(scores: Tensor, kept: int, check: bool, out: _Out = None) -> Tensor:
     _check_mask_rows(scores, kept)
     return outputs("mask_rows", out, scores, (scores.shape, torch.bool))[0]
 
 
 define("mask_nm(Tensor scores, int n, int m, bool pairs) -> Tensor", _mask_nm, _mask_nm_cuda, _mask_nm_fake, into=1)
-define("mask_rows(Tensor scores, SymInt kept) -> Tensor", _mask_rows, _mask_rows_cuda, _mask_rows_fake, into=1)
+define("mask_rows(Tensor scores, SymInt kept, bool check) -> Tensor", _mask_rows, _mask_rows_cuda, _mask_rows_fake, into=1)

@@ -65,7 +65,7 @@ def dense_blocks(
             yield Seen(names[block], pruners, *known.show(block, pruners, phases), known.tokens)
             del pruners
             if i + 1 < len(targets):
-                known.advance(block, phases)
+                known.advance(block, matrices, phases)
             source.leave(i, BlockReport(names[block]), [])
     if progress:
         progress("", len(targets), len(targets))

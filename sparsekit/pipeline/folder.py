@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from ..plan import FILE as PLAN_FILE
 from ..plan import Plan, parse, patterns_in
 from ..pruners import identity, method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
+from ..timing import Phases
 from .blocks import Target, find_blocks, find_targets
 from .loop import run
 from .memory import parse_size, store_within
@@ -217,19 +218,27 @@ class _Lazy(Reading):
     def leave(self, i: int, told: BlockReport, rows: list[LinearReport]) -> None:
         if self.writes and self.work.remembered(i) is None:
             begin = time.perf_counter()
+            phases = Phases(torch.device("cpu"))  # what is timed waits for a GPU itself
             block, prefix = self.blocks[i], self._prefix[self.blocks[i]]
+            of_tensor = lambda name: phases(name.rpartition(".")[0])  # noqa: E731
             for name, tensor in block.state_dict(keep_vars=True).items():
                 if tensor.is_floating_point():
-                    tensor.data = tensor.data.to(self.lazy.stored_dtype(prefix + name))
+                    with of_tensor(prefix + name):
+                        tensor.data = tensor.data.to(self.lazy.stored_dtype(prefix + name))
             dense = {name: module for name, module in block.named_modules() if is_linear(module)}
-            swapped = compress(block) if self.format == "compressed" else []
+            swapped = compress(block, lambda name: phases(prefix + name)) if self.format == "compressed" else []
             tensors = {prefix + name: make().detach() for name, make in tensors_of(block, self.format).items()}
 
             def remember() -> dict[str, Any]:
-                told.seconds["write"] = time.perf_counter() - begin
+                spent = phases.seconds()
+                for row in rows:
+                    if row.name in spent:
+                        row.seconds["write"] = spent[row.name]
+                told.seconds["write"] = time.perf_counter() - begin - sum(row.seconds.get("write", 0) for row in rows)
                 return {"block": asdict(told), "linears": [asdict(row) for row in rows]}
 
-            self._put(i, tensors, {prefix + name: shape for name, shape in compressed_shapes(block).items()}, remember)
+            shapes = {prefix + name: shape for name, shape in compressed_shapes(block).items()}
+            self._put(i, tensors, shapes, remember, of_tensor)
             for name in swapped:
                 block.set_submodule(name, dense[name])
         super().leave(i, told, rows)
@@ -244,11 +253,16 @@ class _Lazy(Reading):
         self.lazy.drop(parts)
 
     def _put(
-        self, i: int, tensors: dict[str, Tensor], compressed: dict[str, tuple[int, int]], remember: Callable[[], dict]
+        self,
+        i: int,
+        tensors: dict[str, Tensor],
+        compressed: dict[str, tuple[int, int]],
+        remember: Callable[[], dict],
+        within: Callable[[str], AbstractContextManager] = nullcontext,
     ) -> None:
         sizes = {name: tensor.nbytes for name, tensor in tensors.items()}
         metadata = metadata_of(compressed)
-        self.work.put(i, tensors, metadata, lambda: {**remember(), "compressed": len(compressed), "tensors": sizes})
+        self.work.put(i, tensors, metadata, lambda: {**remember(), "compressed": len(compressed), "tensors": sizes}, within)
 
 
 def _share_out(lazy: LazyModel) -> list[list[str]]:

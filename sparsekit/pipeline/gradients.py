@@ -107,7 +107,8 @@ def _sequences(
         rows = len(predicted)
         each = {name for name, t in batch.items() if isinstance(t, Tensor) and t.dim() and len(t) == rows}
         for i in range(rows):
-            yield {name: t[i : i + 1] if name in each else t for name, t in batch.items()}
+            # A copy: a tensor that was made under inference_mode is of no use to a backward pass.
+            yield {name: t[i : i + 1].clone() if name in each else t for name, t in batch.items()}
 
 
 @contextmanager

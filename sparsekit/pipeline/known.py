@@ -10,7 +10,7 @@ from ..pruners import Pruner, by_gradient
 from ..timing import Phases
 from .blocks import Target
 from .gradients import square_gradients
-from .observe import MAGNITUDE, OWN, settle
+from .observe import MAGNITUDE, OWN, clocked, settle
 from .source import Source
 from .stream import Stream
 from .world import World, check_weights, collect, unite
@@ -66,8 +66,9 @@ class Known:
             return dict.fromkeys(pruners, (MAGNITUDE, 0)), [world.rank] * len(pruners)
         return origins, collect(world, pruners)
 
-    def advance(self, block: nn.Module, phases: Phases) -> None:
-        """Goes on from the block as it is now to the next."""
+    def advance(self, block: nn.Module, targets: Iterable[Target], phases: Phases) -> None:
+        """Goes on from the block as it is now to the next. The time goes to the phases "forward" and, as parts of
+        that, ("forward", name) of the matrix of each linear."""
         if self._stream:
-            with phases("forward"):
+            with phases("forward"), clocked(targets, phases):
                 self._stream.advance(block)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from ..errors import SparsekitError
 from ..evaluate import eval_mode
 from ..patterns import Pattern
 from ..plan import Plan, parse, pattern_of, patterns_in
-from ..pruners import METHODS, Pruner, identity, method_named, method_text
+from ..pruners import METHODS, Pruner, SparseGPT, identity, method_named, method_text
 from ..report import BlockReport, LinearReport, PruneReport
 from ..timing import Phases, peak_memory
 from .blocks import Target, check_finite, find_targets, list_skipped, verify
@@ -24,7 +24,10 @@ from .observe import MAGNITUDE, by_magnitude
 from .source import Progress, Source
 from .world import World, check_weights, spread
 
+TOGETHER = 1024  # inputs of a Gram matrix: what libraries factorise several at a time with is made for small ones
 
+
+@torch.inference_mode(False)
 @torch.no_grad()
 def run(
     source: Source,
@@ -81,6 +84,8 @@ def run(
                 if together:
                     origins = together.choose(pruners, origins, owners)
                 patterns = {target: pruner.pattern for target, pruner in pruners.items()}
+                here = [target for target, owner in zip(matrices, owners) if owner == world.rank]
+                _factorise_together([pruners[target] for target in here if origins[target][0] != MAGNITUDE])
                 for target, owner in zip(matrices, owners):
                     world.look()
                     pruner = pruners.pop(target)
@@ -95,13 +100,14 @@ def run(
             if together:
                 together.check(matrices)
             if i + 1 < len(blocks):
-                known.advance(block, phases)
+                known.advance(block, matrices, phases)
             if done is None:
                 told.seconds, told.peak_memory = phases.seconds(), peak_memory(source.device)
                 for row in rows:  # a Gram matrix is the work of the one that gathers it for all that share it
-                    if spent := told.seconds.pop(("gram", row.name), 0):
-                        told.seconds["forward"] -= spent
-                        row.seconds = {"gram": spent, **row.seconds}
+                    own = {phase: told.seconds.pop((phase, row.name), 0.0) for phase in ("forward", "gram")}
+                    row.seconds = {phase: spent for phase, spent in own.items() if spent} | row.seconds
+                    if any(own.values()):
+                        told.seconds["forward"] -= sum(own.values())
             source.leave(i, told, rows)
             report.linears += rows
             report.blocks.append(told)
@@ -111,6 +117,19 @@ def run(
         progress("", len(blocks), len(blocks))
     report.seconds = time.perf_counter() - begin
     return report
+
+
+def _factorise_together(pruners: Sequence[Pruner]) -> None:
+    """Has one of a few SparseGPT pruners whose Gram matrices are of one size factorise those of the others with its own: as many as
+    take no more memory than the largest of the block, and of no more than TOGETHER inputs."""
+    by_size: dict[int, dict[int, SparseGPT]] = {}
+    for pruner in pruners:
+        if isinstance(pruner, SparseGPT):
+            by_size.setdefault(len(pruner.statistics.sum), {}).setdefault(id(pruner.statistics), pruner)
+    for size, held in by_size.items():
+        few, alike = max(by_size) ** 2 // max(size, 1) ** 2 if size <= TOGETHER else 1, list(held.values())
+        for i in range(0, len(alike), few):
+            alike[i].beside = [pruner.statistics for pruner in alike[i + 1 : i + few]]
 
 
 def _prune(target: Target, pruner: Pruner, origin: str, tokens: int, source: Source) -> LinearReport:
@@ -124,4 +143,5 @@ def _prune(target: Target, pruner: Pruner, origin: str, tokens: int, source: Sou
     weight.copy_(source.rounded(target, result.weight)).add_(0.0)  # -0.0 counts as zero, and is stored as 0.0
     zeros = (weight == 0).sum().item() / max(weight.numel(), 1)
     errors = result.output_error, result.output_error_masked, result.loss, result.damping
-    return LinearReport(target.name, tuple(weight.shape), str(pruner.pattern), zeros, *errors, result.seconds, origin, tokens)
+    found = target.name, tuple(weight.shape), str(pruner.pattern), zeros, *errors, result.seconds, origin, tokens
+    return LinearReport(*found, peak_memory(source.device))

@@ -69,7 +69,7 @@ def needed(
             {
                 "the weights of a block": (lazy.nbytes(i) if host else 0) + lazy.nbytes(i, stored=True),
                 "what is known of its inputs": known * host,
-                "a factor": 9 * 4 * columns**2 * host * (kind.gathers is Gram),
+                "a factor": 10 * 4 * columns**2 * host * (kind.gathers is Gram),
                 "the scores of a block": _scores(matrices) * host * (group in JOINT),
                 "a weight at work": 4 * 4 * max((n * k for n, k in shapes), default=0) * host,
                 "a batch at work": tokens * (_width(lazy) * 2 + widest * 5) * max(lazy.dtype.itemsize, 4) * host,

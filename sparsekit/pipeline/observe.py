@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,7 @@ class Observer:
                 stack.callback(hook.remove)
             for holder in self._holders if mask is not None else ():
                 stack.callback(holder.register_forward_pre_hook(self._blank).remove)
+            stack.enter_context(clocked(linears.values(), self._phases))  # after what looks at its input, and gathers
             if fused:
                 stack.enter_context(Products(fused, self._look))
             yield
@@ -113,6 +114,28 @@ class Observer:
         for target, leader in self.leaders.items():
             self.pruners[target].statistics = self.pruners[leader].statistics
         return self.entering
+
+
+@contextmanager
+def clocked(targets: Iterable[Target], phases: Phases) -> Iterator[None]:
+    """Inside, the time that a linear takes to run goes to the phase ("forward", name) of its matrix. That of an expert in one
+    parameter with the others is not told apart from theirs."""
+    running: dict[nn.Module, AbstractContextManager] = {}
+
+    def begin(linear: nn.Module, name: str) -> None:
+        running[linear] = phases(("forward", name))
+        running[linear].__enter__()
+
+    def end(linear: nn.Module, *_) -> None:
+        running.pop(linear).__exit__(None, None, None)
+
+    with ExitStack() as stack:
+        for target in targets:
+            if target.index is None:
+                hook = target.module.register_forward_pre_hook(lambda linear, _, name=target.name: begin(linear, name))
+                stack.callback(hook.remove)
+                stack.callback(target.module.register_forward_hook(end).remove)
+        yield
 
 
 class Products(TorchDispatchMode):

@@ -67,7 +67,7 @@ class OnDisk:
 
     def __getitem__(self, b: int) -> Tensor:
         offset, like, device = self._places[b]
-        hidden = torch.empty(like.shape, dtype=like.dtype)
+        hidden = torch.empty(like.shape, dtype=like.dtype, device="cpu")
         view = memoryview(hidden.flatten().view(torch.uint8).numpy())
         while view:
             read = os.preadv(self._file.fileno(), [view], offset + hidden.nbytes - len(view))
@@ -90,5 +90,5 @@ def _to_host(hidden: Tensor, into: Tensor | None = None) -> Tensor:
     if not hidden.is_cuda:
         return hidden
     if into is None or not into.is_pinned() or (into.shape, into.dtype) != (hidden.shape, hidden.dtype):
-        into = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
+        into = torch.empty(hidden.shape, dtype=hidden.dtype, device="cpu", pin_memory=True)
     return into.copy_(hidden, non_blocking=True)

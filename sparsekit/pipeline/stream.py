@@ -59,7 +59,8 @@ class Stream:
     def observe(self, block: nn.Module, pruners: dict[Target, Pruner], phases: Phases) -> set[Role]:
         """Runs every batch through the block and shows each pruner what its matrix receives. Returns what ``settle`` asks for.
 
-        The time goes to the phases "forward" and, as parts of that, ("gram", name) of the matrix that gathers."""
+        The time goes to the phases "forward" and, as parts of that, ("gram", name) of the matrix that gathers and ("forward", name)
+        of the matrix of each linear."""
         observer = Observer(block, pruners, phases)
         with phases("forward"):
             for b in range(len(self.hidden)):

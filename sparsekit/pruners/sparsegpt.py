@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from .. import ops
-from ..criteria import Gram
+from ..criteria import Gram, factorise
 from ..patterns import NM, Given, PairNM, Pattern, Share, keep_top
+from ..precision import full_precision
 from ..timing import Phases
 from .base import PruneResult
 
@@ -35,6 +36,7 @@ class SparseGPT:
 
     def __init__(self, columns: int, pattern: Pattern, device: torch.device | str = "cpu"):
         self.pattern, self.statistics = pattern, Gram(columns, device)
+        self.beside: Sequence[Gram] = ()  # of other pruners, to be factorised with its own: all in the calls of one
 
     def observe(self, x: Tensor) -> None:
         self.statistics.update(x)
@@ -69,13 +71,15 @@ class SparseGPT:
         width = min(self.BLOCK, max(k // self.CHOICES, least)) if isinstance(level, Share) else self.BLOCK
         return math.ceil(width / level.columns) * level.columns
 
+    @full_precision()
     def _prune(self, weight: Tensor, level: Pattern) -> tuple[Tensor, Tensor, float, Phases]:
         """The pruned weight, its mask, the loss, and the clock of the phases."""
         phases = Phases(weight.device)
         with phases("factor"):
+            factorise([self.statistics, *self.beside])
             factor = self.statistics.factor
         w = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # not the memory of weight
-        w[:, factor.dead] = 0
+        w.masked_fill_(factor.dead, 0)
         (n, k), width = w.shape, self.width(level, w.shape[1])
         panel = max(self.PANEL // width, 1) * width
         kept, loss = torch.empty_like(w, dtype=torch.bool), w.new_zeros(n, dtype=torch.float64)
@@ -86,16 +90,19 @@ class SparseGPT:
                 rows, block = factor.unit[left:right], w[:, left:right]
                 with phases("loop"):
                     choice = _choice(level, block, rows.diagonal(left), left)
-                    kept[:, left:right], error, lost = ops.obs_block_(block, rows[:, left:right], **choice)
+                    kept[:, left:right], error, lost = ops.obs_block_(block, rows[:, left:right], **choice, check=False)
                     errors.append(error)
                     loss += lost
                 with phases("trailing"):
                     w[:, right:end].addmm_(error, rows[:, right:end], alpha=-1)
             with phases("trailing"):
                 w[:, end:].addmm_(torch.cat(errors, 1), factor.unit[begin:end, end:], alpha=-1)
+        lost = loss.sum().item()  # a GPU is waited for here alone, so that the blocks' launches run ahead of it
+        if math.isnan(lost):
+            raise ValueError(f"making up for what goes gives NaN, the first in row {int(loss.isnan().nonzero()[0])}")
         if weight.element_size() < 4:  # what is beyond its largest number would become Inf, or NaN
             w.clamp_(-torch.finfo(weight.dtype).max, torch.finfo(weight.dtype).max)
-        return w.to(weight.dtype), kept, loss.sum().item() * factor.scale / 2, phases
+        return w.to(weight.dtype), kept, lost * factor.scale / 2, phases
 
 
 def _choice(level: Pattern, block: Tensor, diagonal: Tensor, left: int) -> dict:
@@ -112,4 +119,5 @@ def _choice(level: Pattern, block: Tensor, diagonal: Tensor, left: int) -> dict:
     units, before = level.units(scores), left // level.columns
     lines, across = units.shape
     gone = level.removed(lines * (before + across)) - level.removed(lines * before)
-    return {"mask": level.spread(keep_top(units.flatten(), units.numel() - gone).view(units.shape), scores.shape)}
+    kept = keep_top(units.flatten(), units.numel() - gone, check=False)  # a NaN shows in the loss
+    return {"mask": level.spread(kept.view(units.shape), scores.shape)}
