@@ -121,14 +121,14 @@ def row(name: str, rows: int, cols: int, text: str, tokens: int, device: str, re
 
 def model_row(name: str, text: str, device: str, blocks: int | None, samples: int, seq_len: int, **shape) -> dict:
     """Phases of a whole model; shape: what differs from the named one's configuration, for a test."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaConfig
 
     config = LlamaConfig(**MODELS[name], **shape)
     config.num_hidden_layers = blocks or config.num_hidden_layers
     config.dtype = dtype = torch.bfloat16 if device == "cuda" else torch.float32
     torch.manual_seed(0)
     with torch.device(device):
-        model = LlamaForCausalLM(config).to(dtype)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)  # made in that dtype: in fp32 it would need twice the memory
         batches = [torch.randint(0, config.vocab_size, (1, seq_len)) for _ in range(samples)]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
