@@ -5,6 +5,7 @@ import contextlib
 import os
 import subprocess
 import sys
+from functools import cache
 
 import pytest
 import torch
@@ -40,6 +41,38 @@ def poisoned_memory():
         return fresh
 
     patch.setattr(torch, "empty", poisoned)
+    yield
+    patch.undo()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def patched_once():
+    """The interpreter puts its own functions into Triton's language at each call of a device function, which is half of its time:
+    here at the first of each launch."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        yield
+        return
+    from triton import language
+    from triton.runtime import interpreter
+
+    patch, patch_language, patched = pytest.MonkeyPatch(), interpreter._patch_lang, set()
+
+    @cache
+    def modules(fn):
+        """What is patched for a function: the modules of the language that it can see."""
+        return frozenset(id(held) for held in fn.__globals__.values() if held is language or held is language.core)
+
+    def once(fn):
+        if modules(fn) in patched:
+            return None  # only a launch, the first to come, looks at what it gets
+        scope = patch_language(fn)
+        if not patched:
+            restore = scope.restore
+            scope.restore = lambda: (patched.clear(), restore())
+        patched.add(modules(fn))
+        return scope
+
+    patch.setattr(interpreter, "_patch_lang", once)
     yield
     patch.undo()
 

@@ -6,6 +6,8 @@ import ctypes
 import pathlib
 import shutil
 import subprocess
+import tempfile
+from functools import cache
 
 import isa_model
 import numpy as np
@@ -33,9 +35,8 @@ ACTIVATIONS = {
 SUCCESS, INVALID_VALUE, LAUNCH_FAILURE = 0, 1, 719
 
 
-@pytest.fixture(scope="session")
-def emulator(tmp_path_factory):
-    library = tmp_path_factory.mktemp("emulator") / "emulator.so"
+@cache
+def built_emulator() -> ctypes.CDLL:
     include = ROOT / "tests/emulator"
     # Fortified libcs forbid setjmp between stacks, which is the point here.
     flags = "-std=c++20 -O2 -U_FORTIFY_SOURCE -DSPARSEKIT_CUDA -shared -fPIC -Wall -Wextra -Werror".split()
@@ -47,15 +48,23 @@ def emulator(tmp_path_factory):
         "-include",
         "ptx_host.h",
     ]
-    command = [COMPILER, *flags, "-x", "c++", *SOURCES, "-o", library]
-    built = subprocess.run(command, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    loaded = ctypes.CDLL(str(library))
+    with tempfile.TemporaryDirectory() as folder:
+        library = pathlib.Path(folder) / "emulator.so"
+        command = [COMPILER, *flags, "-x", "c++", *SOURCES, "-o", library]
+        built = subprocess.run(command, capture_output=True, text=True)
+        assert built.returncode == 0, built.stderr
+        loaded = ctypes.CDLL(str(library))
     loaded.emulator_error.restype = ctypes.c_char_p
     loaded.emulator_bank_conflicts.restype = ctypes.c_long
     loaded.emulator_bytes_read.restype = ctypes.c_size_t
     loaded.emulated_linear24_decode_workspace.restype = ctypes.c_int64
     return loaded
+
+
+@pytest.fixture(scope="session")
+def emulator():
+    """To pytest another fixture in each file that takes it, and built once."""
+    return built_emulator()
 
 
 class Buffer:

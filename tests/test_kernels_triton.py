@@ -37,7 +37,7 @@ from definition24 import (
 )
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from interpreted import DEVICE, IN_A_PROCESS_OF_ITS_OWN, launches, poisoned_memory, run_in_the_interpreter  # noqa: F401
+from interpreted import DEVICE, IN_A_PROCESS_OF_ITS_OWN, launches, patched_once, poisoned_memory, run_in_the_interpreter  # noqa: F401
 
 pytest.importorskip("triton")
 

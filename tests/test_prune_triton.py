@@ -6,7 +6,7 @@ does not take bf16: the Gram matrix of bf16 is for test_obs_gpu.py."""
 import pytest
 import torch
 from definition24 import NOTHING, SCORES, VIEWS, equal, few_values, keep_rows, named, random_bits, viewed
-from interpreted import DEVICE, IN_A_PROCESS_OF_ITS_OWN, launches, poisoned_memory, run_in_the_interpreter  # noqa: F401
+from interpreted import DEVICE, IN_A_PROCESS_OF_ITS_OWN, launches, patched_once, poisoned_memory, run_in_the_interpreter  # noqa: F401
 
 pytest.importorskip("triton")
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import FIRST, unit_of
 
 import sparsekit
 from sparsekit import SparsekitError, env
@@ -122,6 +123,18 @@ def test_compiled_code_knows_nothing_of_torch():
 
 def test_no_file_is_longer_than_600_lines():
     assert {str(p): n for p in source_files() if (n := len(p.read_text(encoding="utf-8").splitlines())) > 600} == {}
+
+
+# ---- tests side by side ----
+
+
+def test_files_that_share_what_a_session_compiles_run_in_one_process():
+    """And those that are to come first are there."""
+    tests = {path.name: path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")}
+    assert {name for files in FIRST for name in files} <= tests.keys()
+    for compiled in ("machine_code", "emulator"):
+        taking = [name for name, text in tests.items() if re.search(rf"def \w+\(([^)]*, )?{compiled}\b", text)]
+        assert len(taking) > 1 and len({unit_of(name) for name in taking}) == 1, taking
 
 
 # ---- environment variables ----
