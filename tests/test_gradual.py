@@ -219,6 +219,9 @@ def test_the_callback_prunes_as_the_trainer_steps_and_resumes(tmp_path):
     whole, pruner = trainer(6)
     whole.train()
     assert pruner.done and pruner.steps == 6
+    for parameter in pruner._parameters:  # the last step pruned: what AdamW remembers of it went with it
+        held = [t for t in whole.optimizer.state[parameter].values() if t.shape == parameter.shape]
+        assert len(held) == 2 and not any(t[parameter == 0].any() for t in held) and all(t.any() for t in held)
     again, resumed = trainer(6)
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert resumed.steps == 6 and all(torch.equal(pruner.masks[name], resumed.masks[name]) for name in pruner.masks)
