@@ -50,6 +50,8 @@ def pytest_xdist_make_scheduler(config, log):
 
 
 def pytest_collection_modifyitems(config, items):
+    if address := next((item.nodeid for item in items if " at 0x" in item.nodeid), None):
+        raise pytest.UsageError(f"the ids of tests must be the same in every process, got {address}; give ids that hold no address")
     if hasattr(config, "workerinput"):
         places = {item: unit_of(item.path.name) for item in items}
         items.sort(key=lambda item: places[item] if isinstance(places[item], int) else len(FIRST))

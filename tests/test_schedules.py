@@ -29,7 +29,7 @@ def test_every_schedule_grows_to_exactly_the_target(schedule, a, b, steps):
         (Exponential(5.0), lambda t: 0.1 + 0.6 * (1 - math.exp(-5 * t)) / (1 - math.exp(-5))),
         (Constant(), lambda t: 0.7),
     ],
-    ids=str,
+    ids=["linear", "cubic", "exponential", "constant"],
 )
 def test_against_the_formula(schedule, formula):
     path = schedule.sparsities(0.7, 10, 0.1)
