@@ -502,7 +502,7 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("mine")
 
-    def no_space(tensors, path, metadata):
+    def no_space(tensors, path, *_):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -552,7 +552,7 @@ def test_ctrl_c_while_writing_keeps_the_old_folder(tmp_path, monkeypatch):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "config.json").write_text("mine")
 
-    def interrupted(tensors, path, metadata):
+    def interrupted(tensors, path, *_):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 

@@ -518,7 +518,7 @@ def test_the_cuda_halves_write_to_what_is_given(ops):
         (ops._prune24_cuda, (w, None, None)),
         (ops._expand24_cuda, (values, meta, 38)),
         (ops._mask_nm_cuda, (w, 2, 4, False)),
-        (ops._mask_rows_cuda, (w, 7)),
+        (ops._mask_rows_cuda, (w, 7, True)),
     ):
         new = call(*args)
         out = tuple(torch.full_like(t, 1) for t in (new if isinstance(new, tuple) else (new,)))
