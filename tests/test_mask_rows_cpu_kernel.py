@@ -113,6 +113,29 @@ def test_threads_that_share_a_row(dtype, rows):
                 assert equal(mask, want) and status.item() == NOTHING
 
 
+@pytest.mark.parametrize("edge", [1, -1], ids=["the highest", "the lowest"])
+@pytest.mark.parametrize("cols", COLUMNS[1:])
+@pytest.mark.parametrize("dtype", SCORES, ids=named)
+def test_a_cut_at_an_edge_of_a_bracket_that_holds_too_much(dtype, cols, edge):
+    """The sample sees 10 and -10 alone: between them lies the cut, the key next to one of them, of which 40 % of the row are, more
+    than a list has room for. A bracket that is one key narrower than what is known loses it.
+
+    One that is a key wider finds the same: of a shared row every answer is made of the counts of the pass that gave it, and what is
+    between only says where to look next. So `low = b.low` for `b.low + 1` there, and `high = b.high + 1` for `b.high`, are no
+    mistakes that a test could see."""
+    ten = torch.tensor([10.0, -10.0, 20.0, -20.0]).to(dtype)
+    inside = ten.clone()
+    as_bits(inside)[:2] += -1 if dtype.is_floating_point else torch.tensor([-1, 1], dtype=torch.int8)
+    shares = [0.0, 0.4, 0.3, 0.3] if edge < 0 else [0.4, 0.0, 0.3, 0.3]
+    g = np.random.default_rng(cols)
+    row = inside[torch.from_numpy(g.choice(4, cols, p=shares))]
+    row[sampled(cols, dtype)] = ten[torch.arange(len(sampled(cols, dtype))) % 2]
+    scores = row[None]
+    kept = cols // 2
+    mask, status = mask_rows(scores, kept)
+    assert equal(mask, keep(scores, kept)) and status.item() == NOTHING
+
+
 @pytest.mark.parametrize("dtype", [torch.int8, torch.bfloat16], ids=named)
 def test_a_sample_of_a_very_long_row_has_room(dtype):
     """More of it is sampled than of a shorter one; turned over first, so that its copy lies behind the sample."""

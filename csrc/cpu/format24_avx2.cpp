@@ -181,7 +181,10 @@ struct Quadwords : Vector<int64_t>, Masks<Quadwords, int64_t> {
     }
     static V sum(V a, V b) { return _mm256_add_epi64(a, b); }
     template <int m, int r> static V rotate(V a) {
-        return _mm256_permute4x64_epi64(a, r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93);
+        if constexpr (m == 2)
+            return _mm256_permute4x64_epi64(a, 0xb1);
+        else
+            return _mm256_permute4x64_epi64(a, r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93);
     }
     static V wins(V a, V b, V right) { return gt(a, sum(b, right)); } // no key is the lowest integer
     static V order(V a, V magnitude) {

@@ -70,9 +70,15 @@ template <int PLANES, class Word = uint64_t, class Higher> inline Word best(int 
 
 // What Lanes (see format24_body.h) whose masks are bits do with them; Bytes are the lanes of bytes.
 template <class L, class Bytes> struct MasksOfBits {
-    static constexpr int kMostRanked = 4;
+    static constexpr int kLeastRanked = 4, kMostRanked = 4;
 
     static uint64_t bits(uint64_t mask) { return mask; }
+    template <class Body> static int64_t count(int64_t words, const Body &body) {
+        int64_t found = 0;
+        for (int64_t i = 0; i < words * kWord; i += L::kLanes)
+            found += __builtin_popcountll(body(i) & low_bits(L::kLanes));
+        return found;
+    }
     static auto lanes(uint64_t mask) { return L::from_bits(mask); }
     template <class Body> static uint64_t word(const Body &body) {
         uint64_t found = 0;
@@ -116,9 +122,24 @@ template <class Int, int m, int r> constexpr RightOf<Int, m, r> kRightOf;
 // What Lanes of 32 bytes or fewer whose masks are vectors do with them, by L's sum; rotate<m, r>, in which a lane has
 // its r-th neighbour in the ring of m; and wins(a, b, right), where a > b, or equal in the lanes of `right`.
 template <class L, class Int, int kMost> struct MasksOfLanes {
-    static constexpr int kMostRanked = kMost;
+    static constexpr int kLeastRanked = 2, kMostRanked = kMost;
 
     template <class V> static V lanes(V mask) { return mask; }
+    // A mask is a minus one; as many of them as a lane can hold are summed at once.
+    template <class Body> static int64_t count(int64_t words, const Body &body) {
+        constexpr int64_t kStep = (sizeof(Int) == 1 ? 127 : 32767) / (kWord / L::kLanes) * kWord;
+        int64_t found = 0;
+        for (int64_t at = 0; at < words * kWord; at += kStep) {
+            auto sums = L::set(0);
+            for (int64_t i = at; i < min(at + kStep, words * kWord); i += L::kLanes)
+                sums = L::sum(sums, body(i));
+            Int lanes[L::kLanes];
+            L::store(lanes, sums);
+            for (const Int lane : lanes)
+                found -= lane;
+        }
+        return found;
+    }
     // Those that beat m - n of the m - 1 others or more: a win is a minus one.
     template <int m, class V> static V best(V v, int n) {
         return L::gt(L::set(static_cast<Int>(n - m + 1)), wins<m>(v, std::make_integer_sequence<int, m - 1>()));

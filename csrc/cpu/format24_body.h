@@ -12,8 +12,9 @@
 // lane of column j of a group of four has its column (j + r) % 4, order (integers ordered as the numbers are, -0.0 as
 // +0.0) and flipped_abs (|int8| with the sign bit flipped). A mask is bits, or a vector whose lanes are all ones or
 // none: bits(mask) are its bits, word(body) those of 64 columns, of which body(i) gives the mask of the i-th on,
-// store_ones(body, out) makes them bytes, lanes(mask) is the mask as a vector. best<m>(v, n) has the n highest keys of
-// every group of m, a tie going to the left, for m = 4 and, up to kMostRanked, 8. Isa::pack gathers the 32 kept of 64
+// store_ones(body, out) makes them bytes, lanes(mask) is the mask as a vector. count(words, body) is how many columns
+// of so many words have the mask. best<m>(v, n) has the n highest keys of every group of m, a tie going to the left,
+// for m = 4 and, from kLeastRanked up to kMostRanked, 2 and 8. Isa::pack gathers the 32 kept of 64
 // values, each vector of them from the i-th on as clean(v, i) makes it; Isa::unpack puts 32 values at the kept of 64
 // places and zeros elsewhere; Isa::fence ends a run of streamed stores. Unnamed namespace: see epilogue.h.
 #pragma once

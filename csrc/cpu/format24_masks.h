@@ -244,6 +244,11 @@ void mask_large_groups(const MaskNM &p, const Span &s, const Rows &from, DType k
     }
 }
 
+// The n best of every group of m of 64 keys, ranked in registers.
+template <class Isa, int m, class Key> uint64_t best_in_vectors(const Key *keys, int n) {
+    return each<Isa>(keys, [&](auto v) { return Lanes<Isa, Key>::template best<m>(v, n); });
+}
+
 // A span by the keys of its members.
 template <class Isa, class Key>
 [[gnu::noinline, gnu::flatten]] void mask_by_keys(const MaskNM &p, const Span &s, const Rows &from, DType key_dtype,
@@ -251,23 +256,23 @@ template <class Isa, class Key>
     if (p.m > kSide || (p.m == kSide && sizeof(Key) == 2)) // of eight others ranking is as fast or faster in vectors
         return mask_large_groups<Isa, Key>(p, s, from, key_dtype, nan, read);
     using L = Lanes<Isa, Key>;
-    constexpr Key kLowest = static_cast<Key>(uint64_t{1} << (8 * sizeof(Key) - 1));
     const int per = kWord / p.m * p.m, width = p.pairs ? 2 : 1; // members of a step, columns of a member
-    const Numbers n = numbers(key_dtype);
-    const auto top = L::set(static_cast<Key>(n.largest)), bottom = L::set(static_cast<Key>(-n.largest));
+    const bool integer = numbers(key_dtype).integer;
+    const Ends<Key> ends{numbers(key_dtype)};
+    const auto top = L::set(ends.highest), bottom = L::set(ends.lowest);
     Key keys[kTileSteps * kWord + kWord + kSide]; // a step reads a word and the m - 1 neighbours to its right
     for (int64_t row = 0; row < s.rows; ++row) {
         const int64_t members = read(from.data + row * from.stride, s.cols, from.dtype, keys);
         for (Key *past = keys + members; past < keys + ceil_div(members, per) * per + kWord + kSide; ++past)
-            *past = kLowest; // they lose every tie, as the last
+            *past = ends.lowest; // they lose every tie, as the last
         uint8_t *out = p.mask + (s.row + row) * p.cols + s.col;
         for (int64_t first = 0; first < members; first += per) {
             const Key *at = keys + first;
             const auto higher = [&](int right) {
                 return L::word([&](int i) { return L::gt(L::load(at + i + right), L::load(at + i)); });
             };
-            const uint64_t kept = best<3>(p.m, p.n, higher);
-            if (!n.integer) {
+            const uint64_t kept = p.m == 4 ? best_in_vectors<Isa, 4>(at, p.n) : best<3>(p.m, p.n, higher);
+            if (!integer) {
                 const uint64_t bad = each<Isa>(at, [&](auto v) { return L::gt(v, top) | L::gt(bottom, v); }) &
                                      low_bits(min(per, members - first));
                 if (bad)
@@ -317,6 +322,9 @@ template <class Isa, class Int> void mask_columns(const MaskNM &p, const Span &s
     Ahead<Int>(p.scores, next).all();
     if (p.m == 4)
         return mask_small_groups<Isa, 4>(p, s, tile, nan);
+    if constexpr (Lanes<Isa, Int>::kLeastRanked == 2)
+        if (p.m == 2)
+            return mask_small_groups<Isa, 2>(p, s, tile, nan);
     if constexpr (Lanes<Isa, Int>::kMostRanked == 8)
         if (p.m == 8)
             return mask_small_groups<Isa, 8>(p, s, tile, nan);

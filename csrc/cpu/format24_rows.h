@@ -1,11 +1,12 @@
 // The mask that keeps the k highest of every row, of one instruction set `Isa` (see format24_body.h).
 //
-// First the cut, the k-th highest key: a sample of the row gives two keys between which it lies, all but surely. One
-// pass counts what is above them and gathers what is between; among those few the range of keys is quartered until the
-// cut is left. The counts are exact, so they also say where the sample was wrong: such a row is quartered as a whole. A
-// second pass writes the mask. Where rows are too few for the threads, all work on one: every pass is cut into parts,
-// whose counts are added up, so that who counted what changes nothing. Bound by memory (scores read once and again from
-// the caches, a byte a column written) about as much as by the comparisons, two a column and pass.
+// First the cut, the k-th highest key: a sample of the row gives two keys between which it lies, all but surely. Passes
+// that count what is above a key, three operations a vector, halve what is between, where the first-level cache holds
+// the row; what is left is gathered, and among those few the range of keys is quartered until the cut is left. The
+// counts are exact, so they also say where the sample was wrong: such a row is quartered as a whole. A last pass writes
+// the mask. Where rows are too few for the threads, all work on one: every pass is cut into parts, whose counts are
+// added up, so that who counted what changes nothing. Bound by memory (scores read once and again from the caches, a
+// byte a column written) about as much as by the comparisons, two a column and pass.
 //
 // Isa::gather puts those of 64 numbers that are kept next to one another; past them up to a word may be written.
 #pragma once
@@ -58,6 +59,11 @@ template <class Isa, class Int> class Above {
     uint64_t operator()(const Int *p) const {
         return invert_ ^ each<Isa>(p, [&](auto v) { return L::gt(L::lxor(v, flip_), bound_); });
     }
+    // How many of so many words.
+    int64_t count(const Int *p, int64_t words) const {
+        const int64_t found = L::count(words, [&](int64_t i) { return L::gt(L::lxor(L::load(p + i), flip_), bound_); });
+        return invert_ ? words * kWord - found : found;
+    }
 };
 
 // The next lower key. That of the lowest is below all numbers; of fp64, whose lowest key is no number's, it is itself.
@@ -91,7 +97,12 @@ template <class Isa, class Int> class Search {
     static constexpr int64_t kSampled = 1024; // a row of as many numbers is worth a sample
     static constexpr int64_t kMostSampled = 65536;
 
-    bool integer;
+    const bool integer;
+    const int64_t binade; // of keys, where numbers double
+
+    explicit Search(DType dtype)
+        : integer(numbers(dtype).integer),
+          binade(integer ? kHighest : numbers(dtype).largest & -numbers(dtype).largest) {}
 
     template <class Body> static void for_row(const Int *row, int64_t cols, const Body &body) {
         for_words(Tile<Int>{row, 0}, Span{0, 1, 0, cols}, Int{0},
@@ -100,8 +111,9 @@ template <class Isa, class Int> class Search {
 
     [[gnu::noinline, gnu::flatten]] int64_t above(const Int *row, int64_t cols, int64_t key) const {
         const Test test(key, integer);
-        int64_t found = 0;
-        for_row(row, cols, [&](int64_t, const Int *at, int64_t count) {
+        const int64_t words = cols / kWord;
+        int64_t found = test.count(row, words);
+        for_row(row + words * kWord, cols % kWord, [&](int64_t, const Int *at, int64_t count) {
             found += __builtin_popcountll(test(at) & low_bits(count));
         });
         return found;
@@ -185,18 +197,20 @@ template <class Isa, class Int> class Search {
              int64_t next = 0) const {
         if (cols >= kSampled) {
             const Bracket b = guess = sampled(row, cols, rank, guess, sample);
-            const Counts found = gather(row, cols, b, list, cols + kWord, next);
-            const int64_t below = found.over + found.between;
-            if (rank <= found.over) { // among those above: all of one key?
-                const int64_t over = above(row, cols, b.high + 1);
-                if (over < rank)
-                    return {b.high + 1, rank - over, found.over - over};
-            } else if (rank <= below) {
-                return nth(list, found.between, rank - found.over, b.low + 1, b.high);
+            const bool near = cols * int64_t(sizeof(Int)) <= kNearBytes;
+            const Counts found = near ? count(row, cols, b) : gather(row, cols, b, list, cols + kWord, next);
+            const int64_t over = found.over, least = over + found.between;
+            if (rank <= over) { // among those above: all of one key?
+                const int64_t higher = above(row, cols, b.high + 1);
+                if (higher < rank)
+                    return {b.high + 1, rank - higher, over - higher};
+            } else if (rank <= least) {
+                return near ? between(row, cols, rank, b, found, list, next)
+                            : nth(list, found.between, rank - over, b.low + 1, b.high);
             } else {
-                const int64_t over = above(row, cols, before(b.low));
-                if (over >= rank)
-                    return {b.low, rank - below, over - below};
+                const int64_t all = above(row, cols, before(b.low));
+                if (all >= rank)
+                    return {b.low, rank - least, all - least};
             }
         }
         std::memcpy(list, row, cols * sizeof(Int));
@@ -204,7 +218,41 @@ template <class Isa, class Int> class Search {
     }
 
   private:
-    static constexpr int kFew = 8; // are compared with one another
+    static constexpr int kFew = 8;               // are compared with one another
+    static constexpr int kHalvings = 8;          // most of a bracket
+    static constexpr int64_t kNearBytes = 32768; // of a row that the first-level cache holds: counting again is cheap
+
+    Counts count(const Int *row, int64_t cols, const Bracket &b) const {
+        const int64_t over = above(row, cols, b.high);
+        return {over, b.low < b.high ? above(row, cols, b.low) - over : 0};
+    }
+
+    // The cut, which is known to lie in a bracket. To count is far faster than to gather: the bracket is halved until
+    // it holds few of the row.
+    Cut between(const Int *row, int64_t cols, int64_t rank, Bracket b, Counts found, Int *list, int64_t next) const {
+        for (int i = 0; i < kHalvings && b.low + 1 < b.high && found.between > max(kWord, cols / 256); ++i) {
+            const int64_t half = half_way(b), over = above(row, cols, half), least = found.over + found.between;
+            if (over < rank) {
+                b.high = half;
+                found = {over, least - over};
+            } else {
+                b.low = half;
+                found = {found.over, over - found.over};
+            }
+        }
+        if (b.low + 1 == b.high)
+            return {b.high, rank - found.over, found.between};
+        gather(row, cols, b, list, cols + kWord, next);
+        return nth(list, found.between, rank - found.over, b.low + 1, b.high);
+    }
+
+    // A key inside a bracket of more than one: half way between its numbers, about, be they far apart as keys.
+    int64_t half_way(const Bracket &b) const {
+        const int64_t half = middle(b.low, b.high);
+        if (b.low >= 0)
+            return max(half, b.high - binade);
+        return b.high <= 0 ? min(half, b.low + binade) : half;
+    }
 
     Cut among_few(const Int *list, int64_t size, int64_t rank) const {
         int64_t keys[kFew];
@@ -277,7 +325,7 @@ template <class Isa, class Int>
 void mask_row(const MaskRows &p, const Int *row, int64_t place, int64_t next, Bracket &guess, Int *list, Int *sample,
               First &nan) {
     const Reader<Isa, Int> reader(p.scores.dtype);
-    const Search<Isa, Int> search{reader.integer()};
+    const Search<Isa, Int> search(p.scores.dtype);
     const Cut cut = p.kept == 0 || p.kept == p.cols ? of_all<Int>(p.cols, p.kept)
                                                     : search.find(row, p.cols, p.kept, guess, list, sample, next);
     if (write_row<Isa>(reader, row, p.cols, cut, p.mask + place * p.cols))
@@ -308,7 +356,7 @@ template <class Isa, class Int> class SharedRow {
 
   public:
     SharedRow(const MaskRows &p, int threads)
-        : p_(p), reader_(p.scores.dtype), search_{reader_.integer()},
+        : p_(p), reader_(p.scores.dtype), search_(p.scores.dtype),
           threads_(static_cast<int>(min(threads, kMaxThreads))), cols_(p.cols),
           size_(max(kLeast, ceil_div(ceil_div(p.cols, kParts), kWord) * kWord)), parts_(ceil_div(cols_, size_)),
           room_(cols_ / 8 + 2 * kWord), scratch_(floats((threads_ + 2) * room_ + S::kMostSampled)) {}
