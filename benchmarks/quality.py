@@ -22,8 +22,8 @@ from torch import Tensor
 from benchmarks.measure import machine
 from sparsekit import checkpoint, data
 from sparsekit.assets import asset
-from sparsekit.checkpoint.writing import write_json, write_whole
 from sparsekit.criteria import CRITERIA
+from sparsekit.documents import write_json, write_whole
 from sparsekit.evaluate import perplexity
 from sparsekit.patterns import GROUPS
 from sparsekit.pipeline import prune

@@ -25,6 +25,7 @@ from .console import (
     sequence_length,
     show,
 )
+from .documents import write_json, write_whole
 from .errors import SparsekitError
 
 Calib = Annotated[str | None, typer.Option(help="What to calibrate on, as for `sparsekit prune`.")]
@@ -235,7 +236,7 @@ def plan(
     how = dict(unit=unit, weigh=weigh, sensitivity=known, tokens=batch, **bounds, **where)
     with progress_bar(f"plan by {by}") as progress:
         made = make_plan(model, batches, target, by, **how, progress=progress)
-    checkpoint.write_whole(out, made.save)
+    made.save(out)
     if json_out:
         print(json.dumps({"out": str(out), "sparsity": made.sparsity, **made.to_dict()}))
         return
@@ -294,7 +295,6 @@ def forecast(
     from . import checkpoint, data
     from .analysis import Sensitivity
     from .analysis import forecast as analysis
-    from .checkpoint.writing import write_json
     from .plan import Plan, parse
 
     asked = [*map(parse, pattern or ()), *map(Plan.load, plan or ())] or list(map(parse, analysis.CANDIDATES))
@@ -326,9 +326,9 @@ def forecast(
             found = analysis.recommend(model_dir, shown, measured, candidates=asked, **limit, **how, progress=progress)
             told = found.forecast
     if out is not None:
-        checkpoint.write_whole(out, lambda part: write_json(part, found.to_dict()))
+        write_whole(out, lambda part: write_json(part, found.to_dict()))
     if keep_plan is not None and found.plan is not None:
-        checkpoint.write_whole(keep_plan, found.plan.save)
+        found.plan.save(keep_plan)
     if json_out:
         print(json.dumps(found.to_dict()))
         return

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from .documents import read_document
+from .documents import read_document, write_json, write_whole
 from .errors import SparsekitError, listed
 from .patterns import GROUPS, Pattern, check_group
 from .schedules import Schedule
@@ -98,14 +97,14 @@ class PruningConfig:
         return cls(**found)
 
     def save(self, path: str | Path) -> None:
-        """Writes a .json, .yaml or .yml file."""
+        """Writes a .json, .yaml or .yml file, whole or not at all."""
         path = Path(path)
         if _is_yaml(path):
             import yaml
 
-            path.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False))
+            write_whole(path, lambda part: part.write_text(yaml.safe_dump(self.to_dict(), sort_keys=False)))
         else:
-            path.write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+            write_whole(path, lambda part: write_json(part, self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> PruningConfig:

@@ -1,8 +1,10 @@
-"""Small files that a person may write: YAML or JSON, read as data and nothing else."""
+"""Files, one at a time: YAML and JSON read as data and nothing else; and a file that appears whole or not at all."""
 
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,3 +26,29 @@ def read_document(path: Path, what: str, as_yaml: bool) -> Any:
     except Exception as error:  # YAML's reader raises what a date or a number that cannot be trips over
         said = " ".join(str(error).split())
         raise SparsekitError(f"the {what} {path} must be {'YAML' if as_yaml else 'JSON'}, got {said}") from None
+
+
+def write_json(path: Path, value: object, sort_keys: bool = False) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
+
+
+def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+    """The file appears when it is whole and on the disk, in place of one that is there; where that fails nothing is left of it."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        write(part)
+        sync(part)
+        part.rename(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Brings a file to the disk, or a folder's list of names: a rename in it then outlives a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint.reading import open_weights
-from .checkpoint.writing import save_file, write_whole
+from .checkpoint.writing import save_file
 from .config import PruningConfig
 from .criteria import CRITERIA, SquaredGradients
+from .documents import write_whole
 from .errors import SparsekitError
 from .patterns import JOINT, Pattern
 from .pipeline.blocks import Target, check_together, find_blocks, find_targets

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from .documents import read_document
+from .documents import read_document, write_whole
 from .errors import SparsekitError
 from .patterns import Given, Pattern
 
@@ -116,8 +116,8 @@ class Plan:
         return yaml.safe_dump(self.to_dict(), sort_keys=False, default_flow_style=None, width=132)
 
     def save(self, path: str | Path) -> None:
-        """Writes it as YAML."""
-        Path(path).write_text(self.dump(), encoding="utf-8")
+        """Writes it as YAML, the file whole or not at all."""
+        write_whole(Path(path), lambda part: part.write_text(self.dump(), encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

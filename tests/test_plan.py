@@ -9,7 +9,7 @@ from models import build, token_batches
 from test_folder import KJV, dense_folder, weights
 from typer.testing import CliRunner
 
-from sparsekit import NM, SparsekitError, Unstructured, checkpoint, prune, prune_folder
+from sparsekit import NM, PruningConfig, SparsekitError, Unstructured, checkpoint, prune, prune_folder
 from sparsekit.cli import app
 from sparsekit.pipeline import find_blocks
 from sparsekit.pipeline.blocks import find_targets
@@ -24,6 +24,21 @@ def plan_of(model, patterns=PATTERNS, **more) -> Plan:
     targets = [target for group in find_targets(find_blocks(model), names, ()) for target in group]
     asked = {target.name: patterns[i % len(patterns)] for i, target in enumerate(targets)}
     return Plan(asked, {target.name: tuple(target.weight.shape) for target in targets}, **more)
+
+
+@pytest.mark.parametrize("name", ("plan.yaml", "config.yaml", "config.json"))
+def test_a_full_disk_leaves_the_file_as_it_was(name, tmp_path, monkeypatch):
+    path, whole = tmp_path / name, Path.write_text
+
+    def full(self, text, **how):
+        whole(self, text[: len(text) // 2], **how)
+        raise OSError(28, "No space left on device")
+
+    path.write_text("as it was")
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        (Plan({"q": "2:4"}, {"q": (8, 8)}) if "plan" in name else PruningConfig("2:4")).save(path)
+    assert [*tmp_path.iterdir()] == [path] and path.read_text() == "as it was"
 
 
 def test_text_and_back(tmp_path):

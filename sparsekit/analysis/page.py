@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from .. import __version__
-from ..checkpoint.writing import write_whole
+from ..documents import write_whole
 from ..errors import SparsekitError
 from . import measured, sections
 from .html import Html, join, tag

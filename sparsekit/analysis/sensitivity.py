@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint.writing import write_json, write_whole
 from ..data import count_tokens, hash_batches
+from ..documents import write_json, write_whole
 from ..errors import SparsekitError, listed
 from ..evaluate import perplexity
 from ..patterns import Pattern

@@ -23,10 +23,10 @@ from .reading import (
     stored_dtype,
     weight_files,
 )
-from .writing import FORMATS, check_format, check_new_file, check_new_folder, new_folder, save, write_whole
+from .writing import FORMATS, check_format, check_new_file, check_new_folder, new_folder, save
 
 __all__ = [
     "FORMATS", "check_format", "check_model_folder", "check_new_file", "check_new_folder", "check_stored", "compressed_linears",
     "linear_shapes", "load", "load_tokenizer", "new_folder", "read_config", "resolve_device", "save", "skeleton", "stored_dtype",
-    "weight_files", "write_whole",
+    "weight_files",
 ]  # fmt: skip

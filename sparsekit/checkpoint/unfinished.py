@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import Tensor
 
+from ..documents import sync, write_json, write_whole
 from ..errors import SparsekitError
-from .writing import check_new_folder, remove_folder, replace_folder, save_file, shard_name, sync, write_json, write_whole
+from .writing import check_new_folder, remove_folder, replace_folder, save_file, shard_name
 
 
 class Unfinished:

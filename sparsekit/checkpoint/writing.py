@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..documents import write_json
 from ..errors import SparsekitError, listed
 from ..format import FORMAT_VERSION
 from ..linear import SparseLinear
@@ -235,10 +236,6 @@ def write_index(folder: Path, files: dict[str, dict[str, int]]) -> None:
     write_json(folder / "model.safetensors.index.json", index, sort_keys=True)
 
 
-def write_json(path: Path, value: object, sort_keys: bool = False) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
-
-
 def save_file(
     tensors: dict[str, Tensor],
     path: Path,
@@ -270,25 +267,3 @@ def check_new_file(path: str | Path) -> Path:
     if path.is_dir() or not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         raise SparsekitError(f"the output must be a file in a folder that is there and can be written, got {path}")
     return path
-
-
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
-    """The file appears when it is whole and on the disk, in place of one that is there; where that fails nothing is left of it."""
-    part = path.with_name(f"{path.name}.part")
-    try:
-        write(part)
-        sync(part)
-        part.rename(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(path: Path) -> None:
-    """Brings a file to the disk, or a folder's list of names: a rename in it then outlives a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
