@@ -4,7 +4,9 @@
 
 Each seed calibrates a forecast anew, with its own random probes. spearman is the rank correlation of expected and measured
 perplexities over the held-out prunings, coverage the share of them within the interval of 80 %, by seed and over all. error is the
-median of |log(expected rise / measured rise)|, the rise being log(perplexity / dense perplexity). The rows are of the first seed.
+median of |log(expected rise / measured rise)|, the rise being log(perplexity / dense perplexity); width the median of
+log(largest rise / smallest rise) of the intervals. beyond: how many of the prunings were not forecast. The rows are of the first
+seed. by half of the probes: the same by every other probe of each seed.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import math
 import random
 import statistics
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -24,7 +27,7 @@ from benchmarks.measure import machine
 from sparsekit import checkpoint, data, evaluate
 from sparsekit.analysis import Sensitivity, error_curves, gradient_weights, spearman
 from sparsekit.analysis.forecast import Subject, subject_of
-from sparsekit.analysis.quality import LEVEL, PROBES, SHARES, Quality, calibrate, restored
+from sparsekit.analysis.quality import LEVEL, SHARES, Quality, calibrate, restored
 from sparsekit.assets import asset
 from sparsekit.plan import Plan
 
@@ -68,12 +71,29 @@ def coverage(quality: Quality, plans: list[Plan], measured: list[float]) -> floa
 
 def compared(quality: Quality, plans: list[Plan], measured: list[float]) -> dict[str, float]:
     """How a forecast fares."""
-    expected = [quality.expected(plan).perplexity for plan in plans]
-    rises = [[math.log(perplexity / quality.dense) for perplexity in pair] for pair in zip(expected, measured)]
+    found = [quality.expected(plan) for plan in plans]
+    rises = [[math.log(one / quality.dense) for one in (e.perplexity, got, e.low, e.high)] for e, got in zip(found, measured)]
     return {
-        "spearman": spearman(expected, measured),
+        "spearman": spearman([e.perplexity for e in found], measured),
         "coverage": coverage(quality, plans, measured),
-        "error": statistics.median(abs(math.log(e / got)) if got > 0 else math.inf for e, got in rises),
+        "error": statistics.median(abs(math.log(e / got)) if got > 0 else math.inf for e, got, *_ in rises),
+        "width": statistics.median(math.log(high / low) for *_, low, high in rises),
+        "beyond": sum(math.isinf(e.perplexity) for e in found),
+    }
+
+
+def summary(qualities: Sequence[Quality], plans: list[Plan], measured: list[float]) -> dict:
+    """How forecasts fare, each by itself and all together."""
+    by_seed = [compared(quality, plans, measured) for quality in qualities]
+    each = {name: [one[name] for one in by_seed] for name in by_seed[0]}
+    return {
+        "probes": len(qualities[0].probes),
+        "spearman": {"mean": statistics.mean(each["spearman"]), "least": min(each["spearman"])},
+        "coverage": statistics.mean(each["coverage"]),
+        "coverage of a seed": {"least": min(each["coverage"]), "most": max(each["coverage"])},
+        "error": statistics.mean(each["error"]),
+        "width": statistics.mean(each["width"]),
+        "by_seed": by_seed,
     }
 
 
@@ -110,7 +130,6 @@ def run(
     for seed in range(seeds):
         qualities.append(calibrate(subject.model, subject.targets, batches, read["test"], SEQ_LEN, plans, seed=seed, **how))
         log(f"seed {seed}: {compared(qualities[-1], plans, measured)}")
-    by_seed = [compared(quality, plans, measured) for quality in qualities]
     by_kind = {}
     for kind in dict.fromkeys(kinds):
         some = [(plan, got) for one, plan, got in zip(kinds, plans, measured) if one == kind]
@@ -119,23 +138,20 @@ def run(
     for kind, plan, got in zip(kinds, plans, measured):
         expected = qualities[0].expected(plan)
         ends = {name: round(getattr(expected, name), 4) for name in ("perplexity", "low", "high")}
-        damage = round(qualities[0].damages.of(plan), 6)
-        rows.append({"kind": kind, "sparsity": round(plan.sparsity, 4), "damage": damage, "measured": round(got, 4), **ends})
+        harm = {name: round(value, 6) for name, value in asdict(qualities[0].damages.harm(plan)).items()}
+        rows.append({"kind": kind, "sparsity": round(plan.sparsity, 4), **harm, "measured": round(got, 4), **ends})
     return {
         "machine": machine(),
         "model": "kjv1m",
         "method": "sparsegpt",
         "dense": qualities[0].dense,
         "evaluated_tokens": qualities[0].tokens,
-        "probes": PROBES,
         "level": LEVEL,
         "held_out": len(plans),
         "seeds": seeds,
-        "spearman": {"mean": statistics.mean(s["spearman"] for s in by_seed), "least": min(s["spearman"] for s in by_seed)},
-        "coverage": statistics.mean(s["coverage"] for s in by_seed),
+        **summary(qualities, plans, measured),
         "coverage_by_kind": by_kind,
-        "error": statistics.mean(s["error"] for s in by_seed),
-        "by_seed": by_seed,
+        "by half of the probes": summary([quality.by(quality.probes[::2]) for quality in qualities], plans, measured),
         "rows": rows,
     }
 

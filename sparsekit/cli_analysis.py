@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -274,7 +275,7 @@ def forecast(
     calib: Calib = None,
     pattern: Annotated[list[str] | None, typer.Option(help='Such as "2:4" or "50%"; may be repeated.')] = None,
     plan: Annotated[list[Path] | None, typer.Option(help="A plan file; may be repeated.")] = None,
-    probes: Annotated[int, typer.Option(help="Prunings to do and evaluate, for the forecast to go by.")] = 6,
+    probes: Annotated[int, typer.Option(help="Prunings to do and evaluate, for the forecast to go by.")] = 12,
     batch: Annotated[list[int] | None, typer.Option(help="Tokens that products take at once; 1, may be repeated.")] = None,
     max_loss: Annotated[
         float | None, typer.Option(help="Say what to choose, if the perplexity may rise by this share: 0.05 is 5 %.")
@@ -336,7 +337,8 @@ def forecast(
     for row in told.rows:
         speeds = ("not measured" if times is None else f"{times:.2f}" for times in row.speedup.values())
         size = f"{row.bytes:,}", f"{row.bytes / row.dense_bytes:.4f}"
-        ends = f"{row.perplexity:.2f}", f"[{row.low:.2f}, {row.high:.2f}]"
+        expected, high = ("beyond" if math.isinf(end) else f"{end:.2f}" for end in (row.perplexity, row.high))
+        ends = expected, f"[{row.low:.2f}, {high}]"
         lines.append((row.pattern, f"{row.sparsity:.1%}", *ends, *size, *speeds))
     speeds = [f"speed at {tokens}" for tokens in batches]
     title = f"{model_dir}: dense {told.dense_perplexity:.2f}, {told.tokens} tokens, {len(told.probes)} probes"

@@ -95,11 +95,12 @@ def add_all(folder: Path) -> None:
     rows = (
         Row("2:4", 0.5, 19.25, 18.0, 21.0, 1_162_312, 1_850_000, {1: 1.25, 512: 0.75, 2048: None}, "from 5 probes"),
         Row("99%", 0.99, 99.0, 50.0, math.inf, 9, 9, {}, "far out"),
+        Row("99.9%", 0.999, math.inf, 80.0, math.inf, 9, 9, {}, "beyond"),
     )
     papers = (Published("OPT-125M", "sparsegpt", "50%", 27.66, 36.85, "arXiv:2301.00774"),)
     beside = {
         "sensitivity": Sensitivity(256, curves, unit="linear", losses=losses, dense_loss=2.7, spearman=0.8125).to_dict(),
-        "forecast": Forecast(14.9, 256, 0.8, (Probe("50%", 0.1, 16.25, 16.5),), rows, papers, {}).to_dict(),
+        "forecast": Forecast(14.9, 256, 0.8, (Probe("50%", 0.1, 0.3, 16.25, 16.5),), rows, papers, {}).to_dict(),
         "eval": {"perplexity": 20.125, "tokens": 2032, "seconds": 1.0},
         "eval-dense": {"perplexity": 14.875, "tokens": 2032, "seconds": 1.0},
     }
@@ -153,7 +154,7 @@ def test_the_sections_of_a_folder_with_everything_beside_it(folder):
         "20.1250", "Over 2,032 tokens",
         "Rank correlation (Spearman) of the measured losses with the layers' errors: 0.81",
         "Loss with one alone pruned, over 2.7000 of the dense model", "2.7270 at 2:4",
-        "19.2 (18 to 21)", "99 (50 to inf)", "1 token: 1.25x; 512 tokens: 0.75x, not faster", "from 5 probes",
+        "19.2 (18 to 21)", "99 (50 to beyond)", "more than 80", "1 token: 1.25x; 512 tokens: 0.75x, not faster", "from 5 probes",
         "16.2", "16.5", "OPT-125M", "36.9", "arXiv:2301.00774",
         "10 matrices,", "18 matrices,",  # of 28 every third is dense
         "embedding", "output layer",

@@ -32,9 +32,10 @@ Asked = str | Pattern | Plan
 
 @dataclass(frozen=True)
 class Row:
-    """One pattern or plan. perplexity: expected, and low to high the interval of 80 %; infinite beyond any number. bytes: of the
-    weight files' tensors, dense_bytes of the dense model's. speedup: by batch, how many times as fast as the dense model's all
-    linears of the blocks run together; None where it was not measured. said: what is to be known of these figures."""
+    """One pattern or plan. perplexity: expected, and low to high the interval of 80 %; all but low infinite beyond what the probes
+    reach. bytes: of the weight files' tensors, dense_bytes of the dense model's. speedup: by batch, how many times as fast as the
+    dense model's all linears of the blocks run together; None where it was not measured. said: what is to be known of these
+    figures."""
 
     pattern: str
     sparsity: float
@@ -169,7 +170,9 @@ def _row(subject: Subject, quality: Quality, text: str, plan: Plan, batches: Seq
     size = size_of(subject.model, subject.flat, plan, subject.dtype_of)
     speeds = {batch: speed_of(subject.model, subject.flat, plan, batch, subject.stored, place) for batch in batches}
     expected, said = quality.expected(plan), []
-    if quality.beyond(plan):
+    if math.isinf(expected.perplexity):
+        said.append(f"beyond what the probes reach: more than {expected.low:.2f}")
+    elif quality.beyond(plan):
         said.append("outside of what the probes did")
     if size.bitmask < size.stored:
         said.append(f"zeros are stored too; as values and bitmask (sparse-bitmask) {size.bitmask:,} bytes")
@@ -258,7 +261,8 @@ def recommend(
     for text, row in rows.items():
         faster = runs and (row.speedup[batch] or 0) > 1
         if row.high > limit:
-            rejected[text] = f"its perplexity may reach {row.high:.2f}, and the limit is {limit:.2f}"
+            most = "be beyond what the probes reach" if math.isinf(row.high) else f"reach {row.high:.2f}"
+            rejected[text] = f"its perplexity may {most}, and the limit is {limit:.2f}"
         elif not faster and row.bytes >= row.dense_bytes:
             rejected[text] = f"neither smaller nor faster here: {row.said}"
         else:

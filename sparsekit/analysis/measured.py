@@ -107,8 +107,8 @@ def _bounds(row: dict) -> tuple[float, float, float]:
 
 
 def _said(row: dict) -> str:
-    low, expected, high = map(number, _bounds(row))
-    return f"{expected} ({low} to {high})"
+    low, expected, high = (number(end) if math.isfinite(end) else "beyond" for end in _bounds(row))
+    return f"more than {low}" if expected == "beyond" else f"{expected} ({low} to {high})"
 
 
 def _share(value: float | None) -> str:

@@ -1,9 +1,9 @@
 """The perplexity to expect of a plan, with an interval, from a model's layer errors and a few prunings that were really done.
 
-A plan's damage D is the sum of its linears' errors, each by what it costs (``gradient_weights``): the second order of the loss,
-in nats. Of the higher orders the next grows with the amplitude, sqrt(D). So log(rise / D) is taken for a line in sqrt(D), where
-rise is the log of the perplexity over the dense model's. The line goes through the probes; how they scatter about it is how the
-next pruning is expected to.
+A plan's damage D is the sum over its linears of d, their errors by what these cost (``gradient_weights``): the second order of the
+loss, in nats. Of the higher orders the next one grows with a linear's amplitude, sqrt(d), and costs d sqrt(d). So log(rise / D) is
+taken for a line in the plan's amplitude, the mean of sqrt(d) weighed by d, where rise is the log of the perplexity over the dense
+model's. The line goes through the probes; how they scatter about it is how the next pruning is expected to.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +30,18 @@ from .sensitivity import Sensitivity
 from .weights import gradient_weights
 
 LEVEL = 0.8  # of the interval: that share of prunings should end within it
-PROBES = 6
+PROBES = 12
 # How far the shares of a probe's blocks, and those of the linears of a block, lie from their middle at most: a probe shall differ
 # from a uniform pruning as much as the plans do that are asked about.
 _APART = 0.15
 _SPAN = 10  # of the most to the least damage of the probes, at least
+# How far beyond the most harmful probe a forecast goes: so many times its damage, and the root of that times the largest amplitude.
+REACH = 1.5
 
 
 @dataclass(frozen=True)
 class Expected:
-    """A perplexity, and the ends of its interval; infinite where it is beyond any number."""
+    """A perplexity, and the ends of its interval; infinite where it is beyond any number, or beyond what the probes reach."""
 
     perplexity: float
     low: float
@@ -49,12 +50,21 @@ class Expected:
 
 @dataclass(frozen=True)
 class Probe:
-    """A pruning that was done and evaluated. predicted: what the other probes forecast of it."""
+    """A pruning that was done and evaluated. damage, amplitude: of ``Harm``. predicted: what the other probes forecast of it."""
 
     pattern: str
     damage: float
+    amplitude: float
     predicted: float
     measured: float
+
+
+@dataclass(frozen=True)
+class Harm:
+    """Of a plan the damage, in nats, and the amplitude: the mean of the roots of its linears' damages, weighed by these."""
+
+    damage: float
+    amplitude: float
 
 
 @dataclass(frozen=True)
@@ -66,8 +76,14 @@ class Damages:
 
     def of(self, plan: Plan) -> float:
         """The damage of a plan for this model. Raises SparsekitError for a level that the curves do not reach."""
-        named = [name for name, pattern in plan.patterns.items() if pattern is not None]
-        return math.fsum(self.weights[name] * error_at(self.curves[name], plan.patterns[name]) for name in named)
+        return self.harm(plan).damage
+
+    def harm(self, plan: Plan) -> Harm:
+        """The same with its amplitude."""
+        asked = {name: pattern for name, pattern in plan.patterns.items() if pattern is not None}
+        each = [self.weights[name] * error_at(self.curves[name], pattern) for name, pattern in asked.items()]
+        damage = math.fsum(each)
+        return Harm(damage, math.fsum(one**1.5 for one in each) / damage if damage > 0 else 0.0)
 
 
 def error_at(curve: Curve, pattern: Pattern) -> float:
@@ -106,20 +122,31 @@ class Quality:
     line: Line
 
     def expected(self, plan: Plan) -> Expected:
-        """The perplexity after pruning by SparseGPT to the plan, with its interval. Raises SparsekitError as ``Damages.of``."""
-        return _expected(self.dense, self.line, self.damages.of(plan))
+        """The perplexity after pruning by SparseGPT to the plan, with its interval. Raises SparsekitError as ``Damages.of``.
+
+        Of a plan that lies beyond what the probes reach only the lower end is told: as if it did no more than the probes did."""
+        harm = self.damages.harm(plan)
+        most = Harm(max(one.damage for one in self.probes), max(one.amplitude for one in self.probes))
+        if harm.damage <= REACH * most.damage and harm.amplitude <= REACH**0.5 * most.amplitude:
+            return _expected(self.dense, self.line, harm)
+        done = Harm(min(harm.damage, most.damage), min(harm.amplitude, most.amplitude))
+        return Expected(math.inf, _expected(self.dense, self.line, done).low, math.inf)
 
     def beyond(self, plan: Plan) -> bool:
         """Whether the plan does more damage than any probe, or less."""
         done = [probe.damage for probe in self.probes]
         return not min(done) <= self.damages.of(plan) <= max(done)
 
+    def by(self, probes: Sequence[Probe]) -> Quality:
+        """The same by these of the probes alone, as if no other had been done."""
+        return Quality(self.dense, self.tokens, self.damages, *_settled(self.dense, [(p.pattern, p, p.measured) for p in probes]))
 
-def _expected(dense: float, line: Line, damage: float) -> Expected:
-    if damage <= 0:
+
+def _expected(dense: float, line: Line, harm: Harm | Probe) -> Expected:
+    if harm.damage <= 0:
         return Expected(dense, dense, dense)
-    middle, reach = line.predict(math.sqrt(damage), LEVEL)
-    return Expected(*(_grown(dense, math.log(damage) + middle + off) for off in (0, -reach, reach)))
+    middle, reach = line.predict(harm.amplitude, LEVEL)
+    return Expected(*(_grown(dense, math.log(harm.damage) + middle + off) for off in (0, -reach, reach)))
 
 
 def _grown(dense: float, log_rise: float) -> float:
@@ -127,11 +154,10 @@ def _grown(dense: float, log_rise: float) -> float:
     return dense * math.exp(rise) if rise < 700 else math.inf
 
 
-def _fit(dense: float, done: Sequence[tuple[float, float]]) -> Line:
-    """Through (damage, perplexity) of probes that cost something."""
-    rises = [math.log(measured / dense) for _, measured in done]
-    roots = [math.sqrt(damage) for damage, _ in done]
-    return Line.through(roots, [math.log(rise / damage) for rise, (damage, _) in zip(rises, done)])
+def _fit(dense: float, done: Sequence[tuple[Harm | Probe, float]]) -> Line:
+    """Through the harm and the perplexity of probes that cost something."""
+    heights = [math.log(math.log(measured / dense) / harm.damage) for harm, measured in done]
+    return Line.through([harm.amplitude for harm, _ in done], heights)
 
 
 def calibrate(
@@ -171,30 +197,30 @@ def calibrate(
         curves, weights = sensitivity.curves, sensitivity.weights
     weights = weights or gradient_weights(model, batches, **held)
     damages = Damages({curve.name: curve for curve in curves}, weights)
-    done: list[tuple[Plan, float, float]] = []
+    done: list[tuple[str, Harm, float]] = []
     asked = [damage for plan in plans if (damage := damages.of(plan)) > 0]
     for i, plan in enumerate(probe_plans(damages, [[t.name for t in matrices] for matrices in targets], asked, probes, seed)):
         tell(f"probe {i + 1}: {plan.sparsity:.0%}", i, probes)
         with restored(flat):
             pipeline.prune(model, batches, "sparsegpt", plan, skip=skip, blocks=blocks, stored=stored)
-            done.append((plan, damages.of(plan), perplexity(model, tokens, seq_len, max_tokens)["perplexity"]))
-    return _settled(evaluated, damages, done)
+            done.append((str(plan), damages.harm(plan), perplexity(model, tokens, seq_len, max_tokens)["perplexity"]))
+    return Quality(evaluated["perplexity"], evaluated["tokens"], damages, *_settled(evaluated["perplexity"], done))
 
 
-def _settled(evaluated: Mapping[str, Any], damages: Damages, done: Sequence[tuple[Plan, float, float]]) -> Quality:
-    dense = evaluated["perplexity"]
-    cost = [(plan, damage, measured) for plan, damage, measured in done if measured > dense and damage > 0]
+def _settled(dense: float, done: Sequence[tuple[str, Harm | Probe, float]]) -> tuple[tuple[Probe, ...], Line]:
+    """What was pruned to, the harm that it does and the perplexity measured, as probes, and the line through them."""
+    cost = [(text, harm, measured) for text, harm, measured in done if measured > dense and harm.damage > 0]
     if len(cost) <= FEWEST:
         raise SparsekitError(
             f"at least {FEWEST + 1} probes must cost perplexity for an interval, and {len(cost)} of {len(done)} did; "
             f"evaluate on a longer text or forecast higher sparsities"
         )
-    points = [(damage, measured) for _, damage, measured in cost]
+    points = [(harm, measured) for _, harm, measured in cost]
     told = []
-    for i, (plan, damage, measured) in enumerate(cost):
+    for i, (text, harm, measured) in enumerate(cost):
         others = _fit(dense, points[:i] + points[i + 1 :])
-        told.append(Probe(str(plan), damage, _expected(dense, others, damage).perplexity, measured))
-    return Quality(dense, evaluated["tokens"], damages, tuple(told), _fit(dense, points))
+        told.append(Probe(text, harm.damage, harm.amplitude, _expected(dense, others, harm).perplexity, measured))
+    return tuple(told), _fit(dense, points)
 
 
 def _check_span(curves: Iterable[Curve]) -> None:
