@@ -49,6 +49,40 @@ def test_its_table_is_on_file():
             assert float(figure) == round(ROWS[0, target, name]["perplexity"], 2), (name, target)
 
 
+def test_its_table_of_choices_is_on_file_and_says_what_was_better():
+    kept = json.loads((ROOT / "benchmarks/results/quality/discrete.json").read_text())
+    table = re.search(r"(?s)<!-- discrete table -->\n(.*?)<!-- end", PAGE)[1]
+    lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines() if line.startswith("|")][2:]
+    rows = {(row["target"] or "everywhere", row["plan"]): row for row in kept["rows"]}
+    assert len(lines) == len(rows) == len(kept["rows"])
+    for target, plan, counts, faster, perplexity in lines:
+        row = rows[target, plan]
+        assert counts == ", ".join(str(row["linears"].get(text, 0)) for text in ("dense", "4:8", "2:4", "1:4"))
+        assert (faster, perplexity) == (f"{row['speedup']:.2f}x", f"{row['perplexity']:.2f}") and sum(row["linears"].values()) == 28
+    best = {
+        target: min((row for row in kept["rows"] if row["target"] == target), key=lambda r: r["perplexity"]) for target, _ in rows
+    }
+    assert [best[target]["plan"] for target in ("30%", "1.1x", "1.2x")] == ["dense, 4:8, 2:4", "dense, 2:4", "dense, 2:4"]
+    assert best["45%"]["plan"] == "4:8, last to first"
+    assert all(row["speedup"] >= float(row["target"][:-1]) for row in kept["rows"] if row["by"] == "latency")
+    assert all(row["sparsity"] >= float(row["target"][:-1]) / 100 for row in kept["rows"] if row["by"] == "choices")
+
+
+def test_the_benchmark_of_choices_says_what_it_measured(monkeypatch):
+    from benchmarks import discrete
+
+    monkeypatch.setattr(discrete, "evaluate", lambda batches, text, most, plan: 10.0 if plan is None else 12.0)
+    found = discrete.rows(2, 256, (("30%", ("dense", "2:4")),), (1.1,))
+    assert [row["plan"] for row in found["rows"]] == [
+        "dense, 2:4", "4:8, first to last", "4:8, last to first", "dense, 2:4", "dense, 2:4, weighed by size", "2:4, first to last",
+        "2:4, last to first", "4:8", "2:4",
+    ]  # fmt: skip
+    times = {(row["n"], row["k"]): row for row in json.loads(discrete.ROWS.read_text())["rows"] if row["m"] == 1}
+    blocks = {(576, 576): 4, (1536, 576): 2, (576, 1536): 1}
+    dense, sparse = (sum(count * times[shape][what] for shape, count in blocks.items()) for what in ("dense_us", "sparse_us"))
+    assert found["rows"][-1]["speedup"] == round(dense / sparse, 3) and found["rows"][-2]["speedup"] == 1
+
+
 def test_on_file_error_curves_beat_the_uniform_plan_at_every_sparsity_and_seed():
     assert {seed for seed, *_ in ROWS} == {0, 1, 2}
     for (seed, target, name), row in ROWS.items():
