@@ -19,7 +19,7 @@ from sparsekit import NM, PairNM, Pattern, SparsekitError, bench, checkpoint, da
 from sparsekit.analysis import Curve, Sensitivity, error_curves
 from sparsekit.analysis import quality as quality_module
 from sparsekit.analysis.costs import holds_24, size_of, speed_of
-from sparsekit.analysis.forecast import forecast, recommend, subject_of
+from sparsekit.analysis.forecast import Forecast, forecast, recommend, subject_of
 from sparsekit.analysis.quality import SHARES, Damages, Harm, Probe, Quality, error_at, probe_plans, restored
 from sparsekit.analysis.regression import Line, student_quantile
 from sparsekit.plan import Plan
@@ -367,6 +367,15 @@ def test_the_command(said):
     assert found["machine"]["device"] == bench.key(CPU) and found["machine"]["dtype"] == "float16"
 
 
+def test_what_the_others_forecast_of_a_probe_may_be_beyond_any_number():
+    # Of three that lie close together the line runs away: a rise of more than 700 nats of the fourth.
+    quality = settled([(0.1, 0.501), (0.5, 2.0), (0.1, 0.502), (0.1, 0.5)])
+    assert math.isinf(max(probe.predicted for probe in quality.probes))
+    found = Forecast(10.0, 99, 0.8, quality.probes, (), (), {}).to_dict()
+    told = [probe["predicted"] for probe in json.loads(json.dumps(found, allow_nan=False))["probes"]]
+    assert told.count(None) == 1 and len(told) == 4
+
+
 # ---- what to choose ----
 
 
@@ -504,6 +513,9 @@ def test_curves_of_another_model():
     with pytest.raises(SparsekitError, match="curves must be measured at 2:4"):
         forecast(model, batches, torch.arange(64), ["2:4"], seq_len=8, sensitivity=Sensitivity(0, curves))
     curves = error_curves(model, batches, ("50%", "60%", "2:4"))
+    known = Sensitivity(0, error_curves(model, batches, (*SHARES, "2:4")), weights={"model.layers.0.self_attn.q_proj": 1.0})
+    with pytest.raises(SparsekitError, match=r"must have a weight of 0 or more, got None for model\.layers\.0\.self_attn\.k_proj"):
+        forecast(model, batches, torch.arange(64), ["2:4"], seq_len=8, sensitivity=known)
     with pytest.raises(SparsekitError, match=r"probes take shares from 10% to 90%, .* was measured at 50%, 2:4 and 60%; measure"):
         forecast(model, batches, torch.arange(64), ["2:4"], seq_len=8, sensitivity=Sensitivity(0, curves))
 

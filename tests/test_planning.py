@@ -104,8 +104,15 @@ def test_no_latency_without_rows_of_the_very_shape(model, rows, monkeypatch):
     monkeypatch.setattr(planning, "error_curves", None)  # it is refused before anything is measured
     found = [row for row in tune.rows(bench.key(torch.device("cpu"))) if (row.n, row.k) != (32, 44)]
     tune.write(bench.key(torch.device("cpu")), found)
-    with pytest.raises(SparsekitError, match="and 32x44 in float32 has none; run sparsekit bench MODEL_DIR --tune"):
+    with pytest.raises(SparsekitError, match="and 32x44 in float32 has none of about 1 token; run sparsekit bench"):
         make_plan(model, BATCHES, "1.2x", "latency")
+
+
+def test_no_latency_by_rows_of_far_more_or_fewer_tokens(model, rows, measured):
+    plan = make_plan(model, (), "1.3x", "latency", sensitivity=measured)
+    assert make_plan(model, (), "1.3x", "latency", sensitivity=measured, tokens=4).patterns == plan.patterns
+    with pytest.raises(SparsekitError, match=r"in float32 has none of about 5 tokens; run sparsekit bench MODEL_DIR --tokens 5"):
+        make_plan(model, (), "1.3x", "latency", sensitivity=measured, tokens=5)
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,7 @@ def allocate(
     Raises SparsekitError where bounds or levels leave no room for the target, and where a curve has no level that is a share."""
     share, bounds = read_target(target, low, high)
     sizes = {name: math.prod(curve.shape) for name, curve in _by_name(curves).items()}
-    points = {curve.name: _points(curve, _weight(weights, curve)) for curve in curves}
+    points = {curve.name: _points(curve, weight_of(weights, curve)) for curve in curves}
     names, total = list(sizes), math.floor(share * sum(sizes.values()))
     least, most = _room(total, sizes, {name: of[-1][0] for name, of in points.items()}, *bounds)
     members = _members(names, groups)
@@ -177,7 +177,7 @@ def _chosen(
 ) -> Plan:
     """The plan of least damage whose gains, of each linear by pattern, sum to ``least`` or more."""
     by_name = _by_name(curves)
-    costs = {name: [_damage(curve, p, _weight(weights, curve)) for p in patterns] for name, curve in by_name.items()}
+    costs = {name: [_damage(curve, p, weight_of(weights, curve)) for p in patterns] for name, curve in by_name.items()}
     members = _members(list(by_name), groups)
     options = [
         [(sum(gains[name][j] for name in of), sum(costs[name][j] for name in of)) for j in range(len(patterns))] for of in members
@@ -197,7 +197,8 @@ def _by_name(curves: Sequence[Curve]) -> dict[str, Curve]:
     return found
 
 
-def _weight(weights: Weights | None, curve: Curve) -> float:
+def weight_of(weights: Weights | None, curve: Curve) -> float:
+    """What the curve's errors are weighed with. Raises SparsekitError where that is no number of 0 or more."""
     if weights is None:
         return float(math.prod(curve.shape))
     weight = weights.get(curve.name)

@@ -13,7 +13,7 @@ from ..inspection import DENSE_BELOW
 from ..linear import NM24
 from ..ops import linear as product
 from ..pipeline.observe import OWN
-from .costs import NEAR_TOKENS, NEAR_WEIGHT
+from .costs import near
 from .html import change, faster, plural, share
 from .known import split_name
 from .patient import FINDING, LEVELS, NOT_MADE, OK, QUALITY, SEMI, SPEED, Check, Checker, Patient
@@ -306,12 +306,6 @@ def kernels(patient: Patient) -> Check:
         how = f"`sparsekit bench {patient.folder} --tokens {patient.batch} --dtype {_name(patient.dtype)} --tune` measures it"
         return _not_made(*about, checked, f"not measured near {_some(missing)}; {how}")
     return _ok(*about, checked, _some(fast, 6))
-
-
-def near(times: tune.Times, batch: int, n: int, k: int) -> bool:
-    """Whether what was measured speaks for this product."""
-    sides = max(tune.ratio(times.n, n), tune.ratio(times.k, k))
-    return sides <= math.log(NEAR_WEIGHT) and tune.ratio(times.m, batch) <= math.log(NEAR_TOKENS)
 
 
 def _name(dtype) -> str:

@@ -93,6 +93,12 @@ class Speed:
     said: str
 
 
+def near(times: tune.Times, batch: int, n: int, k: int) -> bool:
+    """Whether what was measured speaks for this product of ``batch`` tokens."""
+    sides = max(tune.ratio(times.n, n), tune.ratio(times.k, k))
+    return sides <= math.log(NEAR_WEIGHT) and tune.ratio(times.m, batch) <= math.log(NEAR_TOKENS)
+
+
 def speed_of(
     model: nn.Module, targets: Sequence[Target], plan: Plan, batch: int, dtype: torch.dtype, device: torch.device | None
 ) -> Speed:
@@ -110,8 +116,7 @@ def speed_of(
     for target in targets:
         n, k = target.weight.shape
         times = tune.times(key, text, batch, n, k)
-        far = times is None or max(tune.ratio(times.n, n), tune.ratio(times.k, k)) > math.log(NEAR_WEIGHT)
-        if far or tune.ratio(times.m, batch) > math.log(NEAR_TOKENS):
+        if times is None or not near(times, batch, n, k):
             how = f"`sparsekit bench DIR --tokens {batch} --dtype {text} --tune` measures it"
             return Speed(None, f"speed at {batch} tokens not measured, {text} {n}x{k} is not among the rows: {how}")
         share = n * k / (times.n * times.k)

@@ -66,6 +66,8 @@ class Forecast:
         found = asdict(self)
         for row in found["rows"]:
             row |= {name: row[name] if math.isfinite(row[name]) else None for name in ("perplexity", "low", "high")}
+        for probe in found["probes"]:
+            probe["predicted"] = probe["predicted"] if math.isfinite(probe["predicted"]) else None
         return {**found, "probes": list(found["probes"]), "rows": list(found["rows"]), "published": list(found["published"])}
 
 

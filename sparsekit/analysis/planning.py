@@ -17,6 +17,7 @@ from ..pipeline.blocks import Target, find_targets
 from ..pipeline.source import Progress
 from ..plan import DENSE, Plan
 from .allocation import allocate, allocate_choices, allocate_latency, read_target
+from .costs import near
 from .curves import Curve, error_curves
 from .dense import blocks_of, source_of
 from .owl import allocate_owl, outlier_shares
@@ -79,8 +80,9 @@ def make_plan(
     not needed for what ``sensitivity``, an earlier measurement, holds.
     by: "curves" (``allocate``), "owl" (``allocate_owl``), "choices" (``allocate_choices``) or "latency" (``allocate_latency``): for
     this the target is a speed-up such as "1.2x", and times are what ``sparsekit bench --tune`` measured on this machine, in the
-    model's dtype, at the number of tokens nearest to ``tokens``. low, high, choices: of the allocation. unit: what gets a share or
-    a choice of its own, a "linear" or a "block"; by owl always a block.
+    model's dtype, at the number of tokens nearest to ``tokens``, four times as many or a quarter at most.
+    low, high, choices: of the allocation. unit: what gets a share or a choice of its own, a "linear" or a "block"; by owl always a
+    block.
     weigh: what the errors are weighed with: "gradient" (``gradient_weights``; the default), "loss" (those of the sensitivity, by
     ``loss_weights``) or "size".
     Raises SparsekitError as these functions do, for a sensitivity of another model, and where no row was measured."""
@@ -124,19 +126,20 @@ def check_curves(curves: Sequence[Curve], matrices: Iterable[Target]) -> None:
 
 def measured_times(matrices: Iterable[Target], device: torch.device, tokens: int) -> dict[tuple[int, int], tuple[float, float]]:
     """Of each shape the microseconds of the dense product and of the fastest kernel for a 2:4 weight, in the matrices' dtype, that
-    were measured on the device. Raises SparsekitError for a shape that was not, whatever was measured near it."""
+    were measured on the device, of four times the tokens or a quarter at most. Raises SparsekitError for a shape that was not,
+    whatever was measured near it."""
     if tokens < 1:
         raise SparsekitError(f"a product must be of 1 token or more, got {tokens}")
     found = {}
     for matrix in matrices:
         (n, k), dtype = matrix.weight.shape, str(matrix.weight.dtype).removeprefix("torch.")
-        near = tune.times(bench.key(device), dtype, tokens, n, k)
-        if near is None or (near.n, near.k) != (n, k):
+        times = tune.times(bench.key(device), dtype, tokens, n, k)
+        if times is None or (times.n, times.k) != (n, k) or not near(times, tokens, n, k):
             raise SparsekitError(
-                f"a plan by latency needs this machine's times of every product, and {n}x{k} in {dtype} has none; "
-                f"run sparsekit bench MODEL_DIR --tune, or plan by choices"
+                f"a plan by latency needs this machine's times of every product, and {n}x{k} in {dtype} has none of about "
+                f"{tokens} token{'s' * (tokens > 1)}; run sparsekit bench MODEL_DIR --tokens {tokens} --tune, or plan by choices"
             )
-        found[n, k] = near.dense, near.sparse
+        found[n, k] = times.dense, times.sparse
     return found
 
 

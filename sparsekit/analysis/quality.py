@@ -23,6 +23,7 @@ from ..evaluate import perplexity
 from ..patterns import Pattern, Unstructured
 from ..pipeline.blocks import Target
 from ..plan import Plan
+from .allocation import weight_of
 from .curves import Curve, error_curves
 from .planning import SHARES, check_curves
 from .regression import FEWEST, Line
@@ -182,7 +183,7 @@ def calibrate(
 
     targets: the matrices by block, of ``find_targets``. batches, stored, blocks, skip: as for ``prune``. tokens, seq_len,
     max_tokens: as for ``perplexity``. seed: chooses the probes. sensitivity: what ``measure_sensitivity`` found of the model.
-    Raises SparsekitError for fewer than 4 probes, for fewer than 3 that cost perplexity, and for curves of another model."""
+    Raises SparsekitError for fewer than 4 probes, or than 4 that cost perplexity, and for curves of another model."""
     if probes <= FEWEST:
         raise SparsekitError(f"a forecast with an interval takes at least {FEWEST + 1} probes, got {probes}")
     skip, batches, tell = tuple(skip), list(batches), progress or (lambda *_: None)
@@ -196,7 +197,7 @@ def calibrate(
     else:
         curves, weights = sensitivity.curves, sensitivity.weights
     weights = weights or gradient_weights(model, batches, **held)
-    damages = Damages({curve.name: curve for curve in curves}, weights)
+    damages = Damages({curve.name: curve for curve in curves}, {curve.name: weight_of(weights, curve) for curve in curves})
     done: list[tuple[str, Harm, float]] = []
     asked = [damage for plan in plans if (damage := damages.of(plan)) > 0]
     for i, plan in enumerate(probe_plans(damages, [[t.name for t in matrices] for matrices in targets], asked, probes, seed)):
