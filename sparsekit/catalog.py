@@ -20,20 +20,21 @@ Capability = tuple[int, int]
 # Words of the names that drivers and vendors give to GPUs, the more particular ones first, and their compute capability.
 # Source: NVIDIA, CUDA GPU compute capability.
 _NAMES: tuple[tuple[str, Capability], ...] = (
-    (r"RTX PRO \d+|RTX 50\d0|PRO 6000", (12, 0)),
+    (r"QUADRO RTX \d+", (7, 5)),  # its 3000, 4000 and 5000 are no GeForce of those series
+    (r"RTX PRO \d+|RTX 50[5-9]0|PRO 6000", (12, 0)),
     (r"GB10|DGX SPARK", (12, 1)),
     (r"THOR", (11, 0)),
     (r"B300|GB300|BLACKWELL ULTRA", (10, 3)),
     (r"B100|B200|GB200|BLACKWELL", (10, 0)),
     (r"H100|H200|H800|H20|GH200|HOPPER", (9, 0)),
-    (r"L2|L4|L40S?|L20|RTX 40\d0|ADA|LOVELACE", (8, 9)),
+    (r"L2|L4|L40S?|L20|RTX 40[5-9]0|ADA|LOVELACE", (8, 9)),
     (r"ORIN", (8, 7)),
-    (r"A2|A10G?|A16|A40|RTX 30\d0|(RTX )?A[1-6][05]00|RTX A[45]00", (8, 6)),
+    (r"A2|A10G?|A16|A40|RTX 30[5-9]0|RTX 2050|MX570|(RTX )?A[1-6][05]00|RTX A[45]00", (8, 6)),
     (r"A30X?|A100X?|A800|AMPERE", (8, 0)),
-    (r"T4|T[46]00|T[12]\d00|RTX 20\d0|GTX 16\d0|MX450|QUADRO RTX \d+|TITAN RTX|TURING", (7, 5)),
+    (r"T4|T[46]00|T[12]\d00|RTX 20[6-8]0|GTX 16\d0|MX[45]50|TITAN RTX|TURING", (7, 5)),
     (r"XAVIER", (7, 2)),
-    (r"V100|GV100|VOLTA|TITAN V", (7, 0)),
-    (r"P4|P40|P[1-6]\d00|GTX 10\d0|GT 10[1-3]0|TITAN XP?", (6, 1)),
+    (r"V100S?|GV100|VOLTA|TITAN V", (7, 0)),
+    (r"P4|P40|P[1-6]\d00|GTX 10\d0|GT 10[1-3]0|(?<!GTX )TITAN XP?", (6, 1)),
     (r"P100|GP100|PASCAL", (6, 0)),
 )
 _EXAMPLES = ("A100", "A10", "L4", "L40S", "RTX 4090", "RTX 6000 Ada", "H100", "H200", "B200", "RTX 5090")

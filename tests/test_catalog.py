@@ -22,6 +22,16 @@ from sparsekit.tune import Row
         ("NVIDIA RTX 6000 Ada Generation", (8, 9)),
         ("NVIDIA RTX PRO 6000 Blackwell Server Edition", (12, 0)),
         ("Quadro RTX 6000", (7, 5)),
+        ("Quadro RTX 3000", (7, 5)),  # not of the GeForce series 30, 40 and 50
+        ("Quadro RTX 4000", (7, 5)),
+        ("Quadro RTX 5000", (7, 5)),
+        ("NVIDIA RTX 2000 Ada Generation", (8, 9)),
+        ("NVIDIA RTX 3000 Ada Generation Laptop GPU", (8, 9)),
+        ("NVIDIA RTX 5000 Ada Generation", (8, 9)),
+        ("NVIDIA GeForce RTX 2050", (8, 6)),  # Ampere, as its number does not say
+        ("NVIDIA GeForce RTX 2060", (7, 5)),
+        ("NVIDIA GeForce MX550", (7, 5)),
+        ("Tesla V100S-PCIE-32GB", (7, 0)),
         ("NVIDIA GeForce RTX 3090", (8, 6)),
         ("NVIDIA GeForce RTX 4090", (8, 9)),
         ("NVIDIA GeForce RTX 5090", (12, 0)),
@@ -83,7 +93,9 @@ def test_names(name, capability):
     assert capability_of(name) == capability
 
 
-UNKNOWN = ["", "A1000000", "GPU", "XH100Y", "MI300X", "RTX 6000", "9", "4090", "Canada", 9.0, (9,), (9, 0.5), (-1, 0)]
+# Of "RTX 4000", "RTX 5000" and "RTX 6000" there are two or three, of as many capabilities; the GTX Titan X is older than any here.
+UNRESOLVED = ["RTX 4000", "RTX 5000", "RTX 6000", "GeForce GTX TITAN X"]
+UNKNOWN = [*UNRESOLVED, "", "A1000000", "GPU", "XH100Y", "MI300X", "9", "4090", "Canada", 9.0, (9,), (9, 0.5), (-1, 0)]
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
