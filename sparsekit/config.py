@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from .documents import read_document, write_json, write_whole
 from .errors import SparsekitError, listed
-from .patterns import GROUPS, Pattern, check_group
+from .patterns import GROUPS, Given, Pattern, check_group
 from .schedules import Schedule
 
 CRITERIA = ("magnitude", "gradient")
@@ -38,6 +39,8 @@ class PruningConfig:
     def __post_init__(self):
         put = object.__setattr__  # the way in for a frozen dataclass
         put(self, "pattern", Pattern.parse(self.pattern))
+        if isinstance(self.pattern, Given):
+            raise SparsekitError("a pruning config is of the whole model, got the mask of one matrix; give a pattern in its place")
         put(self, "schedule", Schedule.parse(self.schedule))
         skip = (self.skip,) if isinstance(self.skip, str) else self.skip
         if not isinstance(skip, list | tuple | set) or not all(isinstance(name, str) for name in skip):
@@ -59,13 +62,11 @@ class PruningConfig:
             )
         if self.group != "layer":
             check_group([self.pattern], self.group)
-        if self.sparsity is None:
-            put(self, "sparsity", self.pattern.sparsity)
-        elif self.sparsity != self.pattern.sparsity:
-            raise SparsekitError(
-                f"the sparsity of {self.pattern} is {self.pattern.sparsity:g}, got {self.sparsity}; leave one of them out"
-            )
-        self.schedule.check(self.pattern.sparsity, self.prunings, self.start)
+        own = self.pattern.sparsity
+        if self.sparsity is not None and not math.isclose(self.sparsity, own, rel_tol=1e-12):  # 1 - 7/10 is not the float 0.3
+            raise SparsekitError(f"the sparsity of {self.pattern} is {own:g}, got {self.sparsity}; leave one of them out")
+        put(self, "sparsity", own)
+        self.schedule.check(own, self.prunings, self.start)
 
     @property
     def prunings(self) -> int:

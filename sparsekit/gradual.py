@@ -35,6 +35,7 @@ class GradualPruner:
     momentum nor gradient accumulation brings it back, and what an optimiser remembers of it is cleared.
     Of processes that train together, each with the whole model (torch.distributed's default group), every one has a pruner, and
     the gradient criterion goes by the sequences of all.
+    Weights that ask for no gradient (requires_grad) are pruned like the others.
     blocks: the decoder blocks; by default the largest ModuleList of the model. masks: by name, (out, in) bool, True where kept.
     Raises SparsekitError where there is nothing to prune or a skipped name is none of the model's."""
 
@@ -50,7 +51,8 @@ class GradualPruner:
         self._parameters: dict[nn.Parameter, list[Target]] = {}  # one may hold the matrices of many experts
         for target in self._targets.values():
             self._parameters.setdefault(getattr(target.module, target.parameter), []).append(target)
-        self._hooks = [parameter.register_hook(self._on_gradient(held)) for parameter, held in self._parameters.items()]
+        asking = [(parameter, held) for parameter, held in self._parameters.items() if parameter.requires_grad]
+        self._hooks = [parameter.register_hook(self._on_gradient(held)) for parameter, held in asking]
         if self._squares_due:
             for target in self._targets.values():
                 if target.index is None:
@@ -275,6 +277,8 @@ class GradualPruner:
         criterion, statistics = CRITERIA[self.config.criterion], self._squares.get(name)
         if criterion.statistics and statistics is None:
             raise SparsekitError(f"the criterion gradient needs a backward pass before each pruning, and {name} has had none")
+        if statistics is not None and not torch.isfinite(statistics.sum).all():
+            raise SparsekitError(f"the criterion gradient needs gradients that are finite, and those of {name} hold NaN or Inf")
         return criterion.scores(self._targets[name].weight, statistics).masked_fill(~self.masks[name], -math.inf)
 
     def _together(self) -> list[list[str]]:

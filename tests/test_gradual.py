@@ -10,6 +10,7 @@ from torch import nn
 
 from sparsekit import PruningConfig, SparsekitError
 from sparsekit.gradual import STATE_FILE, GradualPruner, distillation_loss
+from sparsekit.patterns import Given
 
 IDS = token_batches((2, 12), (2, 12))
 
@@ -195,6 +196,29 @@ def test_a_fixed_mask_stays_through_training():
         GradualPruner.fixed(build("llama"))
 
 
+@pytest.mark.parametrize("criterion", ["magnitude", "gradient"])
+def test_weights_that_do_not_train_are_pruned_too(criterion):
+    """The first block's, which a fine-tuning leaves as they are; the gradient reaches its outputs from the embeddings."""
+    model = build("llama")
+    still = [module.weight for module in model.model.layers[0].modules() if isinstance(module, nn.Linear)]
+    for weight in still:
+        weight.requires_grad_(False)
+    pruner = GradualPruner(model, PruningConfig("2:4", criterion, begin=1, end=3, every=2, schedule="linear"))
+    train(model, torch.optim.AdamW(p for p in model.parameters() if p.requires_grad), pruner, 4)
+    pruner.finish()
+    assert all(weight.grad is None and (weight == 0).sum() == weight.numel() // 2 for weight in still)
+    assert GradualPruner.fixed(model).sparsity == 0.5
+
+
+@pytest.mark.parametrize("factor", [math.inf, 1e25], ids=["NaN and Inf", "squares beyond fp32"])
+def test_gradients_that_are_not_finite_decide_nothing(factor):
+    model = build("llama")
+    pruner = GradualPruner(model, PruningConfig("50%", "gradient"))
+    (next_tokens(model, IDS[0]) * factor).backward()
+    with pytest.raises(SparsekitError, match=r"gradients that are finite, and those of model\.layers\.0\..* hold NaN or Inf"):
+        pruner.step()
+
+
 def test_finishing_before_the_end_is_refused():
     pruner = GradualPruner(build("llama"), PruningConfig(begin=0, end=4, every=2))
     pruner.step()
@@ -284,10 +308,17 @@ def test_the_patterns_on_the_way():
             assert [config.pattern_after(i).n for i in range(1, m - n + 1)] == list(range(m - 1, n - 1, -1))
 
 
+@pytest.mark.parametrize("pattern, sparsity", [("7:10", 0.3), ("1:3", 2 / 3), ("8:10 pairs", 0.2), ("70%", 0.7), ("4:4", 0)])
+def test_a_sparsity_that_is_the_patterns_but_for_rounding(pattern, sparsity):
+    assert PruningConfig(pattern, sparsity=sparsity) == PruningConfig(pattern)
+
+
 @pytest.mark.parametrize(
     "settings, says",
     [
         (dict(pattern="half"), "a pattern must be"),
+        (dict(pattern=Given(torch.ones(2, 4, dtype=torch.bool))), "is of the whole model, got the mask of one matrix"),
+        (dict(pattern="7:10", sparsity=0.3001), "the sparsity of 7:10 is 0.3, got 0.3001"),
         (dict(schedule="square"), "a schedule must be"),
         (dict(criterion="wanda"), "the criterion must be magnitude or gradient, got 'wanda'"),
         (dict(pattern="50%", group="column"), "the group must be row, layer, block or model, got 'column'"),
