@@ -117,13 +117,16 @@ class Gram:
     def output_errors(self, weight: Tensor, pruned: Iterable[Tensor]) -> list[float]:
         """The output error of each of several pruned weights; one at a time is asked for and held."""
         weight = weight.float()
-        outputs = [self._output(weight), *(self._output(weight - one.float()) for one in pruned)]
+        largest = weight.abs().max() if weight.numel() else weight.new_ones(())
+        exponent = (torch.frexp(largest).exponent - 1).clamp_min(-126)
+        unit = torch.ldexp(torch.ones_like(largest), exponent)  # squares of what is very large or small would over- or underflow
+        outputs = [self._output(weight, unit), *(self._output(weight - one.float(), unit) for one in pruned)]
         whole, *lost = torch.stack(outputs).tolist()
         return [max(one, 0.0) / whole if whole > 0 else 0.0 for one in lost]  # rounding can take a small one below zero
 
-    def _output(self, weight: Tensor) -> Tensor:
-        """|X W'|^2 in units of the mean diagonal: the sum of (W G) * W, of which a symmetric G asks for half."""
-        weight, total = weight / self._mean().sqrt(), weight.new_zeros(())
+    def _output(self, weight: Tensor, unit: Tensor) -> Tensor:
+        """|X W'|^2 in units of the mean diagonal and of a weight's: the sum of (W G) * W, of which a symmetric G asks for half."""
+        weight, total = (weight / unit).div_(self._mean().sqrt()), weight.new_zeros(())
         for begin in range(0, weight.shape[1], self._STRIP):
             own, left, columns = weight[:, begin : begin + self._STRIP], weight[:, :begin], slice(begin, begin + self._STRIP)
             total += ((own @ self.sum[columns, columns]).addmm_(left, self.sum[:begin, columns], alpha=2) * own).sum()

@@ -157,8 +157,29 @@ def test_an_update_past_what_fp32_holds_names_its_row(text, row):
     # block is row 0 and, of the others' equal scores, the last two rows.
     w, x = normal(6, 300), normal(400, 1) + 1e-3 * normal(400, 300, seed=1)
     w[1:] = torch.tensor([1.0, -1]).repeat(150) * torch.finfo(torch.float32).max
-    with pytest.raises(ValueError, match=rf"making up for what goes gives NaN, the first in row {row}$"):
+    with pytest.raises(ValueError, match=rf"making up for what goes gives NaN or Inf, the first in row {row}$"):
         pruner(x, text).prune(w)
+
+
+def test_an_update_to_inf_names_its_row():
+    # Nothing is subtracted from what the update takes past the largest number, so that no NaN comes of it.
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 1, generator=generator) + 1e-2 * torch.randn(400, 8, generator=generator)
+    w = normal(6, 8)
+    w[3] = torch.finfo(torch.float32).max * torch.tensor([0.9, 0.8, 0.7, 0.9, 1, 1, 0.6, 0.6])
+    with pytest.raises(ValueError, match=r"making up for what goes gives NaN or Inf, the first in row 3$"):
+        pruner(x, "2:4").prune(w)
+
+
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**-70, 2.0**70, 2.0**100])
+def test_output_errors_do_not_hang_on_the_scale_of_the_weight(scale):
+    # The squares of such weights are 0 or Inf in fp32, and a ratio of those said that nothing was lost.
+    gram, w = Gram(40), normal(6, 40)
+    gram.update(correlated(100, 40))
+    pruned = torch.where(w.abs() > 0.5, w, 0)
+    (wanted,) = gram.output_errors(w, [pruned])
+    assert 0.01 < wanted < 1 and gram.output_errors(w * scale, [pruned * scale]) == [wanted]
+    assert gram.output_errors(0 * w, [0 * w]) == [0.0]
 
 
 def test_a_device_is_waited_for_once_a_weight(monkeypatch):

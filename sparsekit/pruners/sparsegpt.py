@@ -97,9 +97,10 @@ class SparseGPT:
                     w[:, right:end].addmm_(error, rows[:, right:end], alpha=-1)
             with phases("trailing"):
                 w[:, end:].addmm_(torch.cat(errors, 1), factor.unit[begin:end, end:], alpha=-1)
+        loss.masked_fill_(~torch.isfinite(w).all(1), math.nan)
         lost = loss.sum().item()  # a GPU is waited for here alone, so that the blocks' launches run ahead of it
         if math.isnan(lost):
-            raise ValueError(f"making up for what goes gives NaN, the first in row {int(loss.isnan().nonzero()[0])}")
+            raise ValueError(f"making up for what goes gives NaN or Inf, the first in row {int(loss.isnan().nonzero()[0])}")
         if weight.element_size() < 4:  # what is beyond its largest number would become Inf, or NaN
             w.clamp_(-torch.finfo(weight.dtype).max, torch.finfo(weight.dtype).max)
         return w.to(weight.dtype), kept, lost * factor.scale / 2, phases
