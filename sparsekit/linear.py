@@ -45,7 +45,9 @@ class SparseLinear(nn.Module):
     @classmethod
     def from_linear(cls, linear: nn.Module) -> SparseLinear:
         """From an nn.Linear, or a transformers Conv1D, whose weight holds 2:4. Raises ValueError, naming the first group, where
-        it does not. Its parameters require gradients where the linear's do."""
+        it does not, TypeError for another module. Its parameters require gradients where the linear's do."""
+        if not (isinstance(linear, nn.Linear) or is_linear(linear)):
+            raise TypeError(f"from_linear: linear must be an nn.Linear or a transformers Conv1D, got a {type(linear).__name__}")
         bias = None if linear.bias is None else linear.bias.detach().clone()
         sparse = cls(ops.compress24(dense_weight(linear)), bias, is_conv1d(linear), linear.weight.requires_grad)
         if bias is not None:

@@ -75,6 +75,13 @@ def test_a_weight_that_is_not_24_is_refused_by_place(conv1d, dense24):
         SparseLinear.from_linear(layer)
 
 
+def test_another_module_is_refused(dense24):
+    """Also one whose weight has two dimensions and holds 2:4."""
+    for other in (SparseLinear.from_linear(dense24(16, 6)), torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4)):
+        with pytest.raises(TypeError, match=f"must be an nn.Linear or a transformers Conv1D, got a {type(other).__name__}$"):
+            SparseLinear.from_linear(other)
+
+
 @pytest.mark.parametrize("bias", [False, True], ids=["no bias", "bias"])
 def test_empty_has_the_shapes_of_the_real_one(bias, dense24):
     for layer in (dense24(13, 5, bias, torch.bfloat16), *([dense24(13, 5, dtype=torch.bfloat16, conv1d=True)] if bias else [])):
