@@ -162,13 +162,27 @@ def context_length(config) -> int:
 
 
 def check_vocabulary(ids: Tensor, model: nn.Module) -> None:
-    """Raises SparsekitError where a token id lies outside the model's embedding: on a GPU that would end the process."""
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    count = getattr(embedding, "num_embeddings", None)
-    if count is not None and ids.numel() and ids.max() >= count:
+    """Raises SparsekitError where a token id is none or lies outside the model's embedding: on a GPU that would end the process."""
+    count = _vocabulary(model)
+    if count is None:
+        return
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise SparsekitError(f"token ids must be int64 or int32, got {ids.dtype}")
+    least, most = map(int, ids.aminmax()) if ids.numel() else (0, 0)
+    if least < 0:
         raise SparsekitError(
-            f"token ids must be below the model's vocabulary of {count}, got {int(ids.max())}; use the model's own tokenizer"
+            f"token ids must be 0 or more, got {least}; where it fills up a row, take another and an attention_mask"
         )
+    if most >= count:
+        raise SparsekitError(
+            f"token ids must be below the model's vocabulary of {count}, got {most}; use the model's own tokenizer"
+        )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many tokens the model's embedding knows; None where it has none."""
+    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    return getattr(embedding, "num_embeddings", None)
 
 
 def model_call(
@@ -177,11 +191,13 @@ def model_call(
     """What to call the model with for a batch, on the device: arguments and keyword arguments; and which of its tokens count, as
     the batch's attention_mask has it, (batch * tokens,) bool, or None for all.
 
-    batch: token ids (batch, tokens), or a dict of the model's keyword arguments. Raises SparsekitError for ids that the model does
-    not know."""
+    batch: token ids (batch, tokens), or a dict of the model's keyword arguments. Raises SparsekitError for ids of another shape or
+    that the model does not know."""
     args, kwargs = ((), batch) if isinstance(batch, Mapping) else ((batch.to(device),), {})
     kwargs = {name: t.to(device) if isinstance(t, Tensor) else t for name, t in kwargs.items()}
     if (ids := args[0] if args else kwargs.get("input_ids")) is not None:
+        if _vocabulary(model) is not None and (ids.dim() < 2 or not ids.numel()):
+            raise SparsekitError(f"a batch must be token ids (batch, tokens), one or more, got a tensor {tuple(ids.shape)}")
         check_vocabulary(ids, model)
     return args, kwargs, token_mask(kwargs)
 

@@ -434,6 +434,10 @@ def refusals():
     yield "compressed already", compressed(), {"batches": batches}, "compressed already"
     yield "no batches", build("llama"), {}, "calibration batches, got none"
     yield "another vocabulary", build("llama"), {"batches": [batches[0] + VOCABULARY]}, f"vocabulary of {VOCABULARY}, got"
+    yield "filled up with -100", build("llama"), {"batches": [batches[0] * 0 - 100]}, "0 or more, got -100; where it fills"
+    yield "embeddings in place of ids", build("llama"), {"batches": [torch.zeros(1, 8)]}, r"int64 or int32, got torch\.float32"
+    yield "a sequence by itself", build("llama"), {"batches": [batches[0][0]]}, r"\(batch, tokens\), one or more, got .* \(8,\)"
+    yield "no tokens", build("llama"), {"batches": [batches[0][:, :0]]}, r"\(batch, tokens\), one or more, got .* \(1, 0\)"
     yield (
         "unknown method",
         build("llama"),
