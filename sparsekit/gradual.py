@@ -160,13 +160,14 @@ class GradualPruner:
                 self._squares.clear()
 
     def state_dict(self) -> dict:
-        """Steps, prunings, masks and gathered squares; the config with them, as text."""
+        """Steps, prunings, masks, gathered squares and their samples; the config with them, as text."""
         return {
             "config": self.config.to_dict(),
             "steps": self.steps,
             "pruned": self.pruned,
             "masks": {name: mask.clone() for name, mask in self.masks.items()},
             "squares": {name: squares.sum.clone() for name, squares in self._squares.items()},
+            "samples": {name: squares.tokens for name, squares in self._squares.items()},
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -189,6 +190,7 @@ class GradualPruner:
         for name, squares in {}.items() if others else state["squares"].items():
             self._squares[name] = SquaredGradients(squares.shape, self.masks[name].device)
             self._squares[name].sum += squares.to(self.masks[name].device)
+            self._squares[name].tokens = state["samples"][name]
         self.apply()
 
     def save(self, path: str | Path) -> None:

@@ -159,6 +159,10 @@ def test_a_run_that_goes_on_from_a_saved_state_is_the_same_run(criterion, tmp_pa
     again.load_state_dict(first.state_dict())
     again_optimiser.load_state_dict(first_optimiser.state_dict())
     again_pruner.load(tmp_path / "state.safetensors")
+    found, kept = again_pruner._squares, first_pruner._squares
+    assert set(found) == set(kept) == (set(pruner.masks) if criterion == "gradient" else set())
+    for name, squares in found.items():  # of several processes, one that knows of no sample takes no part
+        assert squares.tokens == kept[name].tokens > 0 and torch.equal(squares.sum, kept[name].sum)
     train(again, again_optimiser, again_pruner, 3)
     for one, other in zip(model.parameters(), again.parameters()):
         assert torch.equal(one, other)
