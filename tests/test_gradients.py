@@ -71,6 +71,21 @@ def test_sequences_do_not_cancel_within_a_batch():
     assert gradient.square().sum() < 1e-4 * found[target].sum.sum()
 
 
+def test_what_fp16_would_lose_is_not_lost():
+    """A long sequence and small logits: of its mean loss the gradients are below what fp16 holds, as in large models."""
+
+    def squares(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        model = build("llama", torch.float16).to(dtype)
+        with torch.no_grad():
+            model.lm_head.weight.mul_(2.0**-8)
+        found, _ = square_gradients(model, targets_of(model), token_batches((1, 512)))
+        return {target.name: of_one.sum for target, of_one in found.items()}
+
+    expected = squares(torch.float32)
+    for name, found in squares(torch.float16).items():
+        assert (found - expected[name]).abs().sum() < 0.02 * expected[name].sum(), name
+
+
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_is_not_predicted(side):
     ids, pad = token_batches((2, 12))[0], 5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -32,15 +33,18 @@ def square_gradients(
     device = next(model.parameters()).device if device is None else device
     found = {target: SquaredGradients(target.weight.shape, target.weight.device) for target in targets}
 
+    # Of a mean over a long sequence fp16 would lose the gradients; a power of two costs no other dtype a bit.
+    tokens, scale = 0, 1.0
+
     def take(target: Target, gradient: Tensor) -> None:
         if gradient.any():
-            found[target].update(gradient)
+            found[target].update(gradient.float().div_(scale))
 
-    tokens = 0
     with gradients_given(model, targets, take):
         for sequence in _sequences(model, batches, device):
             loss, count = sequence_loss(model, sequence)
-            loss.backward()
+            scale = 2.0 ** math.floor(math.log2(count))
+            (loss * scale).backward()
             tokens += count
             watch()
     if not tokens:
