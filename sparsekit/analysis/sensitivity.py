@@ -232,8 +232,7 @@ def loss_weights(
     loss over the error of its outputs, of a block's linears over their sum. What allocations weigh the errors with.
 
     A small rise drowns in the noise of the evaluation, and a slope of zero would give a linear away. So none is less than half the
-    mean: on the shipped model at 60 % a plan by slopes as they are had a perplexity of 16.9, by a tenth of the mean 16.6, by half
-    15.7, the uniform one 17.9. groups: as for ``rank_correlation``. Raises SparsekitError for a linear without a loss."""
+    mean. groups: as for ``rank_correlation``. Raises SparsekitError for a linear without a loss."""
     products, squares = dict.fromkeys((loss.name for loss in losses), 0.0), dict.fromkeys((loss.name for loss in losses), 0.0)
     for level in dict.fromkeys(loss.level for loss in losses):
         errors = {name: sum(error for error, _ in rows) for name, rows in _by_unit(curves, level, groups or {}).items()}
