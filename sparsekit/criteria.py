@@ -117,7 +117,7 @@ class Gram:
     def output_errors(self, weight: Tensor, pruned: Iterable[Tensor]) -> list[float]:
         """The output error of each of several pruned weights; one at a time is asked for and held."""
         weight = weight.float()
-        largest = weight.abs().max() if weight.numel() else weight.new_ones(())
+        largest = torch.linalg.vector_norm(weight, math.inf) if weight.numel() else weight.new_ones(())
         exponent = (torch.frexp(largest).exponent - 1).clamp_min(-126)
         unit = torch.ldexp(torch.ones_like(largest), exponent)  # squares of what is very large or small would over- or underflow
         outputs = [self._output(weight, unit), *(self._output(weight - one.float(), unit) for one in pruned)]
