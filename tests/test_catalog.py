@@ -1,6 +1,8 @@
 """The catalog: names of GPUs, bytes against tensors that are really stored, and advice by capability and by measured rows."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,3 +189,12 @@ def test_refused(arguments, says):
 def test_the_examples_of_the_error_are_known():
     assert all(capability_of(name) for name in catalog._EXAMPLES)
     assert math.isclose(entry(Unstructured(0.7), "cpu").density, 0.3)
+
+
+def test_the_page_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "pruning.md").read_text(encoding="utf-8")
+    exec(re.search(r"## What it gains where\n\n```python\n(.*?)```", page, re.S)[1], {})
+    said = capsys.readouterr().out.splitlines()
+    assert said[:2] == ["linear24_decode_sm80 up to 64 tokens, linear24_sm80 above", "1.125"] and said[4] == "2:4"
+    for text in ("4:8", "1:4", "4:8 pairs", "50%", "block:32x32@50%"):  # only 2:4 runs faster anywhere
+        assert all(entry(text, gpu).kernel is None for gpu in ("7.5", "8.0", "9.0", "10.0", "12.0", "cpu"))
