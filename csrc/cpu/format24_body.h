@@ -204,17 +204,18 @@ template <class Int> class Ahead {
 // the rest `fill`.
 template <class Int, class Body>
 inline void for_words(const Tile<Int> &tile, const Span &s, Int fill, const Body &body) {
-    Int copy[kWord];
     int64_t word = 0;
     for (int64_t row = 0; row < s.rows; ++row)
         for (int64_t col = 0; col < s.cols; col += kWord, ++word) {
             const Int *p = tile.data + row * tile.stride + col;
-            const int64_t count = min(kWord, s.cols - col);
-            if (count < kWord) {
+            const int64_t count = s.cols - col;
+            if (count >= kWord) { // a body of its own, since compress is a fifth slower where the count is a variable
+                body(row, col, p, int64_t{kWord}, word);
+            } else {
+                Int copy[kWord];
                 std::fill(std::copy_n(p, count, copy), copy + kWord, fill);
-                p = copy;
+                body(row, col, copy, count, word);
             }
-            body(row, col, p, count, word);
         }
 }
 

@@ -2,11 +2,11 @@
 //
 // First the cut, the k-th highest key: a sample of the row gives two keys between which it lies, all but surely. Passes
 // that count what is above a key, three operations a vector, halve what is between, where the first-level cache holds
-// the row; what is left is gathered, and among those few the range of keys is quartered until the cut is left. The
-// counts are exact, so they also say where the sample was wrong: such a row is quartered as a whole. A last pass writes
-// the mask. Where rows are too few for the threads, all work on one: every pass is cut into parts, whose counts are
-// added up, so that who counted what changes nothing. Bound by memory (scores read once and again from the caches, a
-// byte a column written) about as much as by the comparisons, two a column and pass.
+// the row and a vector much of it; what is left is gathered, and among those few the range of keys is quartered until
+// the cut is left. The counts are exact, so they also say where the sample was wrong: such a row is quartered as a
+// whole. A last pass writes the mask. Where rows are too few for the threads, all work on one: every pass is cut into
+// parts, whose counts are added up, so that who counted what changes nothing. Bound by memory (scores read once and
+// again from the caches, a byte a column written) about as much as by the comparisons, two a column and pass.
 //
 // Isa::gather puts those of 64 numbers that are kept next to one another; past them up to a word may be written.
 #pragma once
@@ -197,7 +197,7 @@ template <class Isa, class Int> class Search {
              int64_t next = 0) const {
         if (cols >= kSampled) {
             const Bracket b = guess = sampled(row, cols, rank, guess, sample);
-            const bool near = cols * int64_t(sizeof(Int)) <= kNearBytes;
+            const bool near = sizeof(Int) <= 2 && cols * int64_t(sizeof(Int)) <= kNearBytes;
             const Counts found = near ? count(row, cols, b) : gather(row, cols, b, list, cols + kWord, next);
             const int64_t over = found.over, least = over + found.between;
             if (rank <= over) { // among those above: all of one key?
