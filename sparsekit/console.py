@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import signal
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from threading import current_thread, main_thread
 from typing import Annotated
 
 import typer
@@ -14,7 +16,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from rich.table import Table
 from rich.text import Text
 
-from .errors import SparsekitError
+from .errors import SparsekitError, interrupted
 
 ABOUT = "2:4 sparsity for language models: prune one, store it small, run it, and know what it cost."
 
@@ -44,22 +46,46 @@ def command(after: str = "") -> Callable:
         @functools.wraps(function)
         def run(*args, **kwargs):
             try:
-                function(*args, **kwargs)
-            except SparsekitError as error:
-                say(f"{error}")
-                raise typer.Exit(2) from None
+                with _noted_interrupts():
+                    function(*args, **kwargs)
             except BrokenPipeError:  # the reader of stdout has seen enough
                 raise
-            except OSError as error:  # a full disk, a folder that may not be read or written
-                say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{getattr(error, 'left', after)}")
+            except (Exception, KeyboardInterrupt) as error:
+                left = getattr(error, "left", after)
+                if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
+                    say(f"interrupted{left}")
+                    raise typer.Exit(130) from None
+                if isinstance(error, SparsekitError):
+                    say(f"{error}")
+                elif isinstance(error, OSError):  # a full disk, a folder that may not be read or written
+                    say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{left}")
+                else:
+                    raise
                 raise typer.Exit(2) from None
-            except KeyboardInterrupt as error:
-                say(f"interrupted{getattr(error, 'left', after)}")
-                raise typer.Exit(130) from None
 
         return app.command()(run)
 
     return register
+
+
+@contextmanager
+def _noted_interrupts() -> Iterator[None]:
+    """Ctrl-C raises KeyboardInterrupt, as ever, and is remembered."""
+
+    def note(number, frame):
+        interrupted.set()
+        raise KeyboardInterrupt
+
+    interrupted.clear()
+    before = signal.getsignal(signal.SIGINT)
+    if before is not signal.default_int_handler or current_thread() is not main_thread():  # ignored, or another's
+        yield
+        return
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def say(text: str) -> None:

@@ -1,4 +1,10 @@
-"""The one exception that a user's mistake raises: the command line turns it into one sentence and exit code 2."""
+"""The one exception that a user's mistake raises, which the command line turns into one sentence and exit code 2; and Ctrl-C."""
+
+from threading import Event
+
+# Set by the command line when Ctrl-C has come. KeyboardInterrupt alone does not say so: raised in Python that a library in C has
+# called, it can end as an error of the library's, such as that a file is broken.
+interrupted = Event()
 
 
 class SparsekitError(ValueError):

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from sparsekit import Pattern, checkpoint
+from sparsekit import Pattern, SparsekitError, checkpoint
 from sparsekit.checkpoint import unfinished
 from sparsekit.cli import app
 
@@ -539,6 +540,28 @@ def test_ctrl_c_while_pruning_leaves_nothing(tmp_path):
     assert b"Traceback" not in seen
     assert seen.replace(b"\r", b"").rstrip().endswith(b"sparsekit: interrupted; nothing was written")
     assert os.listdir(tmp_path) == []
+
+
+def test_ctrl_c_that_ends_as_another_error_is_still_one(tmp_path, monkeypatch):
+    """What Python raises beneath a library in C can end as that library's error, about a file that it calls broken."""
+    write, shards = unfinished.save_file, []
+
+    def interrupt_at_the_second(tensors, path, *more):
+        if shards:
+            with suppress(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGINT)
+            raise SparsekitError("the file is not whole")
+        shards.append(path)
+        write(tensors, path, *more)
+
+    monkeypatch.setattr(unfinished, "save_file", interrupt_at_the_second)
+    done = invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude")
+    assert done.exit_code == 130 and "the file is not whole" not in done.output
+    assert "interrupted; what was finished is kept in" in done.stderr and "--resume" in done.stderr
+    assert os.listdir(tmp_path) == ["out.partial"]
+    monkeypatch.setattr(unfinished, "save_file", write)
+    assert invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude", "--resume").exit_code == 0
+    assert invoke("inspect", tmp_path / "none").exit_code == 2  # the next mistake is one
 
 
 def read_or_nothing(terminal: int) -> bytes:

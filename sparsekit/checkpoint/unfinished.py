@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..documents import sync, write_json, write_whole
-from ..errors import SparsekitError
+from ..errors import SparsekitError, interrupted
 from .writing import check_new_folder, remove_folder, replace_folder, save_file, shard_name
 
 
@@ -105,7 +105,8 @@ def unfinished(
                 write_whole(work.path / "run.json", lambda path: write_json(path, run))
             yield work
         except BaseException as error:
-            if work.any() and ((begun and resume) or not isinstance(error, SparsekitError)):
+            mistaken = isinstance(error, SparsekitError) and not interrupted.is_set()
+            if work.any() and ((begun and resume) or not mistaken):
                 with suppress(AttributeError):
                     error.left = f"; what was finished is kept in {work.path}, and --resume goes on from there"
             else:
