@@ -13,13 +13,12 @@ and with the errors weighed by gradients.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from pathlib import Path
 
 import torch
 
-from benchmarks.measure import machine
+from benchmarks.measure import machine, write_object
 from sparsekit import checkpoint, data, prune
 from sparsekit.analysis import Sensitivity, make_plan, measure_sensitivity, spearman
 from sparsekit.analysis.planning import SHARES
@@ -107,10 +106,7 @@ def main() -> None:
     args = parser.parse_args()
     said, found = rows(args.targets, args.seeds, args.samples, args.loss_tokens, args.max_tokens)
     how = {"samples": args.samples, "seq_len": SEQ_LEN, "loss_tokens": args.loss_tokens, "max_tokens": args.max_tokens}
-    text = json.dumps({"machine": machine(), "how": how, **said, "rows": found}, indent=2) + "\n"
-    if args.out:
-        args.out.write_text(text)
-    print(text, end="")
+    write_object({"machine": machine(), "how": how, **said, "rows": found}, args.out)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from benchmarks.allocation import SEQ_LEN, evaluate, load
-from benchmarks.measure import machine
+from benchmarks.measure import machine, write_object
 from sparsekit import checkpoint, data
 from sparsekit.analysis import Curve, allocate_choices, allocate_latency, error_curves, gradient_weights
 from sparsekit.analysis.costs import holds_24
@@ -111,11 +111,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1 << 16, help="of the test text (65536)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    text = json.dumps(rows(args.samples, args.max_tokens, log=lambda text: print(text, flush=True)), indent=2) + "\n"
-    if args.out:
-        args.out.write_text(text)
-    else:
-        print(text, end="")
+    write_object(rows(args.samples, args.max_tokens, log=lambda text: print(text, flush=True)), args.out)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ seed. by half of the probes: the same by every other probe of each seed.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import random
 import statistics
@@ -23,7 +22,7 @@ from pathlib import Path
 import torch
 
 import sparsekit
-from benchmarks.measure import machine
+from benchmarks.measure import machine, write_object
 from sparsekit import checkpoint, data, evaluate
 from sparsekit.analysis import Sensitivity, error_curves, gradient_weights, spearman
 from sparsekit.analysis.forecast import Subject, subject_of
@@ -162,12 +161,7 @@ def main() -> None:
     parser.add_argument("--max-tokens", type=int, default=1 << 14, help="of the text to evaluate on (16384)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    text = json.dumps(run(args.seeds, args.max_tokens, log=lambda text: print(text, flush=True)), indent=2) + "\n"
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(text)
-    else:
-        print(text, end="")
+    write_object(run(args.seeds, args.max_tokens, log=lambda text: print(text, flush=True)), args.out)
 
 
 if __name__ == "__main__":

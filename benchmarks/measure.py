@@ -41,12 +41,17 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
 def write(rows: list[dict], as_json: bool, path: Path | None, device: str = "cpu") -> None:
     """The rows as CSV, or as one JSON object with the machine; to stdout, and to the path where one is given."""
     if as_json or (path and path.suffix == ".json"):
-        text = json.dumps({"machine": machine(device), "rows": rows}, indent=2) + "\n"
-        if path:
-            path.write_text(text)
-        sys.stdout.write(text)
-        return
+        return write_object({"machine": machine(device), "rows": rows}, path)
     for out in filter(None, (sys.stdout, path and path.open("w", newline=""))):
         writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+def write_object(found: dict, path: Path | None) -> None:
+    """The object as JSON; to stdout, and to the path where one is given."""
+    text = json.dumps(found, indent=2) + "\n"
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    sys.stdout.write(text)

@@ -187,7 +187,7 @@ class GradualPruner:
             self.masks[name] = state["masks"][name].to(target.weight.device)
         self._squares = {}
         others = _processes() > 1 and dist.get_rank() > 0  # rank 0 has what all had
-        for name, squares in {}.items() if others else state["squares"].items():
+        for name, squares in ({} if others else state["squares"]).items():
             self._squares[name] = SquaredGradients(squares.shape, self.masks[name].device)
             self._squares[name].sum += squares.to(self.masks[name].device)
             self._squares[name].tokens = state["samples"][name]
