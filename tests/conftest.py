@@ -10,9 +10,9 @@ import torch
 from hypothesis import HealthCheck, settings
 from torch import nn
 
-import sparsekit
-
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the benchmarks; last, so that an installed sparsekit comes first
+import benchmarks  # noqa: F401 (first: it takes a source tree without the extension off the path, where `python -m` put it)
+import sparsekit
 
 # What is timed fails on a busy machine.
 timed = [HealthCheck.too_slow]

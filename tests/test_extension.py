@@ -205,3 +205,25 @@ def test_no_nvcc_is_said_in_one_line(build, monkeypatch, capfd):
     monkeypatch.setattr("shutil.which", lambda *_, **__: None)
     assert build["find_toolkit"]() is None
     assert capfd.readouterr().err == "sparsekit: no nvcc found, building for the CPU only\n"
+
+
+@pytest.mark.parametrize("suffix", [None, ".cpython-27m-x86_64-linux-gnu.so"], ids=["no extension", "another Python's"])
+def test_what_runs_in_a_source_tree_is_the_installed_package(tmp_path, suffix):
+    """`python -m pytest` and `python -m benchmarks.X` put the tree before what is installed, and a tree that was not installed
+    in place has no extension for this Python."""
+    for name in ("benchmarks/__init__.py", "tests/conftest.py"):
+        (tmp_path / name).parent.mkdir()
+        shutil.copy(ROOT / name, tmp_path / name)
+    (tmp_path / "sparsekit").mkdir()
+    (tmp_path / "sparsekit/__init__.py").write_text("raise AssertionError('the source tree was imported')\n")
+    if suffix:
+        (tmp_path / f"sparsekit/_C{suffix}").touch()
+    shows = f"import sparsekit.kernels\nfrom sparsekit import _C\nassert _C.__file__ == {_C.__file__!r}\n"
+    (tmp_path / "benchmarks/shows.py").write_text(shows)
+    (tmp_path / "tests/test_shows.py").write_text("def test_shows():\n    import benchmarks.shows\n")
+    environment = os.environ | {"PYTHONPATH": str(Path(_C.__file__).parents[1])}
+    for command in (["benchmarks.shows"], ["pytest", "-q", "-p", "no:cacheprovider", "tests"]):
+        done = subprocess.run(
+            [sys.executable, "-m", *command], cwd=tmp_path, capture_output=True, text=True, timeout=120, env=environment
+        )
+        assert done.returncode == 0, done.stdout + done.stderr

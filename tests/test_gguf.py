@@ -10,12 +10,10 @@ import sys
 import zipfile
 from pathlib import Path
 
-import gguf
 import numpy as np
 import pytest
 import regex
 import torch
-from gguf import GGMLQuantizationType as Kind
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
@@ -24,6 +22,9 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from sparsekit import SparsekitError
 from sparsekit.integrations import gguf as integration
 from sparsekit.integrations.gguf import convert_gguf, fetch_smollm2
+
+gguf = pytest.importorskip("gguf")  # an extra; `make test` installs it
+Kind = gguf.GGMLQuantizationType
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|fim|>"]  # the last is no role's token
 # digits and spaces merge, so that cutting text in another place gives other tokens
