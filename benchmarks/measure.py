@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import csv
 import datetime
-import json
+import math
 import platform
 import sys
 from pathlib import Path
 
 import torch
 
+from sparsekit.documents import to_json
 from sparsekit.timing import time_us
 
 
@@ -49,9 +50,18 @@ def write(rows: list[dict], as_json: bool, path: Path | None, device: str = "cpu
 
 
 def write_object(found: dict, path: Path | None) -> None:
-    """The object as JSON; to stdout, and to the path where one is given."""
-    text = json.dumps(found, indent=2) + "\n"
+    """The object as JSON, a figure that is no number as null; to stdout, and to the path where one is given."""
+    text = to_json(_numbers(found), indent=2) + "\n"
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
     sys.stdout.write(text)
+
+
+def _numbers(value):
+    """The same with None for NaN and Inf: a kernel that is wrong on some size still leaves the other rows."""
+    if isinstance(value, dict):
+        return {name: _numbers(held) for name, held in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(held) for held in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

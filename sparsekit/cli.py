@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -28,6 +27,7 @@ from .console import (
     sequence_length,
     show,
 )  # fmt: skip
+from .documents import to_json
 from .errors import SparsekitError, listed
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def prune(
     if report.format != format:
         say(f"no linear holds 2:4 after pruning to {asked}; the weights are stored dense")
     if json_out:
-        print(json.dumps({"out": str(out), **report.to_dict()}))
+        print(to_json({"out": str(out), **report.to_dict()}))
     else:
         rows = []
         for row in report.linears:
@@ -204,7 +204,7 @@ def _parts(context: typer.Context, structured: list[str] | None) -> dict[str, in
 
 def _show_structured(out: Path, report: StructuredReport, json_out: bool) -> None:
     if json_out:
-        print(json.dumps({"out": str(out), **report.to_dict()}))
+        print(to_json({"out": str(out), **report.to_dict()}))
         return
     rows = []
     for step in report.steps:
@@ -240,7 +240,7 @@ def eval(
     with progress_bar("evaluating") as progress:
         result = evaluate.perplexity(model, tokens, length, max_tokens, progress=lambda done, total: progress("", done, total))
     if json_out:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         print(f"perplexity {result['perplexity']:.4f} over {result['tokens']} tokens in {result['seconds']:.1f} s")
 
@@ -252,7 +252,7 @@ def inspect(folder: Annotated[Path, typer.Argument(help="A model folder.")], jso
 
     found = read(folder)
     if json_out:
-        print(json.dumps(found))
+        print(to_json(found))
         return
     rows = [
         (
@@ -283,7 +283,7 @@ def generate(
 
     model = checkpoint.load(folder, device=device, dtype=compute_dtype(dtype, device))
     result = evaluate.generate(model, checkpoint.load_tokenizer(folder), prompt, max_new_tokens)
-    print(json.dumps(result) if json_out else f"{result['text']}\n[{result['tokens_per_second']:.1f} tokens/s]")
+    print(to_json(result) if json_out else f"{result['text']}\n[{result['tokens_per_second']:.1f} tokens/s]")
 
 
 @command()
@@ -316,7 +316,7 @@ def bench(
         )
     kept = measuring.save(place, rows) if tune else None
     if json_out:
-        print(json.dumps({"device": measuring.key(place), "file": kept and str(kept), "rows": [row._asdict() for row in rows]}))
+        print(to_json({"device": measuring.key(place), "file": kept and str(kept), "rows": [row._asdict() for row in rows]}))
         return
     dense = {(row.m, row.n, row.k): row.us for row in rows if row.kernel == measuring.DENSE}
     lines = []

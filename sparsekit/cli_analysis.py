@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
 from pathlib import Path
 from typing import Annotated
@@ -26,7 +25,7 @@ from .console import (
     sequence_length,
     show,
 )
-from .documents import write_json, write_whole
+from .documents import to_json, write_json, write_whole
 from .errors import SparsekitError
 
 Calib = Annotated[str | None, typer.Option(help="What to calibrate on, as for `sparsekit prune`.")]
@@ -64,7 +63,7 @@ def report(
 
     parts = dict(sensitivity=sensitivity, forecast=forecast, evaluation=eval, dense_evaluation=dense_eval, doctor=doctor)
     page = write_page(folder, out, **parts)
-    print(json.dumps({"page": str(page), "bytes": page.stat().st_size}) if json_out else f"wrote {page}")
+    print(to_json({"page": str(page), "bytes": page.stat().st_size}) if json_out else f"wrote {page}")
 
 
 @command()
@@ -115,7 +114,7 @@ def doctor(
     with progress_bar("measuring") as progress:
         checks = diagnose(folder, dense=dense, batches=batches, perplexities=perplexities, **asked, progress=progress)
     if json_out:
-        print(json.dumps(to_dict(checks)))
+        print(to_json(to_dict(checks)))
         return
     for tree in TREES:
         print(f"{tree}?")
@@ -175,7 +174,7 @@ def sensitivity(
         found = measure_sensitivity(model, batches, asked[0], **how, progress=progress)
     found.save(out)
     if json_out:
-        print(json.dumps({"out": str(out), **found.to_dict()}))
+        print(to_json({"out": str(out), **found.to_dict()}))
         return
     rows = []
     for curve in found.curves:
@@ -239,7 +238,7 @@ def plan(
         made = make_plan(model, batches, target, by, **how, progress=progress)
     made.save(out)
     if json_out:
-        print(json.dumps({"out": str(out), "sparsity": made.sparsity, **made.to_dict()}))
+        print(to_json({"out": str(out), "sparsity": made.sparsity, **made.to_dict()}))
         return
     rows = [
         (name, "x".join(map(str, made.shapes[name])), pattern.brief if pattern else "dense")
@@ -331,7 +330,7 @@ def forecast(
     if keep_plan is not None and found.plan is not None:
         found.plan.save(keep_plan)
     if json_out:
-        print(json.dumps(found.to_dict()))
+        print(to_json(found.to_dict()))
         return
     lines = []
     for row in told.rows:

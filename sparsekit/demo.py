@@ -22,6 +22,7 @@ from rich.table import Table
 
 from . import __version__
 from .assets import asset
+from .documents import to_json
 from .errors import SparsekitError
 
 Bar = Callable[[str], AbstractContextManager[Callable[[str, int, int], None]]]
@@ -82,7 +83,7 @@ def run(name: str, out: Path, as_json: bool, log: Console, bar: Bar) -> None:
         "compressed": str(out / "compressed"),
     }
     if as_json:
-        print(json.dumps(result))
+        print(to_json(result))
     else:
         _show(result, time.perf_counter() - begin)
 
@@ -104,7 +105,7 @@ class _Stages:
         if stage not in self.kept["stages"]:
             self.kept["stages"][stage] = make()
             partial = self.path.with_suffix(".partial")
-            partial.write_text(json.dumps(self.kept, indent=2) + "\n")
+            partial.write_text(to_json(self.kept, indent=2) + "\n")
             partial.replace(self.path)
         return self.kept["stages"][stage]
 

@@ -28,8 +28,13 @@ def read_document(path: Path, what: str, as_yaml: bool) -> Any:
         raise SparsekitError(f"the {what} {path} must be {'YAML' if as_yaml else 'JSON'}, got {said}") from None
 
 
+def to_json(value: object, **how: Any) -> str:
+    """As any reader of JSON takes it. how: of ``json.dumps``. Raises ValueError for NaN and Inf, which JSON has no word for."""
+    return json.dumps(value, allow_nan=False, **how)
+
+
 def write_json(path: Path, value: object, sort_keys: bool = False) -> None:
-    path.write_text(json.dumps(value, indent=2, sort_keys=sort_keys) + "\n")
+    path.write_text(to_json(value, indent=2, sort_keys=sort_keys) + "\n")
 
 
 def write_whole(path: Path, write: Callable[[Path], None]) -> None:

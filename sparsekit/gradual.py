@@ -20,7 +20,7 @@ from .checkpoint.reading import open_weights
 from .checkpoint.writing import save_file
 from .config import PruningConfig
 from .criteria import CRITERIA, SquaredGradients
-from .documents import write_whole
+from .documents import to_json, write_whole
 from .errors import SparsekitError
 from .patterns import JOINT, Pattern
 from .pipeline.blocks import Target, check_together, find_blocks, find_targets
@@ -197,7 +197,7 @@ class GradualPruner:
         """The state as a safetensors file, which appears whole or not at all."""
         state = self.state_dict()
         tensors = {f"{kind}.{name}": t.contiguous() for kind in ("masks", "squares") for name, t in state.pop(kind).items()}
-        write_whole(Path(path), lambda part: save_file(tensors, part, {"sparsekit_pruner": json.dumps(state)}))
+        write_whole(Path(path), lambda part: save_file(tensors, part, {"sparsekit_pruner": to_json(state)}))
 
     def load(self, path: str | Path) -> None:
         """Goes on where ``save`` was called. Raises as ``load_state_dict`` does, and SparsekitError for a file that is not one."""

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from . import env
+from .documents import to_json
 from .errors import SparsekitError
 
 EXPAND = "expand"
@@ -182,8 +183,8 @@ def write(device: str, rows: list[Row]) -> Path:
     """Writes the rows of a device to its cache file, in one rename, and forgets what was read before. Returns the file."""
     path = cache_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lines = ",\n".join(json.dumps(row) for row in rows)
-    text = f'{{"version": {FILE_VERSION}, "device": {json.dumps(device)}, "rows": [\n{lines}\n]}}\n'
+    lines = ",\n".join(to_json(row) for row in rows)
+    text = f'{{"version": {FILE_VERSION}, "device": {to_json(device)}, "rows": [\n{lines}\n]}}\n'
     handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w") as file:

@@ -204,6 +204,17 @@ def test_the_command(suffix, tmp_path):
         assert json.loads(text)["machine"]["threads"] == torch.get_num_threads()
 
 
+def test_a_figure_that_is_no_number_is_null(tmp_path, capsys):
+    # A kernel that is wrong on one size must not take the other rows with it; NaN is no word of JSON.
+    from benchmarks import measure
+
+    measure.write([{"us": 1.5, "rel_err": float("nan")}, {"us": float("inf"), "rel_err": 0.0}], True, tmp_path / "rows.json")
+    text = (tmp_path / "rows.json").read_text()
+    assert text == capsys.readouterr().out
+    rows = json.loads(text, parse_constant=pytest.fail)["rows"]
+    assert rows == [{"us": 1.5, "rel_err": None}, {"us": None, "rel_err": 0.0}]
+
+
 def test_the_roofline(tmp_path):
     pytest.importorskip("matplotlib")
     from benchmarks import roofline

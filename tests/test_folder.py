@@ -90,6 +90,19 @@ def test_other_methods_and_patterns(method, pattern, tmp_path):
     check_as_a_whole(dense_folder(tmp_path / "model", "llama"), tmp_path, method, pattern=pattern, format="compressed")
 
 
+def test_a_report_of_huge_weights_is_json(tmp_path):
+    # Their squares are more than fp32 holds, and Infinity is no word of JSON.
+    model = build("llama")
+    with torch.no_grad():
+        model.model.layers[-1].mlp.down_proj.weight.mul_(1e20)
+    model.save_pretrained(tmp_path / "model")
+    prune_folder(tmp_path / "model", tmp_path / "out", token_batches((3, 16)), "sparsegpt", "2:4", device="cpu")
+    report = json.loads((tmp_path / "out" / "report.json").read_text(), parse_constant=pytest.fail)
+    row = report["linears"][-1]
+    assert row["name"].endswith("mlp.down_proj")
+    assert 1e30 < row["loss"] < 1e50 and 0 < row["output_error"] < row["output_error_masked"] < 1
+
+
 def test_a_checkpoint_of_the_bare_model_in_shards(tmp_path):
     """GPT-2 as it is published: no prefix, and here a block's tensors lie in several files."""
     build("gpt2").transformer.save_pretrained(tmp_path / "model", max_shard_size="12KB")

@@ -151,10 +151,9 @@ def test_a_thousand_grams():
         assert result.output_error <= result.output_error_masked + 1e-6, where  # a singular H lends the update no licence
 
 
-@pytest.mark.parametrize(("text", "row"), [("2:4", 1), ("50%", 4), ("4:8 pairs", 1)])
+@pytest.mark.parametrize(("text", "row"), [("2:4", 1), ("50%", 1), ("4:8 pairs", 1)])
 def test_an_update_past_what_fp32_holds_names_its_row(text, row):
-    # Finite inputs and weights; what columns alike owe one another is inf - inf. Told at the end, not block by block. Half of a
-    # block is row 0 and, of the others' equal scores, the last two rows.
+    # Finite inputs and weights; what columns alike owe one another is more than fp32 holds. Told at the end, not block by block.
     w, x = normal(6, 300), normal(400, 1) + 1e-3 * normal(400, 300, seed=1)
     w[1:] = torch.tensor([1.0, -1]).repeat(150) * torch.finfo(torch.float32).max
     with pytest.raises(ValueError, match=rf"making up for what goes gives NaN or Inf, the first in row {row}$"):
@@ -169,6 +168,51 @@ def test_an_update_to_inf_names_its_row():
     w[3] = torch.finfo(torch.float32).max * torch.tensor([0.9, 0.8, 0.7, 0.9, 1, 1, 0.6, 0.6])
     with pytest.raises(ValueError, match=r"making up for what goes gives NaN or Inf, the first in row 3$"):
         pruner(x, "2:4").prune(w)
+
+
+@pytest.mark.parametrize("scale", [2.0**-110, 2.0**-64, 2.0**40, 2.0**66, 2.0**124])
+@pytest.mark.parametrize("text", LEVELS)
+def test_the_scale_of_the_weight_changes_no_bit(text, scale):
+    # The squares of the outermost are 0 or Inf in fp32: all scores were alike, and the loss was 0 or Inf.
+    w, x = normal(24, 200), correlated(400, 200)
+    plain, scaled = pruner(x, text).prune(w), pruner(x, text).prune(w * scale)
+    assert same_bits(scaled.weight, plain.weight * scale) and torch.equal(scaled.mask, plain.mask)
+    assert scaled.loss == plain.loss * scale**2 and scaled.output_error == plain.output_error
+
+
+ROWS_APART = {
+    "1e20 and 1e-30, most tiny": [1e-30] * 8 + [1e20] * 4,  # half of all is chosen among the tiny ones
+    "1e20 and 1e-30, most huge": [1e20, 1e20, 1e-30, 1e20] * 3,
+    "within each unit and between": [1, 1e-12, 1e8, 1e-20, 0, 1e15],
+}
+
+
+@pytest.mark.parametrize("text", ["2:4", "50%", "4:8 pairs", "75%"])
+@pytest.mark.parametrize("rows", ROWS_APART.values(), ids=ROWS_APART)
+def test_rows_of_sizes_apart(rows, text):
+    # Against the loop of the paper in fp64, which holds the squares of all of them; a row is right by its own size.
+    k = 300
+    w, sparsegpt = normal(len(rows), k, seed=2) * torch.tensor(rows)[:, None], pruner(correlated(3 * k, k), text)
+    factor = sparsegpt.statistics.factor
+    wanted, mask = paper_loop(w.double(), factor.upper.double(), Pattern.parse(text), block_of(sparsegpt.pattern, k))
+    result = sparsegpt.prune(w)
+    assert torch.equal(result.mask, mask)
+    assert ((result.weight - wanted).abs() <= 1e-4 * wanted.abs().amax(1, keepdim=True)).all()
+    lost = w.double() - result.weight.double()
+    gram = sparsegpt.statistics.sum.double() / sparsegpt.statistics.tokens
+    gram.diagonal().add_(result.damping * gram.diagonal().mean())
+    assert result.loss == pytest.approx(float((lost @ gram * lost).sum()), rel=1e-3)
+
+
+def test_blocks_of_rows_of_sizes_apart():
+    # Blocks are chosen by sums of squares, here from 1e-60 to 1e40: the huge rows keep all, the tiny ones lose their least.
+    w, x = normal(16, 64), correlated(200, 64)
+    alone = pruner(x, "block:4x8@60%").prune(w[:12])
+    w[:12] *= 2.0**-100
+    w[12:] *= 2.0**66
+    result = pruner(x, "block:4x8@45%").prune(w)
+    assert result.mask[12:].all() and torch.equal(result.mask[:12], alone.mask)
+    assert same_bits(result.weight[:12], alone.weight * 2.0**-100)
 
 
 @pytest.mark.parametrize("scale", [2.0**-100, 2.0**-70, 2.0**70, 2.0**100])

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 import math
 import os
 import shutil
@@ -30,6 +29,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import check_new_folder, new_folder
+from ..documents import to_json
 
 Progress = Callable[[str, int, int], None]  # (what was done, how many are done, of how many)
 
@@ -378,7 +378,7 @@ def _write_model(reader: Any, folder: Path, dtype: torch.dtype, progress: Progre
     }
     contents = {"config": config, "generation_config": generation, "tokenizer_config": tokenizer_config}
     for name, content in contents.items():
-        (folder / f"{name}.json").write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        (folder / f"{name}.json").write_text(to_json(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     tokenizer.save(str(folder / "tokenizer.json"))
     weights = _weights(reader, config, dtype, progress)
     importlib.import_module("safetensors.torch").save_file(weights, folder / "model.safetensors", {"format": "pt"})

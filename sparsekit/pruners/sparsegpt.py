@@ -48,11 +48,8 @@ class SparseGPT:
         """What a pruner of each of these patterns makes of the weight, bit for bit, from one factorisation."""
         if self.statistics.tokens == 0:
             raise ValueError("sparsegpt needs the linear's inputs, and observed none")
-        finite = torch.isfinite(weight.float() if weight.element_size() == 1 else weight)  # of fp8 torch cannot say it
-        if not finite.all():
-            row, column = (~finite).nonzero()[0].tolist()
-            raise ValueError(f"its weight holds NaN or Inf, the first in row {row}, column {column}")
-        found = [self._prune(weight, level) for level in levels]
+        scales = _scales(weight)
+        found = [self._prune(weight, level, scales) for level in levels]
         if not found:
             return []
         shared = found[0][-1]
@@ -72,14 +69,16 @@ class SparseGPT:
         return math.ceil(width / level.columns) * level.columns
 
     @full_precision()
-    def _prune(self, weight: Tensor, level: Pattern) -> tuple[Tensor, Tensor, float, Phases]:
-        """The pruned weight, its mask, the loss, and the clock of the phases."""
+    def _prune(self, weight: Tensor, level: Pattern, scales: Tensor | None) -> tuple[Tensor, Tensor, float, Phases]:
+        """The pruned weight, its mask, the loss, and the clock of the phases. scales: of ``_scales``."""
         phases = Phases(weight.device)
         with phases("factor"):
             factorise([self.statistics, *self.beside])
             factor = self.statistics.factor
         w = weight.to(torch.float32, memory_format=torch.contiguous_format, copy=True)  # not the memory of weight
         w.masked_fill_(factor.dead, 0)
+        if scales is not None:
+            w /= scales
         (n, k), width = w.shape, self.width(level, w.shape[1])
         panel = max(self.PANEL // width, 1) * width
         kept, loss = torch.empty_like(w, dtype=torch.bool), w.new_zeros(n, dtype=torch.float64)
@@ -89,7 +88,7 @@ class SparseGPT:
                 right = min(left + width, end)
                 rows, block = factor.unit[left:right], w[:, left:right]
                 with phases("loop"):
-                    choice = _choice(level, block, rows.diagonal(left), left)
+                    choice = _choice(level, block, rows.diagonal(left), left, scales)
                     kept[:, left:right], error, lost = ops.obs_block_(block, rows[:, left:right], **choice, check=False)
                     errors.append(error)
                     loss += lost
@@ -97,6 +96,9 @@ class SparseGPT:
                     w[:, right:end].addmm_(error, rows[:, right:end], alpha=-1)
             with phases("trailing"):
                 w[:, end:].addmm_(torch.cat(errors, 1), factor.unit[begin:end, end:], alpha=-1)
+        if scales is not None:
+            w *= scales
+            loss *= scales[:, 0].double().square()
         loss.masked_fill_(~torch.isfinite(w).all(1), math.nan)
         lost = loss.sum().item()  # a GPU is waited for here alone, so that the blocks' launches run ahead of it
         if math.isnan(lost):
@@ -106,17 +108,31 @@ class SparseGPT:
         return w.to(weight.dtype), kept, lost * factor.scale / 2, phases
 
 
-def _choice(level: Pattern, block: Tensor, diagonal: Tensor, left: int) -> dict:
+def _scales(weight: Tensor) -> Tensor | None:
+    """Of each row (n, 1) a power of two, so that the squares of its weights in that unit neither over- nor underflow in fp32; None
+    where that is 1 for all. Raises ValueError, naming the first place, for NaN and Inf."""
+    plain = weight.float() if weight.element_size() == 1 else weight  # of fp8 torch knows little
+    largest = torch.linalg.vector_norm(plain, math.inf, 1, keepdim=True) if plain.numel() else plain.new_zeros(len(plain), 1)
+    exponents = (torch.frexp(largest.float()).exponent / 64).round().mul_(64).clamp_(-126, 126)
+    finite, scaled = torch.stack((torch.isfinite(largest).all(), exponents.any())).tolist()  # a GPU is waited for once
+    if not finite:
+        row, column = (~torch.isfinite(plain)).nonzero()[0].tolist()
+        raise ValueError(f"its weight holds NaN or Inf, the first in row {row}, column {column}")
+    return torch.ldexp(torch.ones_like(exponents), exponents) if scaled else None
+
+
+def _choice(level: Pattern, block: Tensor, diagonal: Tensor, left: int, scales: Tensor | None) -> dict:
     """What ops.obs_block_ is to be told of a block (n, b) that begins at column ``left``: N:M, or the mask, a given one's part.
 
-    Of a share the mask: after every block the share of all units so far is to be gone."""
+    Of a share the mask: after every block the share of all units so far is to be gone. Rows in units of their own, scales (n, 1),
+    are compared by what they stand for, whose squares fp64 holds."""
     if isinstance(level, Given):
         return {"mask": level.kept[:, left : left + block.shape[1]].to(block.device)}
     if isinstance(level, NM):
         return {"n": level.n, "m": level.m}
     if isinstance(level, PairNM):
         return {"n": level.n // 2, "m": level.m // 2, "pairs": True}
-    scores = (block / diagonal).square()
+    scores = (block / diagonal if scales is None else block.double() * scales / diagonal).square()
     units, before = level.units(scores), left // level.columns
     lines, across = units.shape
     gone = level.removed(lines * (before + across)) - level.removed(lines * before)
