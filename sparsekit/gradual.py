@@ -265,14 +265,15 @@ class GradualPruner:
         """Makes the squares those of the sequences that all processes have seen."""
         if _processes() == 1:
             return
-        for name, target in self._targets.items():
-            squares = self._squares.get(name) or SquaredGradients(target.weight.shape, target.weight.device)
-            seen = torch.tensor(squares.tokens, device=squares.sum.device)
-            for t in (squares.sum, seen):
-                dist.all_reduce(t)
-            squares.tokens = int(seen)
-            if squares.tokens:
-                self._squares[name] = squares
+        mine = [self._squares[name].tokens if name in self._squares else 0 for name in self._targets]
+        seen = torch.tensor(mine, device=next(iter(self._targets.values())).weight.device)
+        dist.all_reduce(seen)  # one for all linears, and one more for each that a process has seen
+        for (name, target), samples in zip(self._targets.items(), seen.tolist()):
+            if samples:
+                if name not in self._squares:
+                    self._squares[name] = SquaredGradients(target.weight.shape, target.weight.device)
+                dist.all_reduce(self._squares[name].sum)
+                self._squares[name].tokens = samples
 
     def _scores(self, name: str) -> Tensor:
         """Of each weight, -inf where it is pruned already, so that it stays so."""

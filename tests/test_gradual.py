@@ -8,7 +8,8 @@ from models import build, token_batches
 from safetensors.torch import save_file
 from torch import nn
 
-from sparsekit import PruningConfig, SparsekitError
+from sparsekit import PruningConfig, SparsekitError, gradual
+from sparsekit.criteria import SquaredGradients
 from sparsekit.gradual import STATE_FILE, GradualPruner, distillation_loss
 from sparsekit.patterns import Given
 
@@ -134,6 +135,34 @@ def test_gradients_that_cancel_do_not_cancel_the_score(apart):
         (plus.sum() - minus.sum()).backward()
     assert linear.weight.grad.abs().max() < 1e-3 * pruner._squares["model.layers.0.mlp.up_proj"].sum.sqrt().max()
     assert pruner._squares["model.layers.0.mlp.up_proj"].sum.min() > 0
+
+
+def test_squares_of_all_processes_come_in_one_sum_a_linear_and_one_of_counts(monkeypatch):
+    # Two processes: alike in four linears, one more seen by the other alone, the rest by neither.
+    pruner = GradualPruner(build("llama"), PruningConfig("50%", criterion="gradient"))
+    names, calls = list(pruner.masks), []
+    for i, name in enumerate(names[:4]):
+        pruner._squares[name] = SquaredGradients(pruner.masks[name].shape)
+        pruner._squares[name].sum += i + 1
+        pruner._squares[name].tokens = i + 1
+    only_there = names[5]
+
+    def all_reduce(held: torch.Tensor) -> None:
+        calls.append(held)
+        held.mul_(2)
+        if len(calls) == 1:
+            assert held.dtype == torch.int64 and held.shape == (len(names),)
+            held[5] = 3
+        elif len(calls) == 6:
+            held.add_(7)
+
+    monkeypatch.setattr(gradual, "_processes", lambda: 2)
+    monkeypatch.setattr(gradual.dist, "all_reduce", all_reduce)
+    pruner._sum_of_all()
+    assert len(calls) == 1 + 5 and set(pruner._squares) == {*names[:4], only_there}
+    for i, name in enumerate(names[:4]):
+        assert pruner._squares[name].tokens == 2 * (i + 1) and (pruner._squares[name].sum == 2 * (i + 1)).all()
+    assert pruner._squares[only_there].tokens == 3 and (pruner._squares[only_there].sum == 7).all()
 
 
 def test_without_a_backward_pass_the_gradient_criterion_says_so():
