@@ -56,10 +56,10 @@ $(OTHER_TRITON): | $(VENV)/test
 test-triton: $(VENV)/installed $(VENV)/test $(OTHER_TRITON)
 	PYTHONPATH=$(CURDIR)/$(OTHER_TRITON) $(PYTEST) tests/test_kernels_triton.py tests/test_prune_triton.py tests/test_kernels_aot.py $(PYTEST_ARGS)
 
-# All that only a GPU can show, into benchmarks/results/. By the caller's Python, which has torch, Triton and what the tests import.
+# All that only a GPU can show, into benchmarks/results/ (OUT=FOLDER: elsewhere), within MINUTES. By the caller's Python, which has
+# torch, Triton and what the tests import; the package is built for the card that is there.
 gpu-evidence:
-	$(PYTHON) -m pip install --quiet --no-build-isolation --no-deps .
-	$(PYTHON) -m benchmarks.gpu_evidence $(if $(QUICK),--quick)
+	$(PYTHON) -m benchmarks.gpu_evidence --build $(if $(QUICK),--quick) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
 
 CSRC := $(shell find csrc tests/emulator benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: $(VENV)/test

@@ -1,10 +1,12 @@
-"""What the rows of a GPU need beside time: its copy bandwidth, its clocks under load, and the rivals. Not yet run on hardware."""
+"""What the rows of a GPU need beside time: its name, its copy bandwidth, its clocks under load, and the rivals. Not yet run on
+hardware."""
 
 from __future__ import annotations
 
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 
@@ -20,8 +22,7 @@ def gpu_copy_gbps(nbytes: int = 1 << 30) -> float:
 
 
 def clocks(calls: Sequence[Callable[[], object]], seconds: float = 0.3) -> tuple[int | None, float | None]:
-    """MHz of the multiprocessors and watts while the calls run, as nvidia-smi reads them; None where there is no nvidia-smi."""
-    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    """MHz of the multiprocessors and watts while the calls run, by NVML or nvidia-smi; None where there is neither."""
     begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     begin.record()
     for call in calls:
@@ -33,13 +34,29 @@ def clocks(calls: Sequence[Callable[[], object]], seconds: float = 0.3) -> tuple
         for call in calls:
             call()
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None, None
+        return _by_nvml() if find_spec("pynvml") else _by_nvidia_smi()
     finally:
         torch.cuda.synchronize()
-    mhz, watts = said.splitlines()[torch.cuda.current_device()].split(",")
-    return int(mhz), float(watts)
+
+
+def _by_nvml() -> tuple[int | None, float | None]:
+    import pynvml
+
+    try:
+        return torch.cuda.clock_rate(), torch.cuda.power_draw() / 1e3
+    except (RuntimeError, pynvml.NVMLError) as error:
+        print(f"NVML gives no clocks: {error}", file=sys.stderr)
+        return None, None
+
+
+def _by_nvidia_smi() -> tuple[int | None, float | None]:
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout
+        mhz, watts = said.splitlines()[torch.cuda.current_device()].split(",")
+        return int(mhz), float(watts)
+    except (OSError, subprocess.SubprocessError, ValueError):  # the latter where it says [N/A]
+        return None, None
 
 
 def rivals_of(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> dict[str, Callable[[], object]]:

@@ -11,13 +11,14 @@ tokens is reading the packed weight once: copy_gbps is what a copy moves on this
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 from benchmarks.gpu import clocks, gpu_copy_gbps, rivals_of
-from benchmarks.measure import copy_gbps, write
+from benchmarks.measure import attempted, copy_gbps, write
 from sparsekit import ops
 from sparsekit.format import to_fragments
 from sparsekit.ops.linear import SPARSE_CPU, chosen_on_gpu
@@ -44,7 +45,9 @@ GPU_SHAPES = {
     "Qwen2.5-14B down": (5120, 13824),
 }
 GPU_TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192)
+QUICK_TOKENS = (1, 16, 64, 512, 2048)
 SQUARES = (1024, 2048, 4096, 8192, 16384)
+QUICK_SQUARES = (4096, 8192)
 
 
 def problem(m: int, n: int, k: int, dtype: torch.dtype, device: str = "cpu", seed: int = 0):
@@ -124,16 +127,22 @@ def gpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) 
     }
 
 
-def rows(device: str, quick: bool) -> list[dict]:
+def rows(device: str, quick: bool) -> Iterator[dict]:
     if device == "cpu":
         copy = copy_gbps()
-        return [cpu_row(name, m, n, k, torch.bfloat16, copy) for name, (n, k) in CPU_SHAPES.items() for m in CPU_TOKENS]
+        cases = [(name, m, n, k, torch.bfloat16, copy) for name, (n, k) in CPU_SHAPES.items() for m in CPU_TOKENS]
+        return attempted(cpu_row, cases)
     copy = gpu_copy_gbps()
-    shapes = dict(list(GPU_SHAPES.items())[:4]) if quick else GPU_SHAPES
-    tokens = (1, 16, 64, 512, 4096) if quick else GPU_TOKENS
-    cases = [(name, m, n, k) for name, (n, k) in shapes.items() for m in tokens]
-    cases += [(f"square {size}", size, size, size) for size in (SQUARES[2:4] if quick else SQUARES)]
-    return [gpu_row(*case, torch.bfloat16, copy) for case in cases]
+    return attempted(gpu_row, [(*case, torch.bfloat16, copy) for case in gpu_cases(quick)])
+
+
+def gpu_cases(quick: bool) -> list[tuple[str, int, int, int]]:
+    """Layer, m, n and k of each row. The quick ones come first: who is cut short has them."""
+    few = [(name, m, *GPU_SHAPES[name]) for name in list(GPU_SHAPES)[:4] for m in QUICK_TOKENS]
+    few += [(f"square {size}", size, size, size) for size in QUICK_SQUARES]
+    every = [(name, m, n, k) for name, (n, k) in GPU_SHAPES.items() for m in GPU_TOKENS]
+    every += [(f"square {size}", size, size, size) for size in SQUARES]
+    return few if quick else [*few, *(case for case in every if case not in few)]
 
 
 def main() -> None:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import csv
 import datetime
+import io
 import math
 import platform
 import sys
+import traceback
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-from sparsekit.documents import to_json
+from sparsekit.documents import to_json, write_whole
 from sparsekit.timing import time_us
 
 
@@ -39,23 +42,55 @@ def machine(device: str = "cpu") -> dict[str, str | int]:
     return found
 
 
-def write(rows: list[dict], as_json: bool, path: Path | None, device: str = "cpu") -> None:
-    """The rows as CSV, or as one JSON object with the machine; to stdout, and to the path where one is given."""
-    if as_json or (path and path.suffix == ".json"):
-        return write_object({"machine": machine(device), "rows": rows}, path)
-    for out in filter(None, (sys.stdout, path and path.open("w", newline=""))):
-        writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+def attempted(row: Callable[..., dict | None], cases: Iterable[tuple]) -> Iterator[dict]:
+    """The row of each case, but of those that have none. One that raises is told to stderr and the next one made; at the end that
+    is a SystemExit."""
+    failed = []
+    for case in cases:
+        try:
+            found = row(*case)
+        except (RuntimeError, ValueError) as error:
+            failed.append(case)
+            traceback.print_exc()
+            print(f"no row of {case}: {str(error).partition(chr(10))[0]}", file=sys.stderr, flush=True)
+            continue
+        if found is not None:
+            yield found
+    if failed:
+        sys.exit(f"{len(failed)} rows could not be made, the first of {failed[0]}")
+
+
+def write(rows: Iterable[dict], as_json: bool, path: Path | None, device: str = "cpu") -> None:
+    """The rows as CSV, or as one JSON object with the machine; to stdout, and to the path where one is given, which holds every row
+    as soon as it is made."""
+    as_json, made = as_json or bool(path and path.suffix == ".json"), []
+    here = machine(device) if as_json else None
+    try:
+        for row in rows:
+            made.append(row)
+            _write(_text(made, here), path)
+    finally:
+        sys.stdout.write(_text(made, here))
+
+
+def _text(rows: list[dict], here: dict | None) -> str:
+    if here is not None:
+        return _json({"machine": here, "rows": rows})
+    out = io.StringIO(newline="")
+    writer = csv.DictWriter(out, list(dict.fromkeys(name for row in rows for name in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def write_object(found: dict, path: Path | None) -> None:
     """The object as JSON, a figure that is no number as null; to stdout, and to the path where one is given."""
-    text = to_json(_numbers(found), indent=2) + "\n"
-    if path:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    sys.stdout.write(text)
+    _write(_json(found), path)
+    sys.stdout.write(_json(found))
+
+
+def _json(found: dict) -> str:
+    return to_json(_numbers(found), indent=2) + "\n"
 
 
 def _numbers(value):
@@ -65,3 +100,9 @@ def _numbers(value):
     if isinstance(value, list | tuple):
         return [_numbers(held) for held in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _write(text: str, path: Path | None) -> None:
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, lambda part: part.write_text(text))

@@ -13,7 +13,7 @@ which costs as much again as the work; new_us is the op's time, fresh_copy_us th
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from importlib import import_module
@@ -22,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.measure import write
+from benchmarks.measure import attempted, write
 from sparsekit import ops
 from sparsekit.timing import graph_us, time_us, variants
 
@@ -93,12 +93,12 @@ def pruned(w: torch.Tensor) -> torch.Tensor:
 Maker = Callable[[torch.Tensor], Problem | None]  # of a dense weight; None where its dtype has no such op
 
 
-def rows(make: Maker, device: str, layers: list[str]) -> list[dict]:
+def rows(make: Maker, device: str, layers: list[str]) -> Iterator[dict]:
     """A row for every layer in bf16, and for the reference shape in every dtype that the op has and transposed."""
     cases = [(name, "bf16", False) for name in layers]
     if REFERENCE_SHAPE in layers:
         cases += [(REFERENCE_SHAPE, label, False) for label in DTYPES if label != "bf16"] + [(REFERENCE_SHAPE, "bf16", True)]
-    return [found for case in cases if (found := row(make, device, *case))]
+    return attempted(partial(row, make, device), cases)
 
 
 def row(make: Maker, device: str, name: str, label: str, transposed: bool) -> dict | None:

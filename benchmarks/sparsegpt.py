@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import sparsekit
-from benchmarks.measure import write
+from benchmarks.measure import attempted, write
 from sparsekit.patterns import NM, PairNM, Pattern, Unstructured
 from sparsekit.pruners import SparseGPT
 
@@ -170,10 +170,11 @@ def main() -> None:
     if args.model and args.device == "cpu" and not args.blocks:
         parser.error("argument --model: a whole model must run on a GPU, got --device cpu; say --blocks N for some of its blocks")
     if args.model:
-        found = [model_row(args.model, text, args.device, args.blocks, args.samples, args.seq_len) for text in args.pattern]
+        cases = [(args.model, text, args.device, args.blocks, args.samples, args.seq_len) for text in args.pattern]
+        found = attempted(model_row, cases)
     else:
-        cases = [(name, *LAYERS[name], text) for name in args.layers for text in args.pattern]
-        found = [row(*case, args.tokens, args.device) for case in cases]
+        cases = [(name, *LAYERS[name], text, args.tokens, args.device) for name in args.layers for text in args.pattern]
+        found = attempted(row, cases)
     write(found, args.json, args.out, args.device)
 
 

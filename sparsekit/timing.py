@@ -88,8 +88,9 @@ def variants(nbytes: int) -> int:
     return max(2, min(32, 4 * cached // max(nbytes, 1) + 1))
 
 
-def graph_us(calls: dict[str, Sequence[Callable[[], object]]], rounds: int = 50) -> dict[str, float]:
-    """Median microseconds of one call on the current CUDA device, from CUDA graphs replayed in turns.
+def graph_us(calls: dict[str, Sequence[Callable[[], object]]], seconds: float = 0.5, most: int = 50) -> dict[str, float]:
+    """Median microseconds of one call on the current CUDA device, from CUDA graphs replayed in turns: for so many seconds, but at
+    least ten turns and at most ``most``.
 
     A name's calls do the same to different inputs: where those together exceed L2, each call finds its own in memory. The graph
     leaves out what the host takes to launch. Not yet run on hardware."""
@@ -106,13 +107,16 @@ def graph_us(calls: dict[str, Sequence[Callable[[], object]]], rounds: int = 50)
             for call in variants:
                 call()
     samples: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in range(rounds + 3):
+    for turn in range(most + 3):
+        if turn == 3:  # the first ones bring the clocks up
+            end_of_all, samples = time.perf_counter() + seconds, {name: [] for name in calls}
+        if turn >= 13 and time.perf_counter() > end_of_all:
+            break
         for name, graph in graphs.items():
             begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             begin.record()
             graph.replay()
             end.record()
             end.synchronize()
-            if turn >= 3:  # the first ones bring the clocks up
-                samples[name].append(begin.elapsed_time(end) * 1e3 / len(calls[name]))
+            samples[name].append(begin.elapsed_time(end) * 1e3 / len(calls[name]))
     return {name: statistics.median(times) for name, times in samples.items()}

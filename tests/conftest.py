@@ -11,8 +11,9 @@ from hypothesis import HealthCheck, settings
 from torch import nn
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the benchmarks; last, so that an installed sparsekit comes first
-import benchmarks  # noqa: F401 (first: it takes a source tree without the extension off the path, where `python -m` put it)
-import sparsekit
+from benchmarks import gpu_evidence  # first: it takes a source tree without the extension off the path, where `python -m` put it
+
+import sparsekit  # isort: skip
 
 # What is timed fails on a busy machine.
 timed = [HealthCheck.too_slow]
@@ -52,6 +53,9 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(config, items):
     if address := next((item.nodeid for item in items if " at 0x" in item.nodeid), None):
         raise pytest.UsageError(f"the ids of tests must be the same in every process, got {address}; give ids that hold no address")
+    found = {item.path: item for item in items if item.get_closest_marker("gpu")}
+    if found and (lost := found.keys() - set(map(Path, gpu_evidence.gpu_files()))):
+        raise pytest.UsageError(f"gpu_evidence.gpu_files must give each file with a test for a GPU, got none of {min(lost)}")
     if hasattr(config, "workerinput"):
         places = {item: unit_of(item.path.name) for item in items}
         items.sort(key=lambda item: places[item] if isinstance(places[item], int) else len(FIRST))

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -26,7 +27,7 @@ def test_rows(op, monkeypatch):
     monkeypatch.setattr(memory_bound, "SHAPES", {"tiny": (64, 128), memory_bound.REFERENCE_SHAPE: (32, 64)})
     monkeypatch.setattr(memory_bound, "uncached", lambda nbytes: 2)
     monkeypatch.setattr(memory_bound, "time_us", lambda calls, **_: {name: (call(), 2.0)[1] for name, call in calls.items()})
-    rows = memory_bound.rows(module(op).problem, "cpu", ["tiny", memory_bound.REFERENCE_SHAPE])
+    rows = list(memory_bound.rows(module(op).problem, "cpu", ["tiny", memory_bound.REFERENCE_SHAPE]))
     dtypes = [dtype for dtype in ("bf16", "fp16", "fp32", "fp8", "int8") if op != "expand_fragments" or dtype != "fp32"]
     assert [(r["layer"], r["dtype"], r["layout"]) for r in rows] == [
         ("tiny", "bf16", "row-major"),
@@ -237,17 +238,67 @@ def test_the_roofline(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_steps_of_the_gpu_evidence(tmp_path):
+def test_a_row_that_cannot_be_made_leaves_the_others(tmp_path, capsys):
+    """Each is on disk when the next is begun; a column that comes late is one of all rows."""
+    from benchmarks import measure
+
+    out, seen = tmp_path / "rows.csv", []
+
+    def row(i: int) -> dict | None:
+        seen.append(out.read_text() if out.exists() else "")
+        if i == 2:
+            raise RuntimeError("two cannot be made\nand more")
+        return None if i == 3 else {"i": i} | ({"late": "x"} if i == 4 else {})
+
+    with pytest.raises(SystemExit, match=r"1 rows could not be made, the first of \(2,\)"):
+        measure.write(measure.attempted(row, [(i,) for i in range(5)]), False, out)
+    assert seen == ["", "i\n0\n", *["i\n0\n1\n"] * 3] and out.read_text() == "i,late\n0,\n1,\n4,x\n"
+    said = capsys.readouterr()
+    assert said.out == out.read_text() and "no row of (2,): two cannot be made" in said.err and [*tmp_path.iterdir()] == [out]
+
+
+def test_a_product_s_quick_rows_come_first():
+    from benchmarks import linear24
+
+    few, every = linear24.gpu_cases(quick=True), linear24.gpu_cases(quick=False)
+    assert every[: len(few)] == few and len({*every}) == len(every) == 10 * 11 + 5
+    assert {m for _, m, *_ in every[:110]} >= {1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 8192}
+
+
+def test_the_steps_of_the_gpu_evidence(tmp_path, monkeypatch):
     from benchmarks import gpu_evidence
 
-    for quick in (False, True):
-        steps = gpu_evidence.steps(tmp_path, quick)
-        assert [*steps][:10] == ["tests", *gpu_evidence.MEMORY_BOUND, "linear24"] and set(gpu_evidence.MEMORY_BOUND) == set(OPS)
-    for name, command in steps.items():  # of the quick run, which has every argument
-        if name in ("mask_nm", "linear24", "sparsegpt", "roofline"):  # the others share the first one's arguments
-            done = subprocess.run([*command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
+    monkeypatch.setattr(gpu_evidence.shutil, "which", lambda name: name)
+    for quick, minutes in gpu_evidence.MINUTES.items():
+        groups = gpu_evidence.steps(tmp_path, quick)
+        steps = [gpu_evidence.build((9, 0)), *(step for group in groups for step in group)]
+        assert len({step.name for step in steps}) == len(steps), "one would write over another's log"
+        assert all(re.fullmatch(r"[A-Za-z0-9._-]+", step.name) and step.estimate <= step.limit <= 60 * minutes for step in steps)
+        whole = 60 + 10 + sum(max(step.estimate for step in group) for group in groups)
+        assert whole <= 60 * minutes, f"{whole} s"
+    names = [group[0].name for group in groups]
+    assert names[:5] == ["tests-0", "linear24", *gpu_evidence.MEMORY_BOUND[:3]]
+    full = [group[0].name for group in gpu_evidence.steps(tmp_path, False)]
+    assert set(gpu_evidence.MEMORY_BOUND) == set(OPS) < set(full)
+    for step in (step for group in groups for step in group):  # of the quick run, which has every argument
+        if step.name in ("prune_compress24", "linear24", "sparsegpt", "roofline"):  # the others share the first one's
+            done = subprocess.run([*step.command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
             known = set(done.stdout.replace("[", " ").replace("]", " ").split())
-            assert done.returncode == 0 and {a for a in command if a.startswith("--")} <= known, name
+            assert done.returncode == 0 and {a for a in step.command if a.startswith("--")} <= known, step.name
+
+
+@pytest.mark.parametrize("capability, arch", [((9, 0), "90a"), ((8, 9), "89"), ((12, 0), "120")])
+def test_the_build_is_for_the_card_alone(capability, arch):
+    from benchmarks import gpu_evidence
+
+    assert gpu_evidence.build(capability).env["SPARSEKIT_CUDA_ARCHS"] == arch
+
+
+@pytest.mark.parametrize("name, folder", [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3")])
+def test_a_card_has_a_folder(name, folder):
+    from benchmarks import gpu_evidence
+
+    assert gpu_evidence.folder_name(name) == folder
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
