@@ -176,6 +176,8 @@ FAULTS = {  # in the order of hopper_faults.cpp; the message of a failed launch,
     "a warp stays away": (EVERY, "never come"),
     "named barrier of two counts": (EVERY, "among threads that say"),
     "load outside the memory": (EVERY, "outside the memory"),
+    "block's rank in a descriptor": (EVERY, "descriptor of a kind"),
+    "more bytes than a barrier counts": (EVERY, "counts to 2"),
 }
 
 
@@ -557,6 +559,16 @@ def test_registers_fit_the_pool(sass):
         consumers, producer = (160, 32) if groups == 3 else (232, 40)
         assert groups * consumers + producer <= (groups + 1) * started, name
         assert max(map(int, re.findall(r"\bR(\d+)\b", code))) < consumers, name
+        loading = code[code.index("USETMAXREG.DEALLOC") : code.index("UTMALDG")]
+        assert max(map(int, re.findall(r"\bR(\d+)\b", loading))) < producer, name
+
+
+def test_a_cluster_starts_without_a_wait_for_memory(sass):
+    """MEMBAR stands before the last barrier alone, where sums are on their way to memory."""
+    for name, code in products(sass).items():
+        start, end = re.split(r"UCGABAR_WAIT", code)[:2]
+        assert "MEMBAR" not in start and "MEMBAR.ALL.GPU" in end, name
+        assert "UTMACCTL.PF" in start, name
 
 
 EVERY_PRODUCT = """

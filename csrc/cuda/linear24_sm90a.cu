@@ -112,9 +112,10 @@ __device__ __forceinline__ void copy(uint32_t (&to)[4], uint4 from) {
     to[0] = from.x, to[1] = from.y, to[2] = from.z, to[3] = from.w;
 }
 
-// A K-major tile in shared memory, swizzled by its row length (1: 128 bytes, 2: 64), eight rows in eight_rows bytes.
+// A K-major tile in shared memory, swizzled by its row length (1: 128 bytes, 2: 64), eight rows in eight_rows bytes. A
+// block's shared addresses hold its rank in the cluster from bit 24 on, which would fall into the leading offset.
 __device__ __forceinline__ uint64_t matrix_descriptor(uint32_t address, int swizzle, int eight_rows) {
-    return address >> 4 | 1u << 16 | static_cast<uint64_t>(eight_rows >> 4) << 32 |
+    return (address & 0x3FFFF) >> 4 | 1u << 16 | static_cast<uint64_t>(eight_rows >> 4) << 32 |
            static_cast<uint64_t>(swizzle) << 62;
 }
 
@@ -166,7 +167,12 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
         }
         ptx::fence_mbarrier_init();
     }
-    ptx::cluster_arrive();
+    ptx::cluster_arrive_relaxed();
+    if (threadIdx.x == S::groups * 128 && p.k > 0) { // the thread that loads
+        ptx::prefetch_tensor_map(&p.x_map);
+        if constexpr (!REGISTER_FORM)
+            ptx::prefetch_tensor_map(&p.values_map);
+    }
     ptx::cluster_wait();
 
     const int stride = gridDim.x / kCluster;

@@ -165,6 +165,7 @@ __device__ __forceinline__ void tma_load(void *shared, const CUtensorMap *map, i
                  : "memory");
 }
 
+// So that the first load does not wait for its map.
 __device__ __forceinline__ void prefetch_tensor_map(const CUtensorMap *map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
@@ -202,6 +203,10 @@ __device__ __forceinline__ uint32_t map_to_rank(const void *shared, uint32_t ran
 
 // All threads of the cluster arrive, then wait; what was written before is seen after.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+// Orders nothing but what fence_mbarrier_init did before it: no wait for stores that others may still do.
+__device__ __forceinline__ void cluster_arrive_relaxed() {
+    asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 
 // `threads` threads of the block, whole warps, meet at barrier ID (0 is __syncthreads' own).

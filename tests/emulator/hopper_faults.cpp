@@ -33,7 +33,9 @@ enum Fault {
     kBadMetadata,
     kWarpStaysAway,
     kNamedBarrierCount,
-    kOutsideMemory
+    kOutsideMemory,
+    kRankInDescriptor,
+    kTooManyBytes
 };
 constexpr int kSteps = 6, kStages = 2, kTokens = 64, kStageBytes = kTokens * 128;
 constexpr int kShared = kStages * kStageBytes + 2 * kStages * 8;
@@ -65,7 +67,8 @@ void add_columns(Arguments p) {
             char *target = shared + stage * kStageBytes + rank * (kStageBytes / 2);
             if (fault != kNoEmptyWait)
                 ptx::mbarrier_wait(empty + stage, (step / kStages & 1) ^ 1);
-            ptx::mbarrier_arrive_expect(full + stage, kStageBytes - (fault == kTooFewBytes ? 1024 : 0));
+            ptx::mbarrier_arrive_expect(
+                full + stage, fault == kTooManyBytes ? 1 << 20 : kStageBytes - (fault == kTooFewBytes ? 1024 : 0));
             ptx::tma_load_multicast(target + (fault == kMisalignedTarget ? 512 : 0), fault == kNoMap ? &p.no_map : &p.x,
                                     step * 64, rank * (kTokens / 2), full + stage, fault == kNoSuchBlock ? 5 : 3);
         }
@@ -91,7 +94,8 @@ void add_columns(Arguments p) {
                 ptx::mbarrier_wait(full + stage, (step / kStages & 1) ^ (fault == kWrongParity));
             if (fault != kNoFence)
                 ptx::wgmma_fence();
-            uint64_t x = ptx::shared_address(shared + stage * kStageBytes) >> 4 | 64ull << 32 | 1ull << 62;
+            const uint32_t address = ptx::shared_address(shared + stage * kStageBytes);
+            uint64_t x = (address & (fault == kRankInDescriptor ? ~0u : 0x3FFFF)) >> 4 | 64ull << 32 | 1ull << 62;
             x += fault == kDescriptorPastShared ? kShared / 16 : fault == kDescriptorPastSwizzle ? 6 : 0;
             ptx::wgmma_sp<__half, 0>(sums, ones, x + (fault == kDescriptorsDiffer && thread == 70), metadata[0]);
             ptx::wgmma_sp<__half, 1>(sums, ones, x + 4, metadata[1]);

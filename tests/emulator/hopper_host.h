@@ -154,10 +154,10 @@ inline void arrive(Barrier &b) {
     end_phase(b);
 }
 
-// A cluster address: the offset in a block's shared memory, and above it the block's rank + 1.
+// A shared address, as the hardware has it in a cluster: the offset in a block's memory, and from bit 24 on its rank.
 inline char *at_cluster_address(uint32_t address) {
-    const int rank = static_cast<int>(address >> 24) - 1;
-    if (rank < 0 || rank >= machine.cluster())
+    const int rank = static_cast<int>(address >> 24);
+    if (rank >= machine.cluster())
         machine.fail("0x%X is no address of this cluster", address);
     if (machine.live(rank) == 0)
         machine.fail("an access to the shared memory of block %d of the cluster, which has left", rank);
@@ -173,7 +173,8 @@ inline uint32_t swizzled(uint32_t offset, int swizzle_bytes) {
 inline const char *described(uint64_t descriptor, int row, int column, int rank) {
     const uint32_t start = (descriptor & 0x3FFF) << 4, stride = (descriptor >> 32 & 0x3FFF) << 4;
     const int mode = static_cast<int>(descriptor >> 62), swizzle_bytes = mode == 0 ? 0 : 256 >> mode;
-    if (mode == 0 || (descriptor >> 49 & 7) != 0)
+    const int leading = static_cast<int>(descriptor >> 16 & 0x3FFF); // of a swizzled tile "not used, assumed to be 1"
+    if (mode == 0 || (descriptor >> 49 & 7) != 0 || leading > 1 || (descriptor & 0x3FF1'C000'C000'C000) != 0)
         machine.fail("a descriptor of a kind that the emulator does not know: %016llX",
                      static_cast<unsigned long long>(descriptor));
     if (start % swizzle_bytes + column * 2 >= static_cast<uint32_t>(swizzle_bytes))
@@ -190,7 +191,7 @@ namespace sparsekit::ptx {
 
 inline uint32_t shared_address(const void *shared) {
     machine.check_shared(shared, 1, 1, "a shared address");
-    return static_cast<uint32_t>(static_cast<const char *>(shared) - machine.shared());
+    return static_cast<uint32_t>(static_cast<const char *>(shared) - machine.shared()) | machine.rank() << 24;
 }
 
 // ---- wgmma.sp
@@ -369,6 +370,8 @@ inline void fence_mbarrier_init() {
 inline void mbarrier_arrive_expect(uint64_t *barrier, int bytes) {
     emulator::Barrier &b = emulator::barrier_at(barrier_address(barrier, "mbarrier.arrive"), "mbarrier.arrive");
     b.bytes += bytes;
+    if (b.bytes >= 1 << 20)
+        machine.fail("an mbarrier awaits %lld bytes, and counts to 2^20 - 1", static_cast<long long>(b.bytes));
     emulator::arrive(b);
 }
 
@@ -390,8 +393,8 @@ inline void mbarrier_wait(uint64_t *barrier, int parity) {
 inline void tma_load_multicast(void *shared, const CUtensorMap *map, int column, int row, uint64_t *barrier,
                                uint16_t blocks) {
     const CUtensorMap m = *map;
-    if (!m.encoded)
-        machine.fail("a TMA load by a tensor map that was not encoded");
+    if (!m.encoded || reinterpret_cast<uintptr_t>(map) % 64 != 0)
+        machine.fail("a TMA load by a tensor map that was not encoded, or does not lie at a multiple of 64 bytes");
     const int box_row = m.box_columns * 2, bytes = m.box_rows * box_row;
     const uint32_t period = m.swizzle_bytes == 0 ? 128 : m.swizzle_bytes * 8; // in which the swizzle repeats
     machine.check_shared(shared, bytes, period, "the target of a TMA load");
@@ -431,6 +434,11 @@ inline void tma_load_multicast(void *shared, const CUtensorMap *map, int column,
     }
 }
 
+inline void prefetch_tensor_map(const CUtensorMap *map) {
+    if (!map->encoded || reinterpret_cast<uintptr_t>(map) % 64 != 0)
+        machine.fail("a prefetch of a tensor map that was not encoded, or does not lie at a multiple of 64 bytes");
+}
+
 inline void tma_load(void *shared, const CUtensorMap *map, int column, int row, uint64_t *barrier) {
     tma_load_multicast(shared, map, column, row, barrier, static_cast<uint16_t>(1 << machine.rank()));
 }
@@ -451,7 +459,7 @@ inline uint32_t cluster_rank() { return static_cast<uint32_t>(machine.rank()); }
 inline uint32_t map_to_rank(const void *shared, uint32_t rank) {
     if (rank >= static_cast<uint32_t>(machine.cluster()))
         machine.fail("mapa to rank %u of a cluster of %d", rank, machine.cluster());
-    return shared_address(shared) | (rank + 1) << 24;
+    return (shared_address(shared) & 0xFFFFFF) | rank << 24;
 }
 
 inline void cluster_arrive() {
@@ -467,6 +475,8 @@ inline void cluster_arrive() {
         machine.wake(thread);
     h.cluster_waiting.clear();
 }
+
+inline void cluster_arrive_relaxed() { cluster_arrive(); }
 
 inline void cluster_wait() {
     emulator::Hopper &h = emulator::hopper();
