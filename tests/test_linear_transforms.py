@@ -241,6 +241,22 @@ def test_export(root, layers):
     assert not any("expand" in str(node.target) for node in program.graph.nodes)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_trace_holds_the_op_and_is_refused_where_it_would_lose_gradients(layers):
+    layer, sparse = layers()
+    x = ternary(3, 20, dtype=layer.weight.dtype)
+    with torch.no_grad():
+        traced = torch.jit.trace(sparse, (x,))
+    file = io.BytesIO()
+    torch.jit.save(traced, file)
+    file.seek(0)
+    more = ternary(7, 20, dtype=layer.weight.dtype)
+    assert torch.equal(torch.jit.load(file)(more), sparse(more)) and torch.equal(traced(more), sparse(more))
+    with pytest.raises(RuntimeError, match=r"linear24: torch\.jit\.trace must run under torch\.no_grad\(\), got gradients on"):
+        torch.jit.trace(sparse, (x,))
+    assert torch.equal(torch.jit.trace(sparse.requires_grad_(False), (x,))(more), sparse(more))
+
+
 def test_the_metadata_are_saved_under_their_name(layers, tmp_path):
     _, sparse = layers()
     assert list(sparse.state_dict()) == ["values", "bias", "meta"] and [name for name, _ in sparse.named_buffers()] == ["metadata"]

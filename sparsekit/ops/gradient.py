@@ -17,9 +17,9 @@ from ..format import Fragments24, Sparse24, from_fragments, to_fragments
 
 
 def in_transform() -> bool:
-    """Whether a transform of torch.func is under way. Asked so that torch.compile has the right answer too: it holds that what is
-    peeked at is never None."""
-    return isinstance(torch._C._functorch.peek_interpreter_stack(), torch._C._functorch.CInterpreter)
+    """Whether a transform of torch.func is under way. Asked as torch itself asks: torch.compile has the right answer too, and every
+    call of a product can afford it."""
+    return torch._C._are_functorch_transforms_active()
 
 
 def in_forward_mode() -> bool:

@@ -48,6 +48,11 @@ def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, a
     tensors = (x, s.values) if bias is None else (x, s.values, bias)
     if transformed or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors)):
         _check_activation(activation)
+        if torch.jit.is_tracing():  # its own check traces once more, without gradients, and finds another graph
+            raise RuntimeError(
+                "linear24: torch.jit.trace must run under torch.no_grad(), got gradients on, which a trace would not keep; "
+                "use torch.compile or torch.export to train"
+            )
         return reference.ACTIVATIONS[activation](gradient.Product.apply(x, s.values, s.meta, *s.shape, bias))
     return gradient.call(x, s, bias, activation)
 
