@@ -150,11 +150,12 @@ def recommend(gpu: str | Capability | torch.device | None = None, batch: int = 1
     if gpu is not None:
         return Advice(found.pattern, found.kernel, {}, (*reasons, "not measured for a GPU by its name"))
     place = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    measured = tune.speedups(bench.key(place), str(dtype).removeprefix("torch."), batch)
+    key = bench.key(place)
+    measured = tune.speedups(key, str(dtype).removeprefix("torch."), batch)
     if not measured:
         return Advice(found.pattern, found.kernel, {}, (*reasons, "not measured on this machine; `sparsekit bench --tune` does"))
     low, high = min(measured.values()), max(measured.values())
-    said = f"near {batch} tokens 2:4 ran at {low:.2f} to {high:.2f} of the dense product's speed on this machine"
+    said = f"near {batch} tokens 2:4 ran at {low:.2f} to {high:.2f} of the dense product's speed {tune.measured_on(key)}"
     if high <= 1:
         return Advice(None, None, measured, (f"{said}: not faster",))
     return Advice(found.pattern, found.kernel, measured, (said, *reasons))

@@ -105,8 +105,22 @@ def rows(device: str) -> list[Row]:
     """The rows for a device key: of its cache file, else the shipped ones of its kind, else none."""
     with suppress(OSError):
         return read(cache_file(device), device)
-    shipped = json.loads((files(__package__) / "tune.json").read_text())
-    return [Row(*row) for row in shipped["devices"].get(device.split("; ")[0], {}).get("rows", [])]
+    return [Row(*row) for row in _shipped(device).get("rows", [])]
+
+
+def measured_on(device: str) -> str:
+    """Where the rows for a device key were measured, as a reader is told: "on this machine", or on what those shipped are of."""
+    shipped = {} if cache_file(device).is_file() else _shipped(device)
+    return f"on another {_kind(device)}, {shipped['measured']}, as shipped" if shipped.get("rows") else "on this machine"
+
+
+def _shipped(device: str) -> dict:
+    return json.loads((files(__package__) / "tune.json").read_text())["devices"].get(_kind(device), {})
+
+
+def _kind(device: str) -> str:
+    """What stands first in a key, such as the name of a GPU."""
+    return device.split("; ")[0]
 
 
 class Times(NamedTuple):

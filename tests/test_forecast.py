@@ -408,6 +408,14 @@ def test_the_smaller_one_within_the_limit(known, rows):
     assert json.loads(json.dumps(found.to_dict()))["recommended"]["pattern"] == "2:4"
 
 
+@pytest.mark.parametrize("method", [None, "sparsegpt", "wanda"])
+def test_a_plan_for_another_method_says_whose_perplexity_is_shown(method, known, rows):
+    shapes = subject_of(known).plan("2:4").shapes
+    plan = Plan(dict.fromkeys(shapes, "2:4"), shapes, method)
+    (row,) = forecast(known, token_batches((1, 8)), torch.arange(64), [plan], seq_len=8).rows
+    assert ("the plan is for wanda, and the perplexity is what SparseGPT would leave" in row.said) == (method == "wanda")
+
+
 def test_a_limit_that_nothing_keeps(known, rows):
     found = chosen(known, 0.001)
     assert found.pattern is None and found.row is None and set(found.rejected) == {"50%", "4:8", "2:4", "1:4"}

@@ -78,6 +78,34 @@ def test_its_code_tells(was, now):
     assert differing(made(SOURCE), made(changed)) == ["code"]
 
 
+@pytest.mark.parametrize("was, now, differ", [
+    ("return w.abs()", "return w.square()", ["code"]),  # mine.deep.inner.f
+    ("LIMIT = 2", "LIMIT = 3", ["code"]),  # mine.deep.LIMIT
+    ("unused = 1", "unused = 2", []),
+    ("other = 1", "other = 2", []),  # of another package, whose code is not followed
+])  # fmt: skip
+def test_helpers_in_modules_of_its_package_tell(was, now, differ):
+    sources = {
+        "mine.deep.inner": "def f(w):\n    return w.abs()\nunused = 1\n",
+        "mine.deep": "LIMIT = 2\n",
+        "theirs": "other = 1\n",
+        "mine": "class Own:\n    name, statistics, rowwise = 'own', None, False\n\n"
+        "    def scores(self, weight, statistics):\n        return deep.inner.f(weight).clamp(deep.LIMIT) + theirs.other\n",
+    }  # fmt: skip
+
+    def whole(changed: dict[str, str]):
+        modules = {name: ModuleType(name) for name in changed}
+        modules["mine.deep"].inner, modules["mine.deep.inner"].deep = modules["mine.deep.inner"], modules["mine.deep"]
+        modules["mine"].deep, modules["mine"].theirs = modules["mine.deep"], modules["theirs"]
+        for name, source in changed.items():
+            exec(source, modules[name].__dict__)
+        return modules["mine"].Own()
+
+    assert sum(was in source for source in sources.values()) == 1
+    other = {name: source.replace(was, now) for name, source in sources.items()}
+    assert differing(whole(sources), whole(sources)) == [] and differing(whole(sources), whole(other)) == differ
+
+
 def test_a_version_stands_for_the_code():
     first = made(SOURCE + "    version = 1\n")
     other = made(SOURCE.replace("2.0", "3.0") + "    version = 1\n")

@@ -188,9 +188,12 @@ def test_speed_is_what_was_measured_here_or_not_measured(pruned, monkeypatch, tm
     tune.write(key, [tune.Row(*row) for row in rows])
     text = Parts(make_page(pruned)).text
     tune.forget()
-    assert "1.50x" in text and "0.75x, not faster" in text and key in text
+    assert "1.50x" in text and "0.75x, not faster" in text and key in text and "dense product, measured on this machine" in text
     assert "3.00x" not in text, "a weight that the model does not have"
     assert "Not measured on this machine: 128 x 384, 128 x 128, 64 x 128" in text
+    monkeypatch.setattr(tune, "measured_on", lambda device: "on another H200, 2026-01-01, as shipped")
+    text = Parts(make_page(pruned)).text
+    assert "dense product, measured on another H200, 2026-01-01, as shipped" in text and "on this machine" not in text
 
 
 def test_a_structured_report_is_shown_whole(folder):

@@ -145,8 +145,10 @@ def test_shipped_rows_serve_where_no_file_is(cache, monkeypatch):
 
     monkeypatch.setattr(tune, "files", lambda package: Files())
     assert tune.choose(DEVICE, "float16", 1, 4096, 4096) == Choice("decode", 2, 4)
+    assert tune.measured_on(DEVICE) == "on another Invented GPU, 2026-01-01, as shipped"
+    assert tune.measured_on("Another GPU; sm_90") == "on this machine"
     tune.write(DEVICE, [row(1, 64, 64, "mine", 1.0)])
-    assert tune.choose(DEVICE, "float16", 1, 4096, 4096) == Choice("mine")
+    assert tune.choose(DEVICE, "float16", 1, 4096, 4096) == Choice("mine") and tune.measured_on(DEVICE) == "on this machine"
 
 
 def test_what_ships_can_be_read():

@@ -276,7 +276,7 @@ def hardware(patient: Patient) -> Check:
 
 def kernels(patient: Patient) -> Check:
     about = SPEED, "kernels"
-    checked = f"which kernel runs each product with {plural(patient.batch, 'token')}, by the rows measured on this machine"
+    checked = f"which kernel runs each product with {plural(patient.batch, 'token')}, by measured rows"
     sparse = [matrix for matrix in patient.matrices if matrix.compressed]
     if not sparse:
         return _not_made(*about, checked, "no matrix is stored compressed, so that every product is the dense one")
@@ -289,6 +289,7 @@ def kernels(patient: Patient) -> Check:
         said = f"{_name(patient.compute)} activations over {_name(patient.dtype)} weights are not measured"
         return _not_made(*about, checked, f"{said}; --dtype {_name(patient.dtype)} is what rows are of")
     key, shapes = bench.key(patient.device), {matrix.shape: [] for matrix in sparse}
+    checked += f" ({tune.measured_on(key)})"
     for matrix in sparse:
         shapes[matrix.shape].append(matrix.name)
     slow, fast, missing = [], [], []

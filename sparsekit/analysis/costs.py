@@ -1,4 +1,4 @@
-"""What a plan makes of a model's size, exactly, and of its speed, by what was measured on this machine."""
+"""What a plan makes of a model's size, exactly, and of its speed, by the rows of this machine or those shipped for its kind."""
 
 from __future__ import annotations
 
@@ -102,7 +102,8 @@ def near(times: tune.Times, batch: int, n: int, k: int) -> bool:
 def speed_of(
     model: nn.Module, targets: Sequence[Target], plan: Plan, batch: int, dtype: torch.dtype, device: torch.device | None
 ) -> Speed:
-    """With ``batch`` tokens a product, by the rows that ``sparsekit bench --tune`` kept for the device; None is another machine.
+    """With ``batch`` tokens a product, by the rows that ``sparsekit bench --tune`` kept for the device, or that are shipped for its
+    kind; None is another machine.
 
     Every linear is looked up as the product itself does. A row speaks for weights up to twice its size or half of it in either
     direction, and for four times the tokens or a quarter."""
@@ -123,5 +124,6 @@ def speed_of(
         dense += share * times.dense
         pruned += share * (times.sparse if target in sparse else times.dense)
     found = dense / pruned
-    faster = "faster" if found > 1 else "not faster"
-    return Speed(found, f"{faster} at {batch} tokens: the linears ran at {found:.2f} of their dense speed, by measured {text} rows")
+    faster, where = "faster" if found > 1 else "not faster", tune.measured_on(key)
+    said = f"{faster} at {batch} tokens: the linears ran at {found:.2f} of their dense speed, by {text} rows measured {where}"
+    return Speed(found, said)

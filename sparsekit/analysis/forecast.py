@@ -172,6 +172,8 @@ def _row(subject: Subject, quality: Quality, text: str, plan: Plan, batches: Seq
     size = size_of(subject.model, subject.flat, plan, subject.dtype_of)
     speeds = {batch: speed_of(subject.model, subject.flat, plan, batch, subject.stored, place) for batch in batches}
     expected, said = quality.expected(plan), []
+    if plan.method not in (None, "sparsegpt"):
+        said.append(f"the plan is for {plan.method}, and the perplexity is what SparseGPT would leave by it")
     if math.isinf(expected.perplexity):
         said.append(f"beyond what the probes reach: more than {expected.low:.2f}")
     elif quality.beyond(plan):

@@ -29,7 +29,7 @@ EVALUATION, DENSE_EVALUATION = "eval.json", "eval-dense.json"
 class Known:
     """raw: report.json as it is; report: its PruneReport, where matrices were pruned. held: of ``inspect``. plan: the pattern
     asked for, and its sparsity, by name. sensitivity, forecast: as their commands write them. evaluation, dense_evaluation: of
-    ``sparsekit eval``, of this folder and of the dense model. speeds: as ``measured_speeds``; machine: whose."""
+    ``sparsekit eval``, of this folder and of the dense model. speeds: as ``measured_speeds``; machine: whose; measured: where."""
 
     name: str
     raw: dict[str, Any]
@@ -43,6 +43,7 @@ class Known:
     checks: list[Check] | None = None
     speeds: dict[tuple[str, int, int], dict[int, float]] = field(default_factory=dict)
     machine: str = ""
+    measured: str = "on this machine"
 
     @property
     def dense_perplexity(self) -> float | None:
@@ -105,7 +106,8 @@ def read(
     checks = None if checks is None else read_checks(checks, Path(doctor or folder / DOCTOR))
     held = inspect(folder)
     machine, speeds = measured_speeds(resolve_device("auto"))
-    return Known(folder.resolve().name, raw, report, held, _plan(folder), losses, *beside.values(), checks, speeds, machine)
+    of = checks, speeds, machine, tune.measured_on(machine)
+    return Known(folder.resolve().name, raw, report, held, _plan(folder), losses, *beside.values(), *of)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -197,11 +197,11 @@ def speed(known: Known) -> Html:
             (f"{n} x {k}", dtype, *(faster(found[m]) if m in found else "-" for m in tokens))
             for (dtype, n, k), found in sorted(measured.items(), key=lambda item: (-item[0][1] * item[0][2], item[0]))
         ]
-        parts += [tag("p", "Times as fast as the dense product, measured on this machine."), table(head, cells)]
+        parts += [tag("p", f"Times as fast as the dense product, measured {known.measured}."), table(head, cells)]
     if missing:
         said = ", ".join(f"{n} x {k}" for n, k in missing[:8]) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
         parts.append(
-            tag("p", f"Not measured on this machine: {said}. ", tag("code", "sparsekit bench DIR --tune"), " does.", class_="note")
+            tag("p", f"Not measured {known.measured}: {said}. ", tag("code", "sparsekit bench DIR --tune"), " does.", class_="note")
         )
     parts.append(tag("p", known.machine, class_="note"))
     return join(parts)

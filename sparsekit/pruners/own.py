@@ -98,15 +98,23 @@ class _Told:
             return _named(thing)
         self._met.add(thing)
         before, self._root = self._root, root
-        text = f"{_named(thing)}{self._tell(_of_class(thing) if isinstance(thing, type) else _of_function(thing))}"
+        text = f"{_named(thing)}{self._tell(_of_class(thing) if isinstance(thing, type) else _of_function(thing, root))}"
         self._root = before
         return text
 
 
-def _of_function(function: FunctionType) -> list[Any]:
-    """Its code, and the values of what that looks up by name, but for objects, which may be anything."""
-    known, names = function.__globals__, sorted(_names(function.__code__))
-    used = {name: known[name] if isinstance(known[name], _TOLD) else _named(type(known[name])) for name in names if name in known}
+def _of_function(function: FunctionType, root: str) -> list[Any]:
+    """Its code, and the values of what that looks up by name, in modules of the package ``root`` too, but for objects, which may be
+    anything."""
+    names, spaces = sorted(_names(function.__code__)), {"": function.__globals__}
+    used = {}
+    while spaces:
+        where, known = spaces.popitem()
+        for name in (name for name in names if name in known):
+            held = known[name]
+            if isinstance(held, ModuleType) and held.__name__.partition(".")[0] == root and f"{held.__name__}." not in used:
+                spaces[held.__name__], used[f"{held.__name__}."] = vars(held), None
+            used[f"{where}.{name}"] = held if isinstance(held, _TOLD) else _named(type(held))
     cells = [cell.cell_contents for cell in function.__closure__ or ()]
     return [function.__code__, function.__defaults__, function.__kwdefaults__, cells, used]
 
