@@ -466,6 +466,19 @@ def test_linear24_sm90a_refuses(hopper, wrong):
     assert code == (NOT_SUPPORTED if wrong in UNSUPPORTED else INVALID_VALUE)
 
 
+def test_a_map_that_the_driver_refuses_is_an_error(hopper):
+    """Where TMA can take x, it is no cause to run another kernel: that one would be tested and timed under this one's name."""
+    hopper.emulator_refuse_maps(1)
+    try:
+        for tile in TILES:
+            code = hopper.emulated_linear24_sm90a(
+                *(ctypes.c_void_p(2048) for _ in range(3)), None, None, None, 2, 8, 256, ctypes.c_int64(256), 1, 0, tile, 1
+            )
+            assert code == INVALID_VALUE
+    finally:
+        hopper.emulator_refuse_maps(0)
+
+
 def test_linear24_sm90a_binding():
     """It is there where the build has sm_90a, and checks before it launches."""
     assert hasattr(_C, "linear24_sm90a") == ("90a" in _C.cuda_archs())

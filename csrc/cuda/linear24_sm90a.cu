@@ -371,6 +371,10 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
 // A row-major matrix of 16-bit elements, to be read in boxes whose rows are 64 or 128 bytes, the swizzle's width.
 cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const void *data, int rows, int columns,
                      int64_t row_bytes, int box_rows, int box_columns) {
+    // What TMA takes is asked here, so that a driver which refuses a map for another reason is an error, and no cause
+    // to run another kernel in this one's place.
+    if (!is_multiple(data, row_bytes, 16) || row_bytes >= int64_t{1} << 40)
+        return cudaErrorNotSupported;
     // The driver is asked for its function at the first use, so that the module loads without one.
     static const auto encode = [] {
         void *function = nullptr;
@@ -384,7 +388,7 @@ cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const void *dat
         return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
     }();
     if (encode == nullptr)
-        return cudaErrorNotSupported;
+        return cudaErrorSymbolNotFound;
     const cuuint64_t sizes[] = {static_cast<cuuint64_t>(columns), static_cast<cuuint64_t>(rows)};
     const cuuint64_t strides[] = {static_cast<cuuint64_t>(row_bytes)};
     const cuuint32_t box[] = {static_cast<cuuint32_t>(box_columns), static_cast<cuuint32_t>(box_rows)},
@@ -393,8 +397,7 @@ cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const void *dat
         encode(map, type, 2, const_cast<void *>(data), sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
                box_columns == 64 ? CU_TENSOR_MAP_SWIZZLE_128B : CU_TENSOR_MAP_SWIZZLE_64B,
                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-    return result == CUDA_SUCCESS ? cudaSuccess
-                                  : cudaErrorNotSupported; // a stride or an address that TMA does not take
+    return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 struct Source {

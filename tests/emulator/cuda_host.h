@@ -84,6 +84,7 @@ enum cudaError_t {
     cudaSuccess = 0,
     cudaErrorInvalidValue = 1,
     cudaErrorInvalidConfiguration = 9,
+    cudaErrorSymbolNotFound = 500,
     cudaErrorLaunchFailure = 719,
     cudaErrorNotSupported = 801,
 };

@@ -117,6 +117,8 @@ int emulated_wgmma_sp(float *d, const uint32_t *a, const char *a_tile, const cha
     return dtype == sparsekit::kFloat16 ? with(__half()) : with(__nv_bfloat16());
 }
 
+void emulator_refuse_maps(int refuse) { emulator::refuses_maps = refuse != 0; }
+
 // One TMA load of a box of 16-bit elements, by block 1 of 2 into those whose bit is set in `blocks`; swizzle in bytes.
 int emulated_tma_load(const void *data, int rows, int columns, int64_t row_bytes, int box_rows, int box_columns,
                       int swizzle, int row, int column, int blocks, char *out) {
