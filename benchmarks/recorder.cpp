@@ -12,7 +12,7 @@ std::map<const void *, std::string> &names() { // made at the first registration
     return found;
 }
 std::string launches; // lines of: mangled name, threads a block, bytes of dynamic shared memory
-constexpr int kMultiprocessors = 132;
+constexpr int kMultiprocessors = 132, kSharedMemory = 227 * 1024;
 
 template <typename... A> CUresult accept(A...) { return CUDA_SUCCESS; }
 
@@ -37,7 +37,10 @@ cudaError_t __cudaLaunchKernel(cudaKernel_t, dim3, dim3, void **, size_t, cudaSt
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
 cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
-    return *value = kMultiprocessors, attribute == cudaDevAttrMultiProcessorCount ? cudaSuccess : cudaErrorInvalidValue;
+    *value = attribute == cudaDevAttrMultiProcessorCount ? kMultiprocessors : kSharedMemory;
+    return attribute == cudaDevAttrMultiProcessorCount || attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin
+               ? cudaSuccess
+               : cudaErrorInvalidValue;
 }
 cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
 cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **function, unsigned, unsigned long long,

@@ -210,8 +210,8 @@ def test_linear24_decode_workspace(emulator, multiprocessors, m, n, k):
 @pytest.mark.parametrize("m", [1, 8, 16, 32, 64])
 def test_linear24_decode_where_the_default_splits(emulator, multiprocessors, m):
     multiprocessors(20)
-    assert emulator.emulated_linear24_decode_workspace(m, 40, 4096, 0, 0) > 0
-    check(emulator, m, 40, 4096)
+    assert emulator.emulated_linear24_decode_workspace(m, 40, 8192, 0, 0) > 0
+    check(emulator, m, 40, 8192)
 
 
 @pytest.mark.parametrize("m", [2, 16, 31, 90])
@@ -249,3 +249,32 @@ def test_linear24_decode_refuses(emulator, wrong):
         a["dtype"], a["activation"], a["tile"], a["split"],
     )  # fmt: skip
     assert code == INVALID_VALUE
+
+
+@pytest.mark.parametrize(
+    "m, n, k, split, why",
+    [
+        (64, 4096, 4096, 8, "16 chunks in 7 parts would be three rounds, in 8 they are two"),
+        (64, 4096, 14336, 8, "56 chunks in 7 parts are 8 rounds, in 8 parts 7"),
+        (16, 4096, 4096, 2, "64 blocks of two warps a row tile: more than two parts would be more blocks than multiprocessors"),
+        (64, 3584, 3584, 7, "9 parts fit, but 7 leave as few rounds"),
+        (64, 5120, 5120, 5, "6 parts fit, and leave no fewer rounds than 5"),
+        (16, 4288, 4096, 2, "67 blocks, which leave half of the multiprocessors idle"),
+        (1, 4096, 4096, 1, "256 blocks"),
+        (1, 1024, 4096, 1, "64 blocks of two rounds: half of that is not worth a launch"),
+        (8, 1024, 4096, 4, "32 blocks of four rounds"),
+    ],
+    ids=str,
+)
+def test_linear24_decode_splits_by_default_for_the_fewest_rounds(emulator, multiprocessors, m, n, k, split, why):
+    multiprocessors(132)
+    bytes_of_a_part = m * -(-n // 4) * 16
+    assert emulator.emulated_linear24_decode_workspace(m, n, k, 0, 0) == (split * bytes_of_a_part if split > 1 else 0)
+
+
+def test_linear24_decode_sets_the_same_limit_of_shared_memory_at_every_launch(emulator):
+    """Two threads launch at once, each for other sizes: the limit that one sets must hold for the other. The emulator refuses a
+    limit that changes."""
+    for m in (1, 8, 3, 16, 9, 32, 17, 64, 33):
+        for tile in DECODE_TILES[class_of(m)]:
+            check(emulator, m, 20, 72, tile=tile, split=1)

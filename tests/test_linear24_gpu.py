@@ -2,6 +2,7 @@
 random shapes. Their sources run without a GPU in test_cuda_emulated.py, test_cuda_decode.py and test_cuda_hopper.py."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -162,6 +163,25 @@ def test_in_a_cuda_graph_and_on_another_stream():
         y.fill_(torch.nan)
         graph.replay()
         assert torch.equal(y, ops.linear24(x, f, bias))
+
+
+def test_threads_that_launch_at_once():
+    """One kernel with blocks of 74 and of 128 KiB of shared memory: what a thread allows must hold while another launches."""
+    problems = {m: problem(m, 256, 2048, torch.bfloat16, seed=m) for m in (1, 2, 4, 8)}
+    held = {m: (x, to_fragments(ops.compress24(w)), bias) for m, (x, w, bias) in problems.items()}
+    torch.cuda.synchronize()
+
+    def run(m: int) -> torch.Tensor:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            found = [product.run_on_gpu(Choice(product.DECODE, 16, 1), *held[m], None) for _ in range(300)]
+            assert all(torch.equal(y, found[0]) for y in found[::50])
+            torch.cuda.current_stream().synchronize()
+            return found[0]
+
+    if product.DECODE in product.gpu_kernels(torch.cuda.current_device()):
+        with ThreadPoolExecutor(len(held)) as pool:
+            for m, y in zip(held, pool.map(run, held), strict=True):
+                check(y, *problems[m])
 
 
 def test_memory_of_a_call_is_its_output():

@@ -65,6 +65,8 @@ template <int TOKENS> struct Shape {
     static constexpr int warp_values = row_tiles * blocks * kBlockBytes;
     static constexpr int values_bytes = warps * warp_values; // of a stage; then x [warps_k][x_rows][x_row bytes]
     static constexpr int x_row = blocks * 128, x_chunks = x_row / 16;
+    // The most that a block takes: all warps share one row tile.
+    static constexpr int most_bytes = kStages * (values_bytes + TOKENS * x_row * warps);
     static_assert(values_bytes == 16 * 1024 && blocks * steps == 4, "a stage is 16 blocks of 64 columns");
 };
 
@@ -253,7 +255,9 @@ template <int TOKENS> Plan plan_for(int m, int n, int k, int tile, int split) {
     if ((tile == 0 || split == 0) && count_multiprocessors(&multiprocessors) != cudaSuccess)
         return plan;
     // Defaults, not yet measured: rows for at most 0.44 bytes of x from L2 a byte of w, more while two blocks an SM are
-    // left; then k is split until three quarters of the SMs have a block and while every warp keeps a chunk.
+    // left. Then k is split, while every warp keeps a chunk: until three quarters of the SMs have a block, or more, up
+    // to all, for fewer rounds a block; into no more parts than so few rounds take; and not at all where it would save
+    // no more than the second launch costs, about four stages (0.4 us each where an SM gets its share of 4.8 TB/s).
     auto row_blocks = [&](int rows) { return static_cast<int64_t>(ceil_div(n, rows)) * ceil_div(m, TOKENS); };
     int rows = tile;
     if (tile == 0) {
@@ -266,8 +270,18 @@ template <int TOKENS> Plan plan_for(int m, int n, int k, int tile, int split) {
         return plan;
     const int warps_k = most / rows;
     if (split == 0) {
-        const int64_t wanted = (3 * multiprocessors + 4 * row_blocks(rows) - 1) / (4 * row_blocks(rows));
-        split = static_cast<int>(min(wanted, static_cast<int64_t>(max(1, chunks / warps_k))));
+        const int64_t blocks = row_blocks(rows), most_split = max(1, chunks / warps_k);
+        const int64_t wanted = (3 * multiprocessors + 4 * blocks - 1) / (4 * blocks);
+        auto rounds = [&](int64_t parts) { return ceil_div(ceil_div(chunks, static_cast<int>(parts)), warps_k); };
+        int64_t best = min(wanted, most_split);
+        for (int64_t parts = best + 1; parts <= min(multiprocessors / blocks, most_split); ++parts)
+            if (rounds(parts) < rounds(best))
+                best = parts;
+        while (best > 1 && rounds(best - 1) == rounds(best))
+            --best;
+        if ((rounds(1) - rounds(best)) * S::steps <= 4)
+            best = 1;
+        split = static_cast<int>(best);
     }
     plan.rows = rows, plan.split = min(split, min(chunks, 65535));
     while (1 << plan.log_warps_k < warps_k)
@@ -306,7 +320,7 @@ template <typename T, int TOKENS> cudaError_t launch_plan(Decode<T> p, Plan plan
         return cudaErrorInvalidValue;
     const cudaError_t error =
         launch_kernel(linear24_decode_sm80<T, TOKENS>, dim3(static_cast<unsigned>(blocks), plan.split), S::threads,
-                      max(kStages * p.stage_bytes, sums_bytes), stream, p);
+                      SharedMemory(max(kStages * p.stage_bytes, sums_bytes), S::most_bytes), stream, p);
     if (error != cudaSuccess || plan.split == 1)
         return error;
     return launch_sum(p, plan.split, stream);

@@ -18,19 +18,41 @@ inline bool is_multiple(const void *pointer, int64_t row_bytes, int of) {
 }
 
 // Of the current device.
-inline cudaError_t count_multiprocessors(int *count) {
+inline cudaError_t device_attribute(cudaDeviceAttr attribute, int *value) {
     int device;
     cudaError_t error = cudaGetDevice(&device);
     if (error == cudaSuccess)
-        error = cudaDeviceGetAttribute(count, cudaDevAttrMultiProcessorCount, device);
+        error = cudaDeviceGetAttribute(value, attribute, device);
     if (error != cudaSuccess)
         cudaGetLastError(); // reported here, so not to be found by the next launch
     return error;
 }
 
+inline cudaError_t count_multiprocessors(int *count) { return device_attribute(cudaDevAttrMultiProcessorCount, count); }
+
+// Bytes of shared memory of a block, and the most that a launch of this kernel ever asks for. The limit that a device
+// keeps for a kernel is set to the latter: set to the former, it could be lowered by another thread between the two
+// calls that a launch is.
+struct SharedMemory {
+    int bytes, most;
+    SharedMemory(int bytes) : bytes(bytes), most(bytes) {}
+    SharedMemory(int bytes, int most) : bytes(bytes), most(most) {}
+};
+
+template <typename... P> cudaError_t allow_shared_memory(void (*kernel)(P...), SharedMemory shared) {
+    if (shared.most <= 48 * 1024)
+        return cudaSuccess;
+    int held;
+    const cudaError_t error = device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, &held);
+    if (error != cudaSuccess)
+        return error;
+    return cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                shared.most < held ? shared.most : held);
+}
+
 // Blocks in clusters of `cluster` along x; above 1, for sm_90 and later.
 template <typename... P>
-cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, int shared_bytes,
+cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, SharedMemory shared,
                             cudaStream_t stream, const P &...arguments) {
     cudaLaunchAttribute shape = {};
     shape.id = cudaLaunchAttributeClusterDimension;
@@ -38,12 +60,10 @@ cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int th
     cudaLaunchConfig_t config = {};
     config.gridDim = grid;
     config.blockDim = dim3(threads);
-    config.dynamicSmemBytes = shared_bytes;
+    config.dynamicSmemBytes = shared.bytes;
     config.stream = stream;
     config.attrs = &shape, config.numAttrs = cluster > 1;
-    cudaError_t error = cudaSuccess;
-    if (shared_bytes > 48 * 1024)
-        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    cudaError_t error = allow_shared_memory(kernel, shared);
     if (error == cudaSuccess)
         error = cudaLaunchKernelEx(&config, kernel, arguments...);
     if (error != cudaSuccess)
@@ -52,9 +72,9 @@ cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int th
 }
 
 template <typename... P>
-cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, int threads, int shared_bytes, cudaStream_t stream,
+cudaError_t launch_kernel(void (*kernel)(P...), dim3 grid, int threads, SharedMemory shared, cudaStream_t stream,
                           P... arguments) {
-    return launch_clusters(kernel, grid, 1, threads, shared_bytes, stream, arguments...);
+    return launch_clusters(kernel, grid, 1, threads, shared, stream, arguments...);
 }
 
 } // namespace sparsekit

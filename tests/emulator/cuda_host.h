@@ -90,7 +90,7 @@ enum cudaError_t {
 };
 using cudaStream_t = void *;
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
-enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16 };
+enum cudaDeviceAttr { cudaDevAttrMultiProcessorCount = 16, cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
 enum cudaLaunchAttributeID { cudaLaunchAttributeClusterDimension = 4 };
 struct cudaLaunchAttribute {
     cudaLaunchAttributeID id;
@@ -114,16 +114,19 @@ inline cudaError_t last_error = cudaSuccess;
 inline int multiprocessors = 1; // what a launcher is told; blocks run one after another all the same
 } // namespace emulator
 
+// A limit that differs from the one before is refused: another thread may be about to launch by that.
 template <typename... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), cudaFuncAttribute, int value) {
-    if (value < 0 || static_cast<size_t>(value) > emulator::kSharedLimit)
+    const auto limit = static_cast<size_t>(value);
+    if (value < 0 || limit > emulator::kSharedLimit)
         return cudaErrorInvalidValue;
-    emulator::dynamic_shared_limit[reinterpret_cast<const void *>(kernel)] = static_cast<size_t>(value);
-    return cudaSuccess;
+    const auto [place, fresh] = emulator::dynamic_shared_limit.emplace(reinterpret_cast<const void *>(kernel), limit);
+    return fresh || place->second == limit ? cudaSuccess : cudaErrorInvalidValue;
 }
 
 inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr, int) {
-    return *value = emulator::multiprocessors, cudaSuccess;
+inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : int(emulator::kSharedLimit);
+    return cudaSuccess;
 }
 
 inline cudaError_t cudaGetLastError() { return std::exchange(emulator::last_error, cudaSuccess); }
