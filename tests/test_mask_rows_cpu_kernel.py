@@ -113,6 +113,64 @@ def test_threads_that_share_a_row(dtype, rows):
                 assert equal(mask, want) and status.item() == NOTHING
 
 
+def extremes(dtype) -> tuple[float, float]:
+    """A small and a large scale, at which no number of a normal distribution is zero or past the highest."""
+    if dtype == torch.int8:
+        return 1.0, 25.0
+    info = torch.finfo(dtype)
+    return info.tiny * 8, min(info.max / 16, 1e30)
+
+
+# Rows one below the other, of a standard normal x each: where to look first in one is told by the one before.
+SEQUENCES = {
+    "alike": lambda x, small, large: x * large,
+    "their scales rise": lambda x, small, large: x * np.geomspace(small, large, len(x))[:, None],
+    "their scales fall": lambda x, small, large: x * np.geomspace(large, small, len(x))[:, None],
+    "their scales alternate": lambda x, small, large: x * np.resize([small, large], len(x))[:, None],
+    "their signs alternate": lambda x, small, large: abs(x) * np.resize([large, -large], len(x))[:, None],
+    "each of one number": lambda x, small, large: np.linspace(-4 * large, 4 * large, len(x))[:, None] + 0 * x,
+    "one number, then many": lambda x, small, large: x * np.resize([0.0, 0.0, large], len(x))[:, None],
+    "they come near the highest": lambda x, small, large: x / 8 * large + np.linspace(0, 4.5 * large, len(x))[:, None],
+    "they come near the lowest": lambda x, small, large: x / 8 * large - np.linspace(0, 4.5 * large, len(x))[:, None],
+    "one row again and again": lambda x, small, large: x[:1] * large + 0 * x,
+}
+
+
+@pytest.mark.parametrize("sequence", SEQUENCES)
+@pytest.mark.parametrize("dtype", SCORES, ids=named)
+def test_a_row_owes_nothing_to_the_row_before(dtype, sequence):
+    """Whoever has which row, in whatever order."""
+    cols = 1100  # a sample, a rest of a word
+    x = np.random.default_rng(0).normal(size=(40, cols)).clip(-4, 4)
+    rows = SEQUENCES[sequence](x, *extremes(dtype))
+    scores = torch.from_numpy(rows.clip(-128, 127) if dtype == torch.int8 else rows).to(dtype)
+    for kept in (1, cols // 3, cols // 2, cols - 1):
+        want = keep(scores, kept)
+        for threads in (1, 3):
+            mask, status = mask_rows(scores, kept, threads=threads)
+            assert equal(mask, want) and status.item() == NOTHING
+    assert equal(mask_rows(scores.flip(0), kept, threads=1)[0], want.flip(0))
+
+
+@pytest.mark.parametrize("dtype", SCORES, ids=named)
+def test_as_many_ties_as_are_put_aside_and_one_more(dtype):
+    """kFew of format24_search.h is 96. The numbers next above and next below are all the others, so that a bracket one key too wide
+    holds everything; the ties that are kept end in the first word, in a later one, and with the row."""
+    cols, rows = 3000, 3  # columns: three of the steps in which ties are counted
+    for tied in (1, 95, 96, 97, 2000):
+        higher = (cols - tied) // 3
+        for cut in (3.0, -3.0):
+            numbers = torch.full((rows, cols), cut).to(dtype)
+            order = torch.rand(rows, cols, generator=torch.Generator().manual_seed(tied)).argsort(dim=1)
+            up = 1 if cut > 0 or not dtype.is_floating_point else -1  # of a negative number's bits
+            bits = as_bits(numbers)
+            bits.scatter_add_(1, order[:, :higher], torch.full_like(bits[:, :higher], up))
+            bits.scatter_add_(1, order[:, higher + tied :], torch.full_like(bits[:, higher + tied :], -up))
+            for room in {0, 1, tied // 2, tied - 1, tied}:
+                mask, status = mask_rows(numbers, higher + room, threads=1)
+                assert equal(mask, keep(numbers, higher + room)) and status.item() == NOTHING
+
+
 @pytest.mark.parametrize("edge", [1, -1], ids=["the highest", "the lowest"])
 @pytest.mark.parametrize("cols", COLUMNS[1:])
 @pytest.mark.parametrize("dtype", SCORES, ids=named)

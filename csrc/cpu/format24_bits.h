@@ -4,6 +4,7 @@
 #include "../launch.h"
 #include "sizes.h"
 
+#include <array>
 #include <atomic>
 #include <cstring>
 #include <type_traits>
@@ -73,10 +74,12 @@ template <class L, class Bytes> struct MasksOfBits {
     static constexpr int kLeastRanked = 4, kMostRanked = 4;
 
     static uint64_t bits(uint64_t mask) { return mask; }
-    template <class Body> static int64_t count(int64_t words, const Body &body) {
-        int64_t found = 0;
-        for (int64_t i = 0; i < words * kWord; i += L::kLanes)
-            found += __builtin_popcountll(body(i) & low_bits(L::kLanes));
+    template <class... Body> static std::array<int64_t, sizeof...(Body)> count(int64_t words, const Body &...body) {
+        std::array<int64_t, sizeof...(Body)> found{};
+        for (int64_t i = 0; i < words * kWord; i += L::kLanes) {
+            int at = 0;
+            ((found[at++] += __builtin_popcountll(body(i) & low_bits(L::kLanes))), ...);
+        }
         return found;
     }
     static auto lanes(uint64_t mask) { return L::from_bits(mask); }
@@ -126,17 +129,24 @@ template <class L, class Int, int kMost> struct MasksOfLanes {
 
     template <class V> static V lanes(V mask) { return mask; }
     // A mask is a minus one; as many of them as a lane can hold are summed at once.
-    template <class Body> static int64_t count(int64_t words, const Body &body) {
+    template <class... Body> static std::array<int64_t, sizeof...(Body)> count(int64_t words, const Body &...body) {
         constexpr int64_t kStep = (sizeof(Int) == 1 ? 127 : 32767) / (kWord / L::kLanes) * kWord;
-        int64_t found = 0;
+        constexpr size_t kBodies = sizeof...(Body);
+        std::array<int64_t, kBodies> found{};
         for (int64_t at = 0; at < words * kWord; at += kStep) {
-            auto sums = L::set(0);
-            for (int64_t i = at; i < min(at + kStep, words * kWord); i += L::kLanes)
-                sums = L::sum(sums, body(i));
-            Int lanes[L::kLanes];
-            L::store(lanes, sums);
-            for (const Int lane : lanes)
-                found -= lane;
+            decltype(L::set(0)) sums[kBodies];
+            for (auto &sum : sums)
+                sum = L::set(0);
+            for (int64_t i = at; i < min(at + kStep, words * kWord); i += L::kLanes) {
+                int of = 0;
+                ((sums[of] = L::sum(sums[of], body(i)), ++of), ...);
+            }
+            for (size_t of = 0; of < kBodies; ++of) {
+                Int lanes[L::kLanes];
+                L::store(lanes, sums[of]);
+                for (const Int lane : lanes)
+                    found[of] -= lane;
+            }
         }
         return found;
     }
@@ -219,6 +229,7 @@ struct Numbers {
     int64_t magnitude; // the bits of it; all of an integer's
     int64_t largest;   // magnitude that is not NaN
     int64_t lowest;    // the bits of the lowest number
+    int fraction;      // bits after the exponent's
     bool integer;
 };
 
@@ -229,14 +240,20 @@ inline int width_of(DType dtype) {
 inline Numbers numbers(DType dtype) {
     const int64_t sign = int64_t(uint64_t{1} << (8 * width_of(dtype) - 1)), magnitude = int64_t(uint64_t(sign) - 1);
     if (dtype == kInt8)
-        return {-1, 0, -128, true};
+        return {-1, 0, -128, 0, true};
     const int64_t largest = dtype == kFloat64      ? 0x7ff0000000000000
                             : dtype == kFloat32    ? 0x7f800000
                             : dtype == kFloat16    ? 0x7c00
                             : dtype == kBFloat16   ? 0x7f80
                             : dtype == kFloat8E4M3 ? 0x7e // has no infinity: 448
                                                    : 0x7c;
-    return {magnitude, largest, sign | largest, false};
+    const int fraction = dtype == kFloat64      ? 52
+                         : dtype == kFloat32    ? 23
+                         : dtype == kFloat16    ? 10
+                         : dtype == kBFloat16   ? 7
+                         : dtype == kFloat8E4M3 ? 3
+                                                : 2;
+    return {magnitude, largest, sign | largest, fraction, false};
 }
 
 } // namespace
