@@ -252,7 +252,7 @@ def to_fragments(s: Sparse24) -> Fragments24:
     values_order, values_shape, meta_order, meta_shape = _fragment_layout(n, k, s.values.dtype)
     tiles, quads = meta_shape[:2]
     values = values_order.apply(_padded(s.values, 16 * tiles, 32 * values_shape[1]), values_shape)
-    meta = meta_order.apply(_padded(s.meta, 16 * tiles, 32 * quads, 0x44), (tiles, quads, 32, 16)).view(torch.int32)
+    meta = _as_words(meta_order.apply(_padded(s.meta, 16 * tiles, 32 * quads, 0x44), (tiles, quads, 32, 16)))
     return Fragments24(values, meta, (n, k))
 
 
@@ -264,8 +264,27 @@ def from_fragments(f: Fragments24) -> Sparse24:
     values_order, values_shape, meta_order, meta_shape = _fragment_layout(n, k, f.values.dtype)
     tiles, quads = meta_shape[:2]
     values = values_order.undo(f.values, 16 * tiles, 32 * values_shape[1])
-    meta = meta_order.undo(f.meta.contiguous().view(torch.uint8), 16 * tiles, 32 * quads)
+    meta = meta_order.undo(_as_bytes(f.meta), 16 * tiles, 32 * quads)
     return Sparse24(values[:n, : kp // 2].contiguous(), meta[:n, : kp // 8].contiguous(), (n, k))
+
+
+def _as_words(t: Tensor) -> Tensor:
+    """Bytes (..., 4 c), contiguous, as int32 (..., c), the lowest first. torch 2.11 has no such view under vmap, so by arithmetic
+    in a transform."""
+    if not torch._C._are_functorch_transforms_active():
+        return t.view(torch.int32)
+    return (t.unflatten(-1, (-1, 4)).int() << _places(t)).sum(-1, dtype=torch.int32)
+
+
+def _as_bytes(t: Tensor) -> Tensor:
+    """int32 (..., c) as bytes (..., 4 c), as _as_words takes them."""
+    if not torch._C._are_functorch_transforms_active():
+        return t.contiguous().view(torch.uint8)
+    return (t[..., None] >> _places(t) & 0xFF).to(torch.uint8).flatten(-2)
+
+
+def _places(like: Tensor) -> Tensor:
+    return torch.arange(0, 32, 8, dtype=torch.int32, device=like.device)
 
 
 def check_fragments(op: str, f: Fragments24) -> None:

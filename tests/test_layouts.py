@@ -384,6 +384,18 @@ def test_nothing_is_read_on_the_way():
             assert read(there).shape == s.shape, name
 
 
+@TENSOR_CORE_DTYPES
+def test_weights_under_vmap(dtype):
+    # Their metadata are the batch; in the top byte of a word 0xE and 0x9 set the sign.
+    weights = [any_sparse(35, 300, dtype, seed) for seed in (0, 1)]
+    values, meta = (torch.stack(parts) for parts in zip(*(s[:2] for s in weights)))
+    want = [torch.stack(parts) for parts in zip(*(format.to_fragments(s)[:2] for s in weights))]
+    there = torch.func.vmap(lambda v, m: tuple(format.to_fragments(Sparse24(v, m, (35, 300))))[:2])(values, meta)
+    assert same(there, want) and (there[1] < 0).any()
+    back = torch.func.vmap(lambda v, m: tuple(format.from_fragments(Fragments24(v, m, (35, 300))))[:2])(*there)
+    assert same(back, (values, meta))
+
+
 def test_symbolic_shapes():
     # Where torch traces dynamic shapes, sizes are SymInt: one trace serves other rows.
     def there_and_back(values, meta):
