@@ -78,6 +78,7 @@ def test_the_two_largest_are_kept(shape, dtype):
         check_pruned(w.to(DEVICE), *pack_largest(w))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("how", VIEWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=named)
 def test_every_layout_gives_the_same(how, dtype):
@@ -152,6 +153,7 @@ def test_expand24_places_every_pair_of_nibbles(dtype):
     assert equal(expand24(values.to(DEVICE), meta.to(DEVICE)), unpack(values, meta, 72))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(
     "shape",
     [(1, 1), (16, 64), (17, 70), (5, 260), (40, 1000), (8, 520), (0, 8), (8, 0)],
@@ -178,6 +180,7 @@ def padded_with_rubbish(t: torch.Tensor, rows: int, columns: int, fill: int = 0x
     return out
 
 
+@pytest.mark.sanitize
 def test_expand24_past_a_tile():
     w = random_bits((3, 4104), torch.float16, seed=7)
     values, meta = pack_largest(w)
@@ -298,6 +301,7 @@ def test_the_first_damage_is_named(case, dtype):
             assert validate24(values.to(DEVICE), moved, cols).tolist() == definition24.check(values, meta, cols)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("skip", range(4))
 def test_validate24_of_memory_that_starts_anywhere(start, skip):
@@ -363,6 +367,7 @@ def test_numbers_are_read_exactly(dtype):
     assert torch.equal(got.cpu().double().nan_to_num(nan=0.125), x.double().nan_to_num(nan=0.125))
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 2), (3, 5), (9, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=named)
 def test_mask_nm_of_pairs(n, m, dtype):
@@ -417,6 +422,7 @@ def test_mask_rows(shape, dtype):
             assert equal(mask.view(torch.uint8), keep_rows(scores, k)) and status.item() == NOTHING
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("k", [0, 150, 300])
 def test_mask_rows_across_memory(k):
     # 16 rows of fp16 a program, 128 columns at a time.

@@ -74,9 +74,9 @@ def choices(kernel: str, m: int) -> list[Choice]:
     return [*(Choice(kernel, tile, split) for tile, split in product.variants(kernel, m, index)), Choice(kernel)]
 
 
-@pytest.mark.sanitize
+# The sanitizer slows a kernel down by ten and more: it sees one dtype, which differs in its mma alone, and shapes up to 130 tokens.
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.sanitize)], ids=str)
 @pytest.mark.parametrize("m, n, k", SHAPES)
 def test_every_kernel_at_every_shape(kernel, dtype, m, n, k):
     x, w, bias = problem(m, n, k, dtype)
@@ -124,9 +124,10 @@ def test_rows_that_overlap_and_a_row_of_any_stride(kernel):
                 check(product.run_on_gpu(choice, view, to_fragments(ops.compress24(w)), bias, None), view, w, bias)
 
 
-def test_a_thousand_random_shapes():
-    chance = random.Random(0)
-    for i in range(1000):
+@pytest.mark.parametrize("hundred", range(10))
+def test_a_thousand_random_shapes(hundred):
+    chance = random.Random(hundred)
+    for i in range(100 * hundred, 100 * hundred + 100):
         m, n, k = (
             chance.choice([1, 2, chance.randint(1, 64), chance.randint(65, 600)]),
             chance.randint(1, 700),

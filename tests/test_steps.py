@@ -165,7 +165,7 @@ def no_machine(monkeypatch):
 def test_all_that_was_learned_is_in_the_summary(tmp_path, some_tests, no_machine, monkeypatch, capsys):
     """Of tests in two processes, each of which is killed by one: nothing else is lost, nothing is run twice."""
     monkeypatch.setattr(gpu_evidence, "gpu_files", lambda: [str(some_tests)])
-    monkeypatch.setattr(gpu_evidence, "STUCK", 10)
+    monkeypatch.setitem(gpu_evidence.STUCK, "test", 10)
     monkeypatch.setattr("benchmarks.steps.LEAST", 0.5)
     tests = gpu_evidence.tests("tests", tmp_path / "out", "not gpu", 2, 1, 120)
     groups = [tests, [python("bad", "print('what is wrong'); exit(1)")], [python("good", "")]]
