@@ -118,7 +118,7 @@ def _scales(weight: Tensor) -> Tensor | None:
     if not finite:
         row, column = (~torch.isfinite(plain)).nonzero()[0].tolist()
         raise ValueError(f"its weight holds NaN or Inf, the first in row {row}, column {column}")
-    return torch.ldexp(torch.ones_like(exponents), exponents) if scaled else None
+    return ((exponents.int() + 127) << 23).view(torch.float32) if scaled else None  # its bits: a GPU's power may be off by one
 
 
 def _choice(level: Pattern, block: Tensor, diagonal: Tensor, left: int, scales: Tensor | None) -> dict:
