@@ -13,7 +13,7 @@ from .pack24 import merge_groups, place_pairs
 from .tiles import tile_origin, tiling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def expand24_kernel(
     values_ptr,  # [rows, 4 * blocks] bits of the kept weights
     meta_ptr,  # [rows, blocks] uint8

@@ -13,7 +13,7 @@ from .bits import as_bits
 from .pack24 import place_pairs
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "blocks", "chunks"])
 def expand_fragments_kernel(
     values_ptr,  # [row tile][k64 block][k32 step][lane][a0..a3], bits of the kept weights
     meta_ptr,  # [row tile][k256 block][lane][k64 block of it] int32

@@ -47,7 +47,7 @@ def found_digits(counts_ptr, kept, DONE: tl.constexpr, like):
     return prefix, room
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept"])
 def count_digits_kernel(
     scores_ptr,  # [rows, cols] bits, any strides
     counts_ptr,  # [rows, PASSES, BINS] int64, zero from this pass on
@@ -87,7 +87,7 @@ def count_digits_kernel(
         report(status_ptr, tl.max(bad, 0, keep_dims=True) > 0, row, 0, 1, 1, 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["kept"])
 def keep_above_kernel(
     scores_ptr, counts_ptr, parts_ptr,  # as above
     mask_ptr,  # [rows, cols] uint8

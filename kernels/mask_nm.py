@@ -24,7 +24,7 @@ def by_group(member, GROUPS: tl.constexpr, PLACES: tl.constexpr, RUN: tl.constex
     return tl.reshape(member, [member.shape[0], GROUPS, PLACES])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "n"])
 def mask_nm_kernel(
     scores_ptr,  # [rows, cols] bits, any strides
     mask_ptr,  # [rows, cols] uint8

@@ -19,7 +19,7 @@ _RESIDENT_COLS = 16384  # 16 keys a thread for 1024 threads: twice as many would
 _ENOUGH_ROWS = 128  # about the multiprocessors of a GPU
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["k"])
 def mask_rows_kernel(
     scores_ptr,  # [rows, cols] bits, any strides
     mask_ptr,  # [rows, cols] uint8

@@ -29,7 +29,7 @@ def beaten_by(score, place, at, other):
     return tl.where(place > other, rival >= score, rival > score).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n"])
 def obs_block_kernel(
     w_ptr,  # [batch, rows, cols] fp32
     upper_ptr,  # [batch, cols, cols] fp32

@@ -14,7 +14,7 @@ from .rank24 import load_ranked, ranking
 from .tiles import foldable, new_status, tile_origin, tiling
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups"])
 def prune24_kernel(
     w_ptr, rank_ptr,  # see load_ranked
     out_ptr,  # [rows, cols]

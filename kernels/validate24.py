@@ -47,7 +47,7 @@ def check_ends(values_ptr, meta_ptr, status_ptr, row0, rows, blocks, cols, LARGE
     report(status_ptr, past, row0, (blocks - 1) * 4, blocks * 4, ROWS, 4)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "cols"])
 def validate24_kernel(
     values_ptr,  # [rows, 4 * blocks] bits of the kept weights; unread when row ends are whole bytes
     meta_ptr,  # [rows, blocks] bytes

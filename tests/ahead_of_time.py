@@ -119,7 +119,7 @@ def read(built, code: list[str]) -> dict:
     return dict(
         loads=widths["ld"], stores=widths["st"], copies=copies, local=[line for line in code if re.search(r"\b(LDL|STL)\b", line)],
         tensor=re.findall(r"\b(HMMA|HGMMA|UTCHMMA)\b", " ".join(code)),
-        stack=int(stack), registers=int(registers), instructions=len(code), shared=built.metadata.shared,
+        stack=int(stack), registers=int(registers), instructions=len(code), shared=built.metadata.shared, hash=built.hash,
     )  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def together(kernels: list[dict]) -> dict:
     """What is in the kernels of one launch."""
     whole = {key: [held for one in kernels for held in one[key]] for key in ("loads", "stores", "copies", "local", "tensor")}
     whole |= {key: max(one[key] for one in kernels) for key in ("stack", "registers", "instructions", "shared")}
-    return whole | dict(kernels=len(kernels))
+    return whole | dict(kernels=len(kernels), hashes=[one["hash"] for one in kernels])
 
 
 def operations(code: list[str]) -> list[str]:

@@ -125,6 +125,16 @@ TINY = {
     "obs one weight": "obs(torch.empty(1, 1), torch.empty(1, 1), None, 1, 2)",
     "mask_rows one of a long row": "mask_rows(torch.empty(1, 20000).double(), 1)",
 }
+# Launches that differ from one of that name in a number that no address hangs on: they are not compiled anew.
+ALIKE = {
+    "obs 2:4": f"obs({BLOCK}, {UPPER}, None, 0, 4)",
+    "mask_nm 2:4 bf16": "mask_nm(dense(bf16), 1, 4)",
+    "mask_rows bf16": "mask_rows(dense(bf16), 2047)",
+    "mask_rows fp32, a long row": "mask_rows(torch.empty(1, 524288), 1)",
+    "expand24 without the last columns": "expand24(dense(bf16, 2048)[:4095], dense(torch.uint8, 512)[:4095], 4080)",
+    "expand_fragments bf16": "expand_fragments(torch.empty(256, 64, 2, 32, 8).to(bf16), words(256, 16), 4095, 4096)",
+    "validate24 bf16, half a byte": "validate24(dense(bf16, 2048)[:4095], dense(torch.uint8, 512)[:4095], 4089)",
+}
 
 
 def on(*groups):
@@ -133,13 +143,14 @@ def on(*groups):
 
 
 CASES = on(STREAMING, WRITING, FRAGMENTS, ENDING, UNEVEN, LONG, OBS, OBS_UNEVEN) + [(name, 90) for name in TINY]
+CASES += [(f"like {name}", 90) for name in ALIKE]
 
 
 @pytest.fixture(scope="module")
 def children(tmp_path_factory):
     """What two processes that share nothing with this one compiled, every other case each."""
     calls = STREAMING | WRITING | FRAGMENTS | ENDING | LONG | OBS | OBS_UNEVEN | TINY
-    calls = calls | {name: call for name, (call, _) in UNEVEN.items()}
+    calls = calls | {name: call for name, (call, _) in UNEVEN.items()} | {f"like {name}": call for name, call in ALIKE.items()}
     folder = tmp_path_factory.mktemp("triton")
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder)}
     command = [sys.executable, Path(__file__).with_name("ahead_of_time.py")]
@@ -174,8 +185,13 @@ def test_the_child_finds_what_it_looks_for(compiled):
     # Were the patterns that read PTX and SASS wrong, the tests below would pass on nothing.
     assert set(compiled) == set(CASES)
     for (name, _), result in compiled.items():
-        assert result["loads"] and (result["stores"] or name.startswith("validate24"))
+        assert result["loads"] and (result["stores"] or "validate24" in name)
         assert result["instructions"] > 50 and result["registers"] > 8
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_a_number_that_no_address_hangs_on_compiles_nothing_anew(compiled, name):
+    assert compiled[f"like {name}", 90]["hashes"] == compiled[name, 90]["hashes"]
 
 
 @pytest.mark.parametrize("name, arch", on(STREAMING))

@@ -57,11 +57,11 @@ def test_blocks_of_a_wider_weight_and_batches():
         checked(wide.clone()[0, :, block], upper[0, block, block], (wide > 0)[0, :, block])
 
 
-@pytest.mark.parametrize("twenty", range(10))  # each m is a kernel of its own to compile
+@pytest.mark.parametrize("twenty", range(10))
 def test_two_hundred_random_shapes(twenty):
     chance = random.Random(twenty)
     for i in range(20 * twenty, 20 * twenty + 20):
-        m = chance.randint(1, 32)
+        m = chance.choice([1, 2, 3, 4, 7, 8, 16, 31, 32])  # each is compiled anew
         batch = chance.choice([None, None, chance.randint(1, 4)])
         w, upper = problem(chance.randint(1, 200), chance.randint(1, 160), "cuda", batch, seed=i)
         checked(w, upper, *((w > 0, 0, 0, False) if i % 4 == 0 else (None, chance.randint(0, m), m, i % 4 == 1)))
