@@ -43,6 +43,9 @@ cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
                : cudaErrorInvalidValue;
 }
 cudaError_t cudaFuncSetAttribute(const void *, cudaFuncAttribute, int) { return cudaSuccess; }
+cudaError_t cudaOccupancyMaxActiveClusters(int *count, const void *, const cudaLaunchConfig_t *) {
+    return *count = 1, cudaSuccess;
+}
 cudaError_t cudaGetDriverEntryPointByVersion(const char *, void **function, unsigned, unsigned long long,
                                              cudaDriverEntryPointQueryResult *) {
     const decltype(&cuTensorMapEncodeTiled) encode = accept;

@@ -31,7 +31,7 @@ CUDA = Path(__file__).resolve().parents[1] / "csrc/cuda"
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("80", "90a", "120")  # Ampere, Hopper, consumer Blackwell; by the names of the files, as setup.py has it
 KERNELS = {DECODE: ARCHITECTURES, MMA_SP: ARCHITECTURES, HOPPER: ("90a",)}
-ALL_HOPPER_TILES = range(1, 9)  # csrc/launch.h; those of the shared form are measured only by hand
+ALL_HOPPER_TILES = range(1, 11)  # csrc/launch.h; those of the shared form are measured only by hand
 _DTYPES = {1: "half", 2: "bfloat16"}  # csrc/launch.h
 
 _REGISTERS = 65536  # a multiprocessor's; a warp's come in 256, so a thread's in eights

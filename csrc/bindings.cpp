@@ -314,7 +314,7 @@ bool linear24_sm90a(Ptr x, Ptr values, Ptr meta, Ptr bias, Ptr y, Ptr workspace,
     const char *op = "linear24_sm90a";
     check_linear24(op, x, values, meta, y, m, n, k, ldx, activation, INT_MAX);
     check_range(op, "dtype", dtype, sparsekit::kFloat16, sparsekit::kBFloat16);
-    check_range(op, "tile", tile, 0, 8);
+    check_range(op, "tile", tile, 0, 10);
     check_range(op, "split", split, 0, INT_MAX);
     check_range(op, "device", device, 0, INT_MAX);
     const DeviceGuard guard(device, op);

@@ -90,12 +90,13 @@ cudaError_t launch_linear24_decode_sm80(const void *x, const void *values, const
                                         int tile, int split, cudaStream_t stream);
 int64_t linear24_decode_workspace(int m, int n, int k, int tile, int split);
 
-// The same for sm_90a, from fragment order (sparsekit/format.py); values of tiles 6 to 8 are canonical. Tiles 1 to 8
-// are 128x64, 128x128, 256x128, 128x256, 192x192 (features x tokens; w through registers) and 256x128, 128x256, 192x256
-// (w through shared memory). split: parts of the columns, for other blocks (1 in tiles of 192 features); 0 is
-// linear24_sm90a_plan's choice, not yet measured: the largest of the first three tiles that gives almost every
-// multiprocessor a block, and parts where none does. workspace as above. cudaErrorNotSupported where TMA cannot take x
-// (or the canonical values): rows and address must be multiples of 16 bytes.
+// The same for sm_90a, from fragment order (sparsekit/format.py); values of tiles 8 to 10 are canonical. Tiles 1 to 10
+// are 128x64, 128x128, 256x128, 128x256, 192x192 (features x tokens), 256x128 and 128x256 in clusters of four (w
+// through registers), and 256x128, 128x256, 192x256 (w through shared memory). split: parts of the columns, for other
+// blocks (1 in tiles of 192 features); 0 is linear24_sm90a_plan's choice, not yet measured: the largest of the first
+// three tiles that gives almost every multiprocessor a block, and parts where none does. workspace as above.
+// cudaErrorNotSupported where TMA cannot take x (or the canonical values): rows and address must be multiples of 16
+// bytes.
 struct Linear24Plan {
     int tile, split;
 };

@@ -2,13 +2,14 @@
 // Hopper's wgmma.sp, whose sparse operand is its first: a block computes a piece of y transposed, w is A (features
 // down), x is B (tokens across).
 //
-// Two blocks of TILE_N features x TILE_M tokens form a cluster along the features. In each, one thread of the last
-// warpgroup loads x, half a token tile a block, by TMA into both (64 columns a stage, 128-byte swizzle, a ring of
+// Two or four blocks of TILE_N features x TILE_M tokens form a cluster along the features. In each, one thread of the
+// last warpgroup loads x, its share of a token tile, by TMA into all (64 columns a stage, 128-byte swizzle, a ring of
 // stages with a full and an empty mbarrier each); the other warpgroups multiply, 64 features x TILE_M tokens, or two
-// such pieces, each. Blocks are persistent: while the consumers write a tile out, the producer fills the ring for the
-// next, and where registers suffice the first of w for the next are on their way too. Where tiles are too few for the
-// multiprocessors, other clusters take other parts of k (split.cuh); the order of every sum is fixed, so the same
-// inputs give the same bits.
+// such pieces, each. Four halve what L2 gives of x once more, but need four free multiprocessors of one GPC, whose
+// number there (16 or 18) may leave two idle. Blocks are persistent: while the consumers write a tile out, the producer
+// fills the ring for the next, and where registers suffice the first of w for the next are on their way too. Where
+// tiles are too few for the multiprocessors, other clusters take other parts of k (split.cuh); the order of every sum
+// is fixed, so the same inputs give the same bits.
 //   Register form: w's fragments and metadata go straight from global memory to registers, into a ring of four steps of
 //     64 columns. Warp w of a warpgroup takes row tile 4 t + w.
 //   Shared form: w's values come by TMA beside x (canonical order, 64-byte swizzle), metadata as above. It is there to
@@ -29,13 +30,14 @@
 //
 // A step keeps one wgmma group in flight: wait for x, fence, multiply, commit, wait for the group before, release its
 // stage, refill its registers. In any other order, or with a branch between the loads and the next wait, ptxas drains
-// every wgmma (C7513); tests/test_cuda_hopper.py reads the machine code.
+// every wgmma (C7513); tests/test_cuda_hopper_sass.py reads the machine code.
 //
 // Floors. Operations: 128 clocks an m64n256k32, so 2 m n k over twice the dense rate. Bytes: 9/8 n k (w) + 2 m k (x) +
 // 2 m n (y) over copy bandwidth. At the first floor, reading x takes the whole of shared memory's 128 bytes a clock; if
 // writing x (and in the shared form reading and writing w) comes on top, and L2 gives 34.6 bytes a clock, the share of
 // the sparse peak is at most
 //   register form   256 x 128: 80 %, L2 67 %   128 x 256: 67 %, L2 69 %   192 x 192: 75 %, L2 76 %
+//     four blocks   256 x 128: 80 %, L2 79 %   128 x 256: 67 %, L2 100 %
 //   shared form     256 x 128: 55 %, L2 67 %   128 x 256: 56 %, L2 69 %   192 x 256: 60 %, L2 88 %
 // Parts of k, for m = 65 .. 256 and narrow w. A block has three steps of w in flight, 27 KiB, so at 0.8 us from memory
 // it reads 34 bytes/ns: 4.2 ns a column for 128 features. At n = 1024, k = 4096, m = 128 that is 17 us on 8 of 132 SMs,
@@ -49,12 +51,12 @@
 #include "split.cuh"
 #include "tiles.cuh"
 #include "wgmma.cuh"
+#include <atomic>
 #include <climits>
 
 namespace sparsekit {
 namespace {
 
-constexpr int kCluster = 2; // blocks along the features
 constexpr int kSliceK = 64; // columns a step: a 128-byte row of x, one metadata word a lane
 constexpr int kRasterM = 8; // token tiles that share a pass over w, for L2
 constexpr int kMostParts = 64;
@@ -77,7 +79,7 @@ template <typename T> struct Linear24 {
     bool y_aligned; // every row starts at a multiple of 8 bytes and n is a multiple of 4
 };
 
-template <int TILE_N, int TILE_M, bool REGISTER_FORM> struct Tile {
+template <int TILE_N, int TILE_M, int CLUSTER, bool REGISTER_FORM> struct Tile {
     static constexpr int groups = TILE_N == 192 ? 3 : 2; // consumer warpgroups
     static constexpr int mmas = TILE_N / 64 / groups;    // pieces of 64 features a warpgroup
     static constexpr int threads = (groups + 1) * 128;   // the last warpgroup loads
@@ -103,7 +105,7 @@ template <int TILE_N, int TILE_M, bool REGISTER_FORM> struct Tile {
     static constexpr int given = 65536 / threads / 8 * 8;
     static constexpr int consumer_registers = groups == 3 ? 160 : 232, producer_registers = groups == 3 ? 32 : 40;
     static_assert(groups * consumer_registers + producer_registers <= (groups + 1) * given, "the pool has no more");
-    static_assert(mmas * groups * 64 == TILE_N && x_bytes / 2 % 1024 == 0 && stage_bytes % 1024 == 0,
+    static_assert(mmas * groups * 64 == TILE_N && x_bytes / CLUSTER % 1024 == 0 && stage_bytes % 1024 == 0,
                   "a piece of a stage breaks the swizzle's period");
     static_assert(shared_bytes <= 227 * 1024, "a block has 227 KiB of shared memory");
 };
@@ -128,32 +130,32 @@ template <int STAGES> struct Position {
     }
 };
 
-// A cluster's tiles are units blockIdx.x / kCluster, then + gridDim.x / kCluster, to the end: the first part of k of
-// all tiles, then the next. They walk the token tiles of a raster group first: neighbours read the same rows of w.
-template <int TILE_N, int TILE_M, typename T> __device__ __forceinline__ int units(const Linear24<T> &p) {
-    return ceil_div(p.n, kCluster * TILE_N) * ceil_div(p.m, TILE_M) * p.split;
+// A cluster's tiles are units blockIdx.x / CLUSTER, then + gridDim.x / CLUSTER, to the end: the first part of k of all
+// tiles, then the next. They walk the token tiles of a raster group first: neighbours read the same rows of w.
+template <int TILE_N, int TILE_M, int CLUSTER, typename T> __device__ __forceinline__ int units(const Linear24<T> &p) {
+    return ceil_div(p.n, CLUSTER * TILE_N) * ceil_div(p.m, TILE_M) * p.split;
 }
 
 struct Place {
     int m0, n0;            // the block's first token and feature
     int part, first, last; // of k: which part, and its blocks of 256 columns
 };
-template <int TILE_N, int TILE_M, typename T>
+template <int TILE_N, int TILE_M, int CLUSTER, typename T>
 __device__ __forceinline__ Place place(const Linear24<T> &p, int unit, int rank) {
-    const int pairs = ceil_div(p.n, kCluster * TILE_N), tiles_m = ceil_div(p.m, TILE_M), blocks = ceil_div(p.k, 256);
+    const int across = ceil_div(p.n, CLUSTER * TILE_N), tiles_m = ceil_div(p.m, TILE_M), blocks = ceil_div(p.k, 256);
     int part = 0, tile = unit;
     if constexpr (splits(TILE_N))
-        part = unit / (pairs * tiles_m), tile = unit % (pairs * tiles_m);
-    const int group = tile / (kRasterM * pairs), in_group = tile % (kRasterM * pairs);
+        part = unit / (across * tiles_m), tile = unit % (across * tiles_m);
+    const int group = tile / (kRasterM * across), in_group = tile % (kRasterM * across);
     const int group_m = min(kRasterM, tiles_m - group * kRasterM);
-    return {(group * kRasterM + in_group % group_m) * TILE_M, (in_group / group_m * kCluster + rank) * TILE_N, part,
+    return {(group * kRasterM + in_group % group_m) * TILE_M, (in_group / group_m * CLUSTER + rank) * TILE_N, part,
             splits(TILE_N) ? blocks * part / p.split : 0, splits(TILE_N) ? blocks * (part + 1) / p.split : blocks};
 }
 
-template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
-__global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads), 1)
+template <typename T, int TILE_N, int TILE_M, int CLUSTER, bool REGISTER_FORM>
+__global__ void __launch_bounds__((Tile<TILE_N, TILE_M, CLUSTER, REGISTER_FORM>::threads), 1)
     linear24_sm90a(const __grid_constant__ Linear24<T> p) {
-    using S = Tile<TILE_N, TILE_M, REGISTER_FORM>;
+    using S = Tile<TILE_N, TILE_M, CLUSTER, REGISTER_FORM>;
     char *shared = ptx::dynamic_shared_memory();
     uint64_t *full = reinterpret_cast<uint64_t *>(shared + S::barriers_offset), *empty = full + S::stages;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -163,7 +165,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
     if (threadIdx.x == 0) {
         for (int i = 0; i < S::stages; ++i) {
             ptx::mbarrier_init(full + i, 1);
-            ptx::mbarrier_init(empty + i, kCluster * S::groups * 4); // a lane a consumer warp of the cluster
+            ptx::mbarrier_init(empty + i, CLUSTER * S::groups * 4); // a lane a consumer warp of the cluster
         }
         ptx::fence_mbarrier_init();
     }
@@ -175,21 +177,21 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
     }
     ptx::cluster_wait();
 
-    const int stride = gridDim.x / kCluster;
-    int unit = blockIdx.x / kCluster;
+    const int stride = gridDim.x / CLUSTER;
+    int unit = blockIdx.x / CLUSTER;
     Position<S::stages> at;
     if (warp >= S::groups * 4) {
         ptx::release_registers<S::producer_registers>();
         if (warp == S::groups * 4 && lane == 0)
-            for (; unit < units<TILE_N, TILE_M>(p); unit += stride) {
-                const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
+            for (; unit < units<TILE_N, TILE_M, CLUSTER>(p); unit += stride) {
+                const Place tile = place<TILE_N, TILE_M, CLUSTER>(p, unit, rank);
 #pragma unroll 1
                 for (int step = tile.first * 4; step < tile.last * 4; ++step, at.advance()) {
                     char *stage = shared + at.stage * S::stage_bytes;
                     ptx::mbarrier_wait(empty + at.stage, at.parity ^ 1);
                     ptx::mbarrier_arrive_expect(full + at.stage, S::stage_bytes);
-                    ptx::tma_load_multicast(stage + rank * (S::x_bytes / kCluster), &p.x_map, step * kSliceK,
-                                            tile.m0 + rank * (TILE_M / kCluster), full + at.stage, (1 << kCluster) - 1);
+                    ptx::tma_load_multicast(stage + rank * (S::x_bytes / CLUSTER), &p.x_map, step * kSliceK,
+                                            tile.m0 + rank * (TILE_M / CLUSTER), full + at.stage, (1 << CLUSTER) - 1);
                     if constexpr (!REGISTER_FORM)
                         ptx::tma_load(stage + S::x_bytes, &p.values_map, step * (kSliceK / 2), tile.n0,
                                       full + at.stage);
@@ -198,7 +200,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
     } else {
         ptx::take_registers<S::consumer_registers>();
         const int group = warp / 4;
-        const uint32_t release = ptx::map_to_rank(empty, lane % kCluster);
+        const uint32_t release = ptx::map_to_rank(empty, lane % CLUSTER);
         const int row_tiles = ceil_div(p.n, 16);
         float *staging = reinterpret_cast<float *>(shared + S::sums_offset) + group * kChunkM * S::sums_row;
 
@@ -228,7 +230,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
             }
         };
         auto start = [&](int unit) { // the first loads of a tile
-            const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
+            const Place tile = place<TILE_N, TILE_M, CLUSTER>(p, unit, rank);
             const int row_tile = tile.n0 / 16 + group * S::mmas * 4 + warp % 4;
 #pragma unroll
             for (int i = 0; i < S::mmas; ++i) {
@@ -244,9 +246,9 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                     load_values(a[slot], slot);
         };
 
-        if (S::early && unit < units<TILE_N, TILE_M>(p))
+        if (S::early && unit < units<TILE_N, TILE_M, CLUSTER>(p))
             start(unit);
-        for (; unit < units<TILE_N, TILE_M>(p); unit += stride) {
+        for (; unit < units<TILE_N, TILE_M, CLUSTER>(p); unit += stride) {
             if (!S::early)
                 start(unit);
             float sums[S::mmas][S::halves][S::tokens / 2];
@@ -258,7 +260,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
             int former = 0;
             int rounds = blocks_k256;
             if constexpr (splits(TILE_N)) {
-                const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
+                const Place tile = place<TILE_N, TILE_M, CLUSTER>(p, unit, rank);
                 rounds = tile.last - tile.first;
             }
 #pragma unroll 1
@@ -285,7 +287,7 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                     ptx::wgmma_commit();
                     ptx::wgmma_wait<1>();
                     // The step before is done: its stage and its registers are free.
-                    if ((step > 0 || block > 0) && lane < kCluster)
+                    if ((step > 0 || block > 0) && lane < CLUSTER)
                         ptx::mbarrier_arrive_cluster(release + former * 8);
                     if constexpr (REGISTER_FORM)
                         load_values(a[(step + S::ring - 1) % S::ring], step - 1 + S::ring);
@@ -302,14 +304,14 @@ __global__ void __launch_bounds__((Tile<TILE_N, TILE_M, REGISTER_FORM>::threads)
                 left -= 4;
             }
             ptx::wgmma_wait<0>();
-            if (rounds > 0 && lane < kCluster)
+            if (rounds > 0 && lane < CLUSTER)
                 ptx::mbarrier_arrive_cluster(release + former * 8);
-            if (S::early && unit + stride < units<TILE_N, TILE_M>(p))
+            if (S::early && unit + stride < units<TILE_N, TILE_M, CLUSTER>(p))
                 start(unit + stride); // while this tile is written out
 
             // Through shared memory, where each lane's sums lie along tokens, so that rows of y are written along
             // features.
-            const Place tile = place<TILE_N, TILE_M>(p, unit, rank);
+            const Place tile = place<TILE_N, TILE_M, CLUSTER>(p, unit, rank);
             constexpr int chunks = TILE_M / kChunkM, chunks_half = chunks / S::halves;
 #pragma unroll 1
             for (int piece = 0; piece < S::mmas * chunks; ++piece) {
@@ -403,44 +405,65 @@ cudaError_t make_map(CUtensorMap *map, CUtensorMapDataType type, const void *dat
 struct Source {
     const void *x, *values;
     int64_t ldx;
-    int multiprocessors;
 };
 
-template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
+// Clusters of this kernel that the current device holds at once; asked once, as it takes some microseconds.
+template <typename S, typename Kernel> cudaError_t held_clusters(Kernel *kernel, int cluster, int *count) {
+    static std::atomic<int> known[64]; // by device
+    int device;
+    cudaError_t error = cudaGetDevice(&device);
+    if (error == cudaSuccess && device < 64)
+        *count = known[device];
+    if (error != cudaSuccess || (device < 64 && *count > 0))
+        return error;
+    error = count_clusters(kernel, cluster, S::threads, S::shared_bytes, count);
+    *count = max(*count, 1); // where none fits, the launch says so
+    if (error == cudaSuccess && device < 64)
+        known[device] = *count;
+    return error;
+}
+
+template <typename T, int TILE_N, int TILE_M, int CLUSTER, bool REGISTER_FORM>
 cudaError_t launch_tile(Linear24<T> &p, const Source &from, cudaStream_t stream) {
-    using S = Tile<TILE_N, TILE_M, REGISTER_FORM>;
-    const auto kernel = linear24_sm90a<T, TILE_N, TILE_M, REGISTER_FORM>;
+    using S = Tile<TILE_N, TILE_M, CLUSTER, REGISTER_FORM>;
+    const auto kernel = linear24_sm90a<T, TILE_N, TILE_M, CLUSTER, REGISTER_FORM>;
     constexpr auto type =
         std::is_same_v<T, __half> ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-    const int64_t units = static_cast<int64_t>(ceil_div(p.n, kCluster * TILE_N)) * ceil_div(p.m, TILE_M) * p.split;
+    const int64_t units = static_cast<int64_t>(ceil_div(p.n, CLUSTER * TILE_N)) * ceil_div(p.m, TILE_M) * p.split;
     if (units > INT_MAX / 2)
         return cudaErrorInvalidValue;
     cudaError_t error = cudaSuccess;
     if (p.k > 0)
-        error = make_map(&p.x_map, type, from.x, p.m, p.k, from.ldx * 2, TILE_M / kCluster, kSliceK);
+        error = make_map(&p.x_map, type, from.x, p.m, p.k, from.ldx * 2, TILE_M / CLUSTER, kSliceK);
     if (error == cudaSuccess && p.k > 0 && !REGISTER_FORM) {
         const int kept = ceil_div(p.k, 8) * 4;
         error = make_map(&p.values_map, type, from.values, p.n, kept, int64_t(kept) * 2, TILE_N, kSliceK / 2);
     }
     if (error != cudaSuccess)
         return error;
-    const int64_t clusters = min(units, int64_t(max(from.multiprocessors / kCluster, 1)));
-    error = launch_clusters(kernel, dim3(static_cast<unsigned>(clusters * kCluster)), kCluster, S::threads,
+    int held;
+    error = held_clusters<S>(kernel, CLUSTER, &held);
+    if (error != cudaSuccess)
+        return error;
+    const int64_t clusters = min(units, int64_t(held));
+    error = launch_clusters(kernel, dim3(static_cast<unsigned>(clusters * CLUSTER)), CLUSTER, S::threads,
                             S::shared_bytes, stream, p);
     return error != cudaSuccess || p.split == 1 ? error : launch_sum(p, p.split, stream);
 }
 
 // Tile 1, 2, .. of the launcher.
 template <typename T> struct Choice {
-    int features, tokens;
+    int features, tokens, cluster;
     cudaError_t (*launch)(Linear24<T> &, const Source &, cudaStream_t);
 };
-template <typename T, int TILE_N, int TILE_M, bool REGISTER_FORM>
-constexpr Choice<T> kChoice = {TILE_N, TILE_M, launch_tile<T, TILE_N, TILE_M, REGISTER_FORM>};
+template <typename T, int TILE_N, int TILE_M, int CLUSTER, bool REGISTER_FORM>
+constexpr Choice<T> kChoice = {TILE_N, TILE_M, CLUSTER, launch_tile<T, TILE_N, TILE_M, CLUSTER, REGISTER_FORM>};
 template <typename T>
-constexpr Choice<T> kTiles[] = {kChoice<T, 128, 64, true>,   kChoice<T, 128, 128, true>, kChoice<T, 256, 128, true>,
-                                kChoice<T, 128, 256, true>,  kChoice<T, 192, 192, true>, kChoice<T, 256, 128, false>,
-                                kChoice<T, 128, 256, false>, kChoice<T, 192, 256, false>};
+constexpr Choice<T> kTiles[] = {kChoice<T, 128, 64, 2, true>,   kChoice<T, 128, 128, 2, true>,
+                                kChoice<T, 256, 128, 2, true>,  kChoice<T, 128, 256, 2, true>,
+                                kChoice<T, 192, 192, 2, true>,  kChoice<T, 256, 128, 4, true>,
+                                kChoice<T, 128, 256, 4, true>,  kChoice<T, 256, 128, 2, false>,
+                                kChoice<T, 128, 256, 2, false>, kChoice<T, 192, 256, 2, false>};
 constexpr int kLastTile = sizeof kTiles<__half> / sizeof(Choice<__half>);
 
 bool in_range(int m, int n, int k, int tile, int split) {
@@ -454,7 +477,7 @@ bool in_range(int m, int n, int k, int tile, int split) {
 Linear24Plan linear24_sm90a_plan(int m, int n, int k, int tile, int split, int multiprocessors) {
     const auto blocks = [&](int tile) {
         const auto &size = kTiles<__half>[tile - 1];
-        return int64_t(ceil_div(n, kCluster * size.features)) * kCluster * ceil_div(m, size.tokens);
+        return int64_t(ceil_div(n, size.cluster * size.features)) * size.cluster * ceil_div(m, size.tokens);
     };
     const int chunks = max(1, ceil_div(k, 256)), most = multiprocessors, nearly = most - most / 8;
     if (tile == 0)
@@ -499,7 +522,7 @@ cudaError_t launch_linear24_sm90a(const void *x, const void *values, const void 
         p.parts = plan.split > 1 ? static_cast<float *>(workspace) : nullptr;
         p.m = m, p.n = n, p.k = k, p.split = plan.split, p.activation = activation;
         p.y_aligned = is_multiple(y, int64_t(n) * 2, 8);
-        return kTiles<T>[plan.tile - 1].launch(p, {x, values, ldx, multiprocessors}, stream);
+        return kTiles<T>[plan.tile - 1].launch(p, {x, values, ldx}, stream);
     };
     return dtype == kFloat16 ? run(__half()) : run(__nv_bfloat16());
 }

@@ -50,10 +50,10 @@ template <typename... P> cudaError_t allow_shared_memory(void (*kernel)(P...), S
                                 shared.most < held ? shared.most : held);
 }
 
-// Blocks in clusters of `cluster` along x; above 1, for sm_90 and later.
-template <typename... P>
-cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, SharedMemory shared,
-                            cudaStream_t stream, const P &...arguments) {
+// use(the configuration of a launch): blocks in clusters of `cluster` along x; above 1, for sm_90 and later.
+template <typename Kernel, typename Use>
+cudaError_t with_clusters(Kernel *kernel, dim3 grid, int cluster, int threads, SharedMemory shared, cudaStream_t stream,
+                          Use use) {
     cudaLaunchAttribute shape = {};
     shape.id = cudaLaunchAttributeClusterDimension;
     shape.val.clusterDim.x = cluster, shape.val.clusterDim.y = shape.val.clusterDim.z = 1;
@@ -65,10 +65,27 @@ cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int th
     config.attrs = &shape, config.numAttrs = cluster > 1;
     cudaError_t error = allow_shared_memory(kernel, shared);
     if (error == cudaSuccess)
-        error = cudaLaunchKernelEx(&config, kernel, arguments...);
+        error = use(config);
     if (error != cudaSuccess)
         cudaGetLastError(); // reported here, so not to be found by the next launch
     return error;
+}
+
+template <typename... P>
+cudaError_t launch_clusters(void (*kernel)(P...), dim3 grid, int cluster, int threads, SharedMemory shared,
+                            cudaStream_t stream, const P &...arguments) {
+    return with_clusters(kernel, grid, cluster, threads, shared, stream, [&](const cudaLaunchConfig_t &config) {
+        return cudaLaunchKernelEx(&config, kernel, arguments...);
+    });
+}
+
+// How many of its clusters the current device holds at once: fewer than multiprocessors / cluster where those of a GPC
+// are no multiple of it.
+template <typename Kernel>
+cudaError_t count_clusters(Kernel *kernel, int cluster, int threads, SharedMemory shared, int *count) {
+    return with_clusters(
+        kernel, dim3(cluster), cluster, threads, shared, nullptr,
+        [&](const cudaLaunchConfig_t &config) { return cudaOccupancyMaxActiveClusters(count, kernel, &config); });
 }
 
 template <typename... P>

@@ -20,7 +20,7 @@ DECODE, HOPPER, MMA_SP, SPARSE_CPU = "linear24_decode_sm80", "linear24_sm90a", "
 DECODE_TOKENS = 64  # the most that the decode kernel takes
 # What csrc/launch.h offers of tiles and splits. The decode kernel's tiles are rows of the weight, by the most tokens they are for.
 DECODE_TILES, DECODE_SPLITS = {16: (16, 32, 64, 128), 32: (32, 64, 128, 256), 64: (64, 128, 256)}, (1, 2, 4, 8)
-HOPPER_TILES, MMA_SP_TILES = range(1, 6), range(1, 5)
+HOPPER_TILES, MMA_SP_TILES = range(1, 8), range(1, 5)
 # Up to so many tokens the first tiles can leave multiprocessors idle, so that parts of k are worth measuring.
 HOPPER_SPLIT_TOKENS, HOPPER_SPLIT_TILES, HOPPER_SPLITS = 256, range(1, 4), (1, 2, 4, 8, 16)
 _DTYPE_NAME = {dtype: str(dtype).removeprefix("torch.") for dtype in LINEAR_DTYPES}  # in the rows of tune.py

@@ -123,7 +123,8 @@ template <typename... P> cudaError_t cudaFuncSetAttribute(void (*kernel)(P...), 
     return fresh || place->second == limit ? cudaSuccess : cudaErrorInvalidValue;
 }
 
-inline cudaError_t cudaGetDevice(int *device) { return *device = 0, cudaSuccess; }
+// A device of its own for each number of multiprocessors: a launcher may remember what it was told of a device.
+inline cudaError_t cudaGetDevice(int *device) { return *device = emulator::multiprocessors, cudaSuccess; }
 inline cudaError_t cudaDeviceGetAttribute(int *value, cudaDeviceAttr attribute, int) {
     *value = attribute == cudaDevAttrMultiProcessorCount ? emulator::multiprocessors : int(emulator::kSharedLimit);
     return cudaSuccess;

@@ -75,6 +75,12 @@ inline cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **fun
     return cudaSuccess;
 }
 
+template <typename... P>
+cudaError_t cudaOccupancyMaxActiveClusters(int *count, void (*)(P...), const cudaLaunchConfig_t *config) {
+    const int cluster = static_cast<int>(config->attrs[0].val.clusterDim.x);
+    return *count = emulator::multiprocessors / cluster, cudaSuccess;
+}
+
 // ---- what the machine's cluster holds besides threads and memory
 
 namespace emulator {
