@@ -116,12 +116,13 @@ SHAPES = {
     "two words and a short one": (2, 37, 76),
     "all of a dot tile": (4, 16, 64),
     "dot tile and its rest, rows of w short of four": (7, 19, 40),
-    "first panel of AVX2": (12, 33, 96),
+    "last dot of AVX2": (5, 33, 96),
+    "first panel of AVX2, past a slice of it": (6, 33, 1064),
     "past one vector of rows": (17, 20, 32),
     "last dot of AVX-512": (48, 21, 160),
     "first panel of AVX-512": (49, 21, 160),
     "two blocks of rows": (130, 40, 72),
-    "past the words packed at a time": (60, 18, 1064),
+    "past a slice of the widest panel": (60, 18, 1064),
     "several tasks of rows of w": (50, 700, 48),
     "past a group of blocks": (530, 18, 40),
 }
@@ -147,7 +148,7 @@ def test_every_number_of_rows(isa, m):
     check(linear24(x, values, meta, 40), x, dense)
 
 
-@pytest.mark.parametrize("m", [1, 5, 13, 66], ids=["dot", "dot or panel", "panel of AVX2", "panel"])
+@pytest.mark.parametrize("m", [1, 7, 13, 66], ids=["dot", "first panel of AVX2", "second panel of AVX2", "panel"])
 @pytest.mark.parametrize("k", [*range(1, 18), 31, 33, 63, 65, 519, 521], ids=str)
 def test_tail_columns(isa, m, k):
     values, meta, dense = weight(5, k, torch.bfloat16)
@@ -155,7 +156,7 @@ def test_tail_columns(isa, m, k):
     check(linear24(x, values, meta, k), x, dense)
 
 
-@pytest.mark.parametrize("m", [1, 3, 66], ids=["dot", "dot of several rows", "panel"])
+@pytest.mark.parametrize("m", [1, 3, 8, 20, 44, 66], ids=["dot", "dot of several rows", *["a panel"] * 4])
 def test_each_pair_of_columns_in_each_group(isa, m):
     """Exact: small integers, every pair of kept columns at every place of a word, alone in its row."""
     k = 64
@@ -169,6 +170,21 @@ def test_each_pair_of_columns_in_each_group(isa, m):
         dense[row, 4 * group + first], dense[row, 4 * group + second] = 1, 3
     x = torch.arange(m * k).float().reshape(m, k)
     assert torch.equal(linear24(x, values, meta, k), x @ dense.T)
+
+
+@pytest.mark.parametrize("m", [1, 6, 66], ids=["dot", "dot or panel", "panel"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_every_16_bit_weight_is_itself(isa, dtype, m):
+    """Every 16-bit number, subnormals and infinities among them, as a weight at each of the four places of a byte of metadata."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).reshape(-1, 4)
+    meta = torch.full((len(numbers), 1), 0x4E, dtype=torch.uint8)
+    for place, column in enumerate((2, 3, 4, 5)):
+        x = torch.zeros(m, 8)
+        x[:, column] = 1
+        values = torch.zeros_like(numbers)
+        values[:, place] = numbers[:, place]
+        y, truth = linear24(x, values, meta, 8), numbers[:, place].float()
+        assert torch.equal(y.nan_to_num(7, 8, 9), truth.nan_to_num(7, 8, 9).expand(m, -1))
 
 
 @pytest.mark.parametrize("m, n", [(0, 5), (5, 0), (0, 0)])

@@ -24,7 +24,7 @@ struct Portable {
         return {to_float(p[0]), to_float(p[1]), to_float(p[2]), to_float(p[3])};
     }
     static void store(float *p, F a) { std::memcpy(p, a.v, sizeof a.v); }
-    static F load_four(const float *p) { return load(p); }
+    template <class T> static F load_four(const T *p) { return load(p); }
     template <int lane> static F spread(F four) { return {four.v[lane], four.v[lane], four.v[lane], four.v[lane]}; }
     static F add(F a, F b) { return {a.v[0] + b.v[0], a.v[1] + b.v[1], a.v[2] + b.v[2], a.v[3] + b.v[3]}; }
     static F fma(F a, F b, F c) {

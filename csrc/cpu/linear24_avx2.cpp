@@ -9,7 +9,7 @@ namespace {
 struct Avx2 {
     using F = __m256;
     using Choice = __m256i;
-    static constexpr int kLanes = 8, kDotBlock = 4, kPanelRows = 12;
+    static constexpr int kLanes = 8, kDotBlock = 4, kPanelRows = 6; // on a Zen 3
 
     static F zero() { return _mm256_setzero_ps(); }
     static F load(const float *p) { return _mm256_loadu_ps(p); }
@@ -20,6 +20,12 @@ struct Avx2 {
     }
     static void store(float *p, F a) { _mm256_storeu_ps(p, a); }
     static F load_four(const float *p) { return _mm256_broadcast_ps(reinterpret_cast<const __m128 *>(p)); }
+    static F load_four(const Half *p) { return _mm256_cvtph_ps(_mm_set1_epi64x(eight_bytes(p))); }
+    static F load_four(const BFloat16 *p) { // to the upper halves of the lanes
+        const __m256i from =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(-1, -1, 0, 1, -1, -1, 2, 3, -1, -1, 4, 5, -1, -1, 6, 7));
+        return _mm256_castsi256_ps(_mm256_shuffle_epi8(_mm256_set1_epi64x(eight_bytes(p)), from));
+    }
     template <int lane> static F spread(F four) { return _mm256_permute_ps(four, 0x55 * lane); }
     static F add(F a, F b) { return _mm256_add_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }

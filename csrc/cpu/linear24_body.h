@@ -8,19 +8,21 @@
 //
 // panel (many rows of x): lanes are rows of x. x is turned over once, to fp32 [k, rows], so that a kept value costs MB
 // multiply-adds on the column that its two bits of metadata name: half the arithmetic of the dense product. A task owns
-// a block of rows of w times some blocks of rows of x. Bound by loads from the first-level cache: one a multiply-add.
+// a block of rows of w times some blocks of rows of x, and goes over w where it lies, a slice of its columns at a time.
+// Bound by loads from the first-level cache: one a multiply-add.
 //
 // An element of y is summed in one task and in one order, whatever the number of threads.
 //
-// Isa provides F, kLanes floats wide, with zero, load (float, Half, BFloat16), store, add, fma and sum; load_four and
-// spread<lane>, to fill a vector with one of four floats; Choice, decode and pick to select activations, and arrange,
-// the order in which pick wants a word of x; kDotBlock, the rows of w of a dot tile; kPanelRows, the rows of x from
-// which panel is faster than dot, as measured on an Ice Lake server. Unnamed namespace: see epilogue.h.
+// Isa provides F, kLanes floats wide, with zero, load (float, Half, BFloat16), store, add, fma and sum; load_four (of
+// the same) and spread<lane>, to fill a vector with one of four numbers; Choice, decode and pick to select activations,
+// and arrange, the order in which pick wants a word of x; kDotBlock, the rows of w of a dot tile; kPanelRows, the rows
+// of x from which panel is faster than dot, as measured. Unnamed namespace: see epilogue.h.
 #pragma once
 #include "epilogue.h"
 #include "sizes.h"
 #include "threads.h"
 
+#include <new>
 #include <type_traits>
 #include <utility>
 
@@ -40,6 +42,12 @@ template <int N, class Body> inline void unroll(const Body &body) {
 // Bits 2j, 2j + 1 are the column, within its group of four, of the j-th kept value.
 inline uint32_t load_meta(const uint8_t *p) {
     return p[0] | uint32_t{p[1]} << 8 | uint32_t{p[2]} << 16 | uint32_t{p[3]} << 24;
+}
+
+inline int64_t eight_bytes(const void *p) {
+    int64_t bits;
+    std::memcpy(&bits, p, sizeof bits);
+    return bits;
 }
 
 // w by rows and words; the last word of a row is short where k is not a multiple of 32.
@@ -187,46 +195,54 @@ template <class Isa, class T, class W> void dot(const Linear24 &p, int threads) 
 // ---- panel ----
 
 constexpr int kMaxBlock = 8;     // vectors of rows of x in a block
-constexpr int kPackWords = 16;   // words of w converted at a time
-constexpr int kGroup = 4;        // blocks of rows of x that share converted words of w, at most
+constexpr int kGroup = 4;        // blocks of rows of x that share a slice of w, at most
 constexpr int kRowBlock = 256;   // rows of w in a task, at most
 constexpr int kTaskSums = 65536; // floats: 256 KB
-constexpr int kAhead = 8;        // rows of w between a prefetch and its use
 constexpr int kPadding = 16;     // floats between rows of sums: a column of them must not fall on one line of the cache
+constexpr int kSlice = 32768;    // bytes of a panel that w passes by: those of a first-level cache
+constexpr int kAhead = 4;        // rows of w between a prefetch and its use
 
 constexpr int power_of_two(int v) { return v <= 1 ? 1 : 2 * power_of_two((v + 1) / 2); }
 
 // Rows of a panel of x are a power of two of bytes apart, so that metadata bits become an offset by a shift and a mask.
 template <class Isa> constexpr int panel_stride(int block) { return power_of_two(block) * Isa::kLanes; }
 
-// Words of a panel that stay in a first-level cache: 32 KB.
-template <class Isa> constexpr int slice_words(int block) {
-    return static_cast<int>(min(kPackWords, 32768 / (kColumns * 4 * panel_stride<Isa>(block))));
+// Words of w that meet a slice of a panel of `block` vectors.
+template <class Isa> constexpr int64_t slice_words(int block) {
+    return max(1, kSlice / (kColumns * 4 * panel_stride<Isa>(block)));
 }
 
-// sums[rows, MB vectors (and padding)] += a slice [rows, words] of w, as pack leaves it, times a panel [words * 32,
-// stride] of x.
-template <class Isa, int MB>
-[[gnu::flatten]] void panel_slice(const float *panel, const float *values, const uint32_t *meta, int64_t words,
-                                  int64_t pitch, int64_t rows, float *sums) {
+// Words of rows of w.
+template <class W> struct Rows {
+    const W *values;
+    const uint8_t *meta;
+    int64_t row_values, row_meta, words;
+};
+
+// sums[rows, MB vectors], rows `pitch` apart, += words of rows of w times [words * 32, stride] of a panel of x.
+template <class Isa, class W, int MB>
+[[gnu::flatten]] void panel_slice(const float *panel, Rows<W> w, int64_t rows, float *sums, int64_t pitch) {
     constexpr int L = Isa::kLanes, stride = panel_stride<Isa>(MB);
     // Few sums are kept several times over: a multiply-add takes four cycles and two can start in each.
-    constexpr int copies = MB >= 5 ? 1 : MB >= 3 ? 2 : MB == 2 ? 4 : 8;
-    for (int64_t row = 0; row < rows; ++row, values += pitch * kKept, meta += pitch, sums += MB * L + kPadding) {
+    constexpr int copies = MB >= 7 ? 1 : MB >= 4 ? 2 : MB == 3 ? 3 : MB == 2 ? 4 : 8;
+    for (int64_t row = 0; row < rows; ++row, w.values += w.row_values, w.meta += w.row_meta, sums += pitch) {
         typename Isa::F acc[copies][MB];
-        unroll<MB>([&](auto i) {
-            __builtin_prefetch(sums + (2 * MB + i) * L + 2 * kPadding);
-            acc[0][i] = Isa::load(sums + i * L);
-        });
+        unroll<MB>([&](auto i) { acc[0][i] = Isa::load(sums + i * L); });
         unroll<(copies - 1) * MB>([&](auto i) { acc[1 + i / MB][i % MB] = Isa::zero(); });
-        for (int64_t word = 0; word < words; ++word) {
-            const uint32_t bits = meta[word];
+        const float *columns = panel;
+        const W *values = w.values;
+        const uint8_t *meta = w.meta;
+        // The hardware does not follow from row to row.
+        __builtin_prefetch(meta + kAhead * w.row_meta);
+        for (int64_t word = 0; word < w.words; ++word, columns += kColumns * stride, values += kKept, meta += 4) {
+            __builtin_prefetch(values + kAhead * w.row_values);
+            const uint32_t bits = load_meta(meta);
             unroll<kKept / 4>([&](auto quarter) {
                 // A load for four weights: loads are what is short here, and shuffles are not.
-                const auto four = Isa::load_four(values + word * kKept + 4 * quarter);
+                const auto four = Isa::load_four(values + 4 * quarter);
                 unroll<4>([&](auto lane) {
                     constexpr int j = 4 * quarter + lane;
-                    const float *column = panel + (word * kColumns + j / 2 * 4 + (bits >> 2 * j & 3)) * stride;
+                    const float *column = columns + (j / 2 * 4 + (bits >> 2 * j & 3)) * stride;
                     const auto weight = Isa::template spread<lane>(four);
                     unroll<MB>([&](auto i) {
                         acc[j % copies][i] = Isa::fma(weight, Isa::load(column + i * L), acc[j % copies][i]);
@@ -243,13 +259,12 @@ template <class Isa, int MB>
     }
 }
 
-template <class Isa>
-void panel_slice(int block, const float *panel, const float *values, const uint32_t *meta, int64_t words, int64_t pitch,
-                 int64_t rows, float *sums) {
-    static constexpr decltype(&panel_slice<Isa, 1>) table[kMaxBlock] = {
-        panel_slice<Isa, 1>, panel_slice<Isa, 2>, panel_slice<Isa, 3>, panel_slice<Isa, 4>,
-        panel_slice<Isa, 5>, panel_slice<Isa, 6>, panel_slice<Isa, 7>, panel_slice<Isa, 8>};
-    table[block - 1](panel, values, meta, words, pitch, rows, sums);
+template <class Isa, class W>
+void panel_slice(int block, const float *panel, Rows<W> w, int64_t rows, float *sums, int64_t pitch) {
+    static constexpr decltype(&panel_slice<Isa, W, 1>) table[kMaxBlock] = {
+        panel_slice<Isa, W, 1>, panel_slice<Isa, W, 2>, panel_slice<Isa, W, 3>, panel_slice<Isa, W, 4>,
+        panel_slice<Isa, W, 5>, panel_slice<Isa, W, 6>, panel_slice<Isa, W, 7>, panel_slice<Isa, W, 8>};
+    table[block - 1](panel, w, rows, sums, pitch);
 }
 
 // panel[c, i] = x[first + i, c] for 32 columns c of one word and i < block * kLanes; zeros outside of x.
@@ -265,35 +280,6 @@ template <class Isa, class T> void turn_word(const Linear24 &p, int64_t first, i
     }
 }
 
-// values[slice][row][words of a slice][16] and meta likewise, from `words` words of `rows` rows of w.
-template <class Isa, class W>
-void pack(const Weight<W> &w, int64_t row, int64_t rows, int64_t word, int64_t words, int slice, float *values,
-          uint32_t *meta) {
-    const auto put = [&](const W *from, const uint8_t *from_meta, int64_t to) {
-        for (int j = 0; j < kKept; j += Isa::kLanes)
-            Isa::store(values + to * kKept + j, Isa::load(from + j));
-        meta[to] = load_meta(from_meta);
-    };
-    const int64_t whole = min(words, w.full - word);
-    for (int64_t r = 0; r < rows; ++r) {
-        const W *from = w.values + (row + r) * w.row_values + word * kKept;
-        const uint8_t *from_meta = w.meta + (row + r) * w.row_meta + word * 4;
-        // The hardware does not follow from row to row.
-        __builtin_prefetch(from_meta + kAhead * w.row_meta);
-        for (int64_t s = 0, i = 0; i < whole; s += slice)
-            for (; i < min(s + slice, whole); ++i) {
-                if (i * kKept * sizeof(W) % 64 == 0)
-                    __builtin_prefetch(from + i * kKept + kAhead * w.row_values);
-                put(from + i * kKept, from_meta + i * 4, s * rows + r * slice + i - s);
-            }
-        if (whole < words) {
-            const LastWord<W> last(w, row + r);
-            const int64_t s = whole / slice * slice;
-            put(last.values, last.meta, s * rows + r * slice + whole - s);
-        }
-    }
-}
-
 // The rows of x in blocks of `full` vectors; the last may be smaller.
 template <class Isa> struct Blocks {
     int64_t vectors, count;
@@ -306,16 +292,16 @@ template <class Isa> struct Blocks {
     int64_t first(int64_t b) const { return b * full * Isa::kLanes; }
 };
 
-// y of `rows` rows of w from `row` on and m rows of x from `first` on, from sums[rows, stride].
+// y of `rows` rows of w from `row` on and m rows of x from `first` on, from sums[rows, pitch].
 template <class T>
 void finish_block(const Linear24 &p, int64_t row, int64_t rows, int64_t first, int64_t m, const float *sums,
-                  int stride) {
+                  int64_t pitch) {
     for (int64_t i = 0; i < m; ++i)
         for (int64_t r = 0; r < rows; r += kFinish) {
             const int run = static_cast<int>(min(kFinish, rows - r));
             float line[kFinish] = {};
             for (int j = 0; j < run; ++j)
-                line[j] = sums[(r + j) * stride + i];
+                line[j] = sums[(r + j) * pitch + i];
             finish(line, p.bias ? static_cast<const T *>(p.bias) + row + r : nullptr,
                    static_cast<T *>(p.y) + (first + i) * p.n + row + r, run, p.activation);
         }
@@ -335,32 +321,37 @@ template <class Isa, class T, class W> void panel(const Linear24 &p, int threads
     });
 
     // Several tasks a thread, so that a slow one does not hold up the rest. How y is cut changes no result.
-    const int slice = slice_words<Isa>(blocks.full);
+    const int64_t slice = slice_words<Isa>(blocks.full);
     const int64_t group = min(kGroup, blocks.count), groups = ceil_div(blocks.count, group);
-    const int64_t row_floats = blocks.full * Isa::kLanes + kPadding;
-    const int64_t most = min(min(kRowBlock, kTaskSums / (group * row_floats)), p.n * groups / (int64_t{4} * threads));
+    const int64_t pitch = blocks.full * Isa::kLanes + kPadding;
+    const int64_t most = min(min(kRowBlock, kTaskSums / (group * pitch)), p.n * groups / (int64_t{4} * threads));
     const int64_t rows = kFinish * max(1, most / kFinish), tasks = groups * ceil_div(p.n, rows);
-    const int64_t value_floats = rows * kPackWords * kKept, meta_floats = rows * kPackWords;
-    const int64_t worker_floats = value_floats + meta_floats + group * rows * row_floats;
+    const int64_t sum_floats = group * rows * pitch;
+    const int64_t worker_floats = sum_floats + rows * (kKept + 1); // sums, and the short last words
     const Scratch scratch(worker_floats * min(threads, tasks));
     parallel_for(tasks, threads, [&](int64_t task, int worker) {
-        float *values = scratch.data() + worker * worker_floats, *sums = values + value_floats + meta_floats;
-        uint32_t *meta = reinterpret_cast<uint32_t *>(values + value_floats);
+        float *sums = scratch.data() + worker * worker_floats;
         const int64_t row = task / groups * rows, count = min(rows, p.n - row);
         const int64_t begin = task % groups * group, end = min(begin + group, blocks.count);
-        const auto sums_of = [&](int64_t b) { return sums + (b - begin) * rows * row_floats; };
-        std::memset(sums, 0, group * rows * row_floats * sizeof(float));
-        for (int64_t word = 0; word < w.words; word += kPackWords) {
-            const int64_t words = min(kPackWords, w.words - word);
-            pack<Isa>(w, row, count, word, words, slice, values, meta);
+        std::memset(sums, 0, sum_floats * sizeof(float));
+        const auto add = [&](const Rows<W> &part, int64_t word) {
             for (int64_t b = begin; b < end; ++b)
-                for (int64_t s = 0; s < words; s += slice)
-                    panel_slice<Isa>(blocks.size(b), panel_of(b, word + s), values + s * count * kKept,
-                                     meta + s * count, min(slice, words - s), slice, count, sums_of(b));
+                panel_slice<Isa, W>(blocks.size(b), panel_of(b, word), part, count, sums + (b - begin) * rows * pitch,
+                                    pitch);
+        };
+        for (int64_t word = 0; word < w.full; word += slice)
+            add({w.values + row * w.row_values + word * kKept, w.meta + row * w.row_meta + word * 4, w.row_values,
+                 w.row_meta, min(slice, w.full - word)},
+                word);
+        if (w.full < w.words) {
+            auto *last = reinterpret_cast<LastWord<W> *>(sums + sum_floats);
+            for (int64_t r = 0; r < count; ++r)
+                new (last + r) LastWord<W>(w, row + r);
+            add({last->values, last->meta, sizeof *last / sizeof(W), sizeof *last, 1}, w.full);
         }
         for (int64_t b = begin; b < end; ++b)
             finish_block<T>(p, row, count, blocks.first(b), min(blocks.size(b) * Isa::kLanes, p.m - blocks.first(b)),
-                            sums_of(b), blocks.size(b) * Isa::kLanes + kPadding);
+                            sums + (b - begin) * rows * pitch, pitch);
     });
 }
 
