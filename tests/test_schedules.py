@@ -21,6 +21,11 @@ def test_every_schedule_grows_to_exactly_the_target(schedule, a, b, steps):
     assert path[0] > start or math.isclose(start, target, abs_tol=1e-9)
 
 
+def test_the_last_step_is_the_target_where_a_sum_would_miss_it_by_a_bit():
+    assert 0.03 + (0.29 - 0.03) != 0.29
+    assert all(schedule.sparsities(0.29, 4, 0.03)[-1] == 0.29 for schedule in NAMED)
+
+
 @pytest.mark.parametrize(
     "schedule, formula",
     [
@@ -70,6 +75,8 @@ def test_unknown_text_lists_the_known(text):
 def test_a_list_is_taken_as_it_is():
     assert Listed((0.2, 0.2, 0.45)).sparsities(0.45, 3) == (0.2, 0.2, 0.45)
     assert [Listed((0.1, 0.4)).reached(i, 2) for i in (1, 2)] == [0.25, 1.0]
+    shares = tuple(i / 64 for i in range(1, 23))  # 15 / 22 * 22 is a hair below 15
+    assert [Listed(shares).reached(i, 22) * shares[-1] for i in range(1, 23)] == pytest.approx(shares, rel=1e-12)
 
 
 @pytest.mark.parametrize(
