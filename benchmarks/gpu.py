@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 
 import torch
@@ -59,20 +59,25 @@ def _by_nvidia_smi() -> tuple[int | None, float | None]:
         return None, None
 
 
-def rivals_of(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> dict[str, Callable[[], object]]:
-    """The products of other libraries with the same 2:4 weight that take these sizes: x (m, k), w (n, k) dense with zeros."""
-    found: dict[str, Callable[[], object]] = {}
-    for name, make in (("cusparselt", _cusparselt), ("torch_cutlass", _torch_cutlass)):
+def that_run(rivals: Mapping[str, Callable[[], object]], what: str) -> dict[str, Callable[[], object]]:
+    """The calls that do not raise, each made once; of the others is told what they do not take."""
+    found = {}
+    for name, call in rivals.items():
         try:
-            call = make(x, w, s)
             call()
             torch.cuda.synchronize()
-        except (RuntimeError, ValueError, NotImplementedError, AttributeError) as error:
-            sizes = (x.shape[0], *w.shape)
-            print(f"{name} does not take m, n, k = {sizes}: {str(error).splitlines()[0]}", file=sys.stderr)
+        except (RuntimeError, ValueError, AttributeError) as error:
+            print(f"{name} does not take {what}: {str(error).partition(chr(10))[0]}", file=sys.stderr)
             continue
         found[name] = call
     return found
+
+
+def rivals_of(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> dict[str, Callable[[], object]]:
+    """The products of other libraries with the same 2:4 weight that take these sizes: x (m, k), w (n, k) dense with zeros."""
+    ways, made, what = {"cusparselt": _cusparselt, "torch_cutlass": _torch_cutlass}, {}, f"m, n, k = {(x.shape[0], *w.shape)}"
+    that_run({name: lambda name=name, way=way: made.update({name: way(x, w, s)}) for name, way in ways.items()}, what)
+    return that_run(made, what)
 
 
 def _cusparselt(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> Callable[[], object]:

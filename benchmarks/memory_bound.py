@@ -22,6 +22,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.gpu import that_run
 from benchmarks.measure import attempted, write
 from sparsekit import ops
 from sparsekit.timing import graph_us, time_us, variants
@@ -113,6 +114,7 @@ def row(make: Maker, device: str, name: str, label: str, transposed: bool) -> di
         times = cpu_times(problem, [make(w.clone()) for _ in range(uncached(problem.nbytes) - 1)])
         us, copy = times["op"], times["copy"]
     else:
+        problem.rivals = that_run(problem.rivals, f"{label} {n} x {k}, {found['layout']}")
         # Inputs that no L2 holds all of, so that each call finds its own in memory.
         seeds = range(variants(problem.nbytes))
         kernels = [make(weight(n, k, dtype, device, transposed, seed)).kernel for seed in seeds]

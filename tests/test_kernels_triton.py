@@ -301,7 +301,6 @@ def test_the_first_damage_is_named(case, dtype):
             assert validate24(values.to(DEVICE), moved, cols).tolist() == definition24.check(values, meta, cols)
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("start", range(4))
 @pytest.mark.parametrize("skip", range(4))
 def test_validate24_of_memory_that_starts_anywhere(start, skip):
@@ -367,7 +366,6 @@ def test_numbers_are_read_exactly(dtype):
     assert torch.equal(got.cpu().double().nan_to_num(nan=0.125), x.double().nan_to_num(nan=0.125))
 
 
-@pytest.mark.sanitize
 @pytest.mark.parametrize("n, m", [(2, 4), (1, 2), (3, 5), (9, 16)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.int8], ids=named)
 def test_mask_nm_of_pairs(n, m, dtype):
