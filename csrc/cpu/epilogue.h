@@ -21,9 +21,8 @@ inline float to_float(BFloat16 v) { return bit_cast<float>(uint32_t{v.bits} << 1
 
 inline float to_float(Half v) {
     const uint32_t sign = uint32_t{v.bits & 0x8000u} << 16, rest = uint32_t{v.bits & 0x7fffu} << 13;
-    if (rest >= 0x0f800000) // infinity and NaN: the exponent becomes all ones
-        return bit_cast<float>(sign | rest | 0x7f800000);
-    return bit_cast<float>(sign | bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f)); // exact, subnormals too
+    const uint32_t past = -uint32_t{rest >= 0x0f800000} & 0x7f800000; // infinity and NaN: the exponent becomes all ones
+    return bit_cast<float>(sign | past | bit_cast<uint32_t>(bit_cast<float>(rest) * 0x1p112f)); // exact, subnormals too
 }
 
 inline void from_float(float v, float *out) { *out = v; }

@@ -116,6 +116,7 @@ struct Portable {
             *out++ = copy[__builtin_ctzll(kept)];
     }
     template <class W> static void gather(const W *p, uint64_t kept, W *out) { gather_each(p, kept, out); }
+    static uint64_t first(uint64_t bits, int count) { return first_each(bits, count); }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
         for (int column = 0; column < kWord; ++column)
             out[column] = kept >> column & 1 ? *values++ : W{0};

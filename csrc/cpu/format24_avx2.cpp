@@ -65,6 +65,15 @@ template <class Int> struct Vector {
 // What is made of L's bytes: the masks of 32 columns as a byte each.
 template <class L, class Int> struct Masks : MasksOfLanes<L, Int, sizeof(Int) == 8 ? 4 : 8> {
     using V = __m256i;
+    static constexpr bool kStoresPairs = sizeof(Int) == 2 || sizeof(Int) == 4;
+
+    // Two bytes a column.
+    template <class Body> static void store_pairs(const Body &body, uint8_t *out) {
+        constexpr int kAtOnce = 16;
+#pragma GCC unroll 4
+        for (int i = 0; i < kWord; i += kAtOnce)
+            _mm256_storeu_si256(reinterpret_cast<V *>(out + 2 * i), L::words(body, i) & _mm256_set1_epi8(1));
+    }
     template <class Body> static uint64_t word(const Body &body) {
         const auto half = [&](int i) {
             return uint64_t{static_cast<uint32_t>(_mm256_movemask_epi8(L::bytes(body, i)))};
@@ -113,7 +122,8 @@ struct Words : Vector<int16_t>, Masks<Words, int16_t> {
     }
     static V gt(V a, V b) { return _mm256_cmpgt_epi16(a, b); }
     static V test(V a, V b) { return ~_mm256_cmpeq_epi16(land(a, b), _mm256_setzero_si256()); }
-    // The masks of 32 columns as bytes.
+    // The masks of 16 columns as words, and of 32 as bytes.
+    template <class Body> static V words(const Body &body, int i) { return body(i); }
     template <class Body> static V bytes(const Body &body, int i) {
         return _mm256_permute4x64_epi64(_mm256_packs_epi16(body(i), body(i + 16)), 0xd8); // quarters came as 0 2 1 3
     }
@@ -141,6 +151,9 @@ struct Doublewords : Vector<int32_t>, Masks<Doublewords, int32_t> {
     static uint64_t bits(V a) { return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(a))); }
     static V gt(V a, V b) { return _mm256_cmpgt_epi32(a, b); }
     static V test(V a, V b) { return ~_mm256_cmpeq_epi32(land(a, b), _mm256_setzero_si256()); }
+    template <class Body> static V words(const Body &body, int i) {
+        return _mm256_permute4x64_epi64(_mm256_packs_epi32(body(i), body(i + 8)), 0xd8); // quarters came as 0 2 1 3
+    }
     template <class Body> static V bytes(const Body &body, int i) {
         const V low = _mm256_packs_epi32(body(i), body(i + 8)), high = _mm256_packs_epi32(body(i + 16), body(i + 24));
         const V order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
@@ -276,6 +289,7 @@ struct Avx2 {
                 out += __builtin_popcountll(kept & 255);
             }
     }
+    static uint64_t first(uint64_t bits, int count) { return _pdep_u64(low_bits(count), bits); }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
         for (int i = 0; i < kWord / 8; ++i)
             unpack8(values + 4 * i, kept >> 8 * i & 255, out + 8 * i);

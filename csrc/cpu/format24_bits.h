@@ -72,6 +72,7 @@ template <int PLANES, class Word = uint64_t, class Higher> inline Word best(int 
 // What Lanes (see format24_body.h) whose masks are bits do with them; Bytes are the lanes of bytes.
 template <class L, class Bytes> struct MasksOfBits {
     static constexpr int kLeastRanked = 4, kMostRanked = 4;
+    static constexpr bool kStoresPairs = false;
 
     static uint64_t bits(uint64_t mask) { return mask; }
     template <class... Body> static std::array<int64_t, sizeof...(Body)> count(int64_t words, const Body &...body) {
@@ -126,6 +127,7 @@ template <class Int, int m, int r> constexpr RightOf<Int, m, r> kRightOf;
 // its r-th neighbour in the ring of m; and wins(a, b, right), where a > b, or equal in the lanes of `right`.
 template <class L, class Int, int kMost> struct MasksOfLanes {
     static constexpr int kLeastRanked = 2, kMostRanked = kMost;
+    static constexpr bool kStoresPairs = false;
 
     template <class V> static V lanes(V mask) { return mask; }
     // A mask is a minus one; as many of them as a lane can hold are summed at once.

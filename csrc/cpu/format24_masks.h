@@ -16,6 +16,16 @@
 namespace sparsekit::cpu {
 namespace {
 
+// A byte a column, of `count` columns.
+template <class Isa> inline void store_mask(uint64_t bits, uint8_t *out, int64_t count) {
+    using L = Lanes<Isa, int8_t>;
+    int8_t copy[kWord], *to = count == kWord ? reinterpret_cast<int8_t *>(out) : copy;
+    for (int i = 0; i < kWord; i += L::kLanes)
+        L::store(to + i, L::land(L::from_bits(bits >> i), L::set(1)));
+    if (to == copy)
+        std::memcpy(out, copy, count);
+}
+
 struct E4M3 {
     uint8_t bits;
 };
@@ -24,18 +34,19 @@ struct E5M2 {
 };
 
 inline double to_float(double v) { return v; }
-inline float to_float(int8_t v) { return v; }
+inline int16_t to_float(int8_t v) { return v; }
 inline float to_float(E5M2 v) {
     return to_float(Half{static_cast<uint16_t>(v.bits << 8)});
 } // the upper byte of an fp16
 // The exponent field, moved into fp32's, is 120 too small; the product is exact for subnormals too.
 inline float to_float(E4M3 v) {
     const uint32_t sign = uint32_t{v.bits & 0x80u} << 24, rest = v.bits & 0x7fu;
-    return bit_cast<float>(sign |
-                           (rest == 0x7f ? 0x7fc00000 : bit_cast<uint32_t>(bit_cast<float>(rest << 20) * 0x1p120f)));
+    const uint32_t nan = -uint32_t{rest == 0x7f} & 0x7fc00000;
+    return bit_cast<float>(sign | nan | bit_cast<uint32_t>(bit_cast<float>(rest << 20) * 0x1p120f));
 }
 
 inline int32_t sum_key(float a, float b) { return order_of(bit_cast<int32_t>(a + b)); }
+inline int16_t sum_key(int16_t a, int16_t b) { return static_cast<int16_t>(a + b); }
 inline int64_t sum_key(double a, double b) { return order_of(bit_cast<int64_t>(a + b)); }
 
 // Reads the keys of a row's members, columns or pairs of them, and counts them.
@@ -56,8 +67,24 @@ template <class Isa, class Int>
 // Keys of the sums of pairs; a column past the end adds nothing.
 template <class T, class Key> int64_t read_pair_keys(const void *numbers, int64_t cols, DType, Key *keys) {
     const T *row = static_cast<const T *>(numbers);
-    for (int64_t i = 0; i < cols / 2; ++i)
-        keys[i] = sum_key(to_float(row[2 * i]), to_float(row[2 * i + 1]));
+    if constexpr (sizeof(T) <= 2) { // as one integer, whose halves a compiler takes apart in vectors
+        using Bits = std::make_unsigned_t<Integer<T>>;
+        using Both = std::conditional_t<sizeof(T) == 1, uint16_t, uint32_t>;
+        const auto number = [](Both bits) {
+            if constexpr (std::is_class_v<T>)
+                return to_float(T{static_cast<Bits>(bits)});
+            else
+                return to_float(static_cast<T>(bits));
+        };
+        for (int64_t i = 0; i < cols / 2; ++i) {
+            Both both;
+            std::memcpy(&both, row + 2 * i, sizeof both);
+            keys[i] = sum_key(number(both), number(both >> 8 * sizeof(T)));
+        }
+    } else {
+        for (int64_t i = 0; i < cols / 2; ++i)
+            keys[i] = sum_key(to_float(row[2 * i]), to_float(row[2 * i + 1]));
+    }
     if (cols % 2)
         keys[cols / 2] = sum_key(to_float(row[cols - 1]), decltype(to_float(row[0]))(0));
     return ceil_div(cols, 2);
@@ -133,18 +160,83 @@ template <class Key> struct Ends {
           highest(n.integer ? std::numeric_limits<Key>::max() : static_cast<Key>(n.largest)) {}
 };
 
+// Of 64 groups of m keys, as they lie: a byte a key, one where it is not below its group's n-th highest, of those that
+// equal it the first. Up to a word is read and written past the last group.
+template <class Isa, int kSpan, class Key>
+[[gnu::noinline, gnu::flatten]] void keep_as_they_lie(const Key *keys, const Key *cut, int n, int m, uint8_t *mask) {
+    using L = Lanes<Isa, Key>;
+    constexpr int kGroups = kWord / kSpan; // of a word
+    for (int group = 0; group < kWord; group += kGroups) {
+        const Key *at[kGroups];
+        typename L::V nth[kGroups];
+        for (int i = 0; i < kGroups; ++i) {
+            at[i] = keys + (group + i) * m;
+            nth[i] = L::set(cut[group + i]);
+        }
+        const auto key = [&](int i) { return L::load(at[i / kSpan] + i % kSpan); };
+        const uint64_t under = L::word([&](int i) { return L::gt(nth[i / kSpan], key(i)); });
+        uint64_t kept = 0;
+        bool exact = sizeof(Key) > 1; // of bytes many are equal
+        for (int i = 0; i < kGroups; ++i) {
+            const uint64_t least = ~under >> i * kSpan & low_bits(m);
+            kept |= least << i * kSpan;
+            exact = exact && __builtin_popcountll(least) == n;
+        }
+        if (!exact) {
+            const uint64_t over = L::word([&](int i) { return L::gt(key(i), nth[i / kSpan]); }), ties = kept & ~over;
+            kept = 0;
+            for (int i = 0; i < kGroups; ++i) {
+                const uint64_t higher = over >> i * kSpan & low_bits(m);
+                const int room = n - __builtin_popcountll(higher);
+                kept |= (higher | Isa::first(ties >> i * kSpan & low_bits(m), room)) << i * kSpan;
+            }
+        }
+        uint8_t bytes[kWord], *out = mask + group * m;
+        store_mask<Isa>(kept, m == kSpan ? out : bytes, kWord);
+        for (int i = 0; i < kGroups && m != kSpan; ++i) // what is past a group falls on the next one, written later
+            std::memcpy(out + i * m, bytes + i * kSpan, kSpan);
+    }
+}
+
+// The same of keys that are turned over: a row of 64 groups is a member of each. Up to 7 bytes are written past the
+// last group.
+template <class Isa, int kMost, class Key>
+[[gnu::noinline, gnu::flatten]] void keep_turned(const Key *turned, const Key *cut, int n, int m, uint8_t *mask) {
+    using L = Lanes<Isa, Key>;
+    Counters<kMost == 32 ? 6 : kMost == 16 ? 5 : 4> kept(-n); // less n: zero where there is no room
+    uint64_t above[kMost], ties[kMost];
+    for (int member = 0; member < m; ++member) {
+        const Key *key = turned + member * kWord;
+        const uint64_t over = L::word([&](int i) { return L::gt(L::load(key + i), L::load(cut + i)); }),
+                       under = L::word([&](int i) { return L::gt(L::load(cut + i), L::load(key + i)); });
+        kept.add(over);
+        above[member] = over;
+        ties[member] = ~(over | under);
+    }
+    uint8_t bytes[kMost * kWord];
+    for (int member = 0; member < m; ++member) {
+        const uint64_t taken = ties[member] & kept.nonzero();
+        kept.add(taken);
+        store_mask<Isa>(above[member] | taken, bytes + member * kWord, kWord);
+    }
+    // What is past a group's members falls on the next group, which is written later: so the last members first.
+    for (int group = 0; group < kWord; group += kSide)
+        for (int member = (m - 1) / kSide * kSide; member >= 0; member -= kSide)
+            turn_block(bytes + member * kWord + group, kWord, mask + group * m + member, m);
+}
+
 // The n best of each of 64 groups of m <= kMost keys, a byte a key; returns a bit for each group that has a NaN. Turned
 // over, a lane is a group and a vector the same member of every group. Of a group, each half is sorted; its n-th
-// highest is the largest of min(i-th of one, (n - i)-th of the other). Above it all are kept, at it the first while
-// there is room. Up to 7 bytes are written past the last group, as keys are read.
+// highest is the largest of min(i-th of one, (n - i)-th of the other).
 template <class Isa, int kMost, class Key>
 [[gnu::noinline, gnu::flatten]] uint64_t choose(const Key *keys, int n, int m, Ends<Key> ends, uint8_t *mask) {
     using L = Lanes<Isa, Key>;
     constexpr int kHalf = kMost / 2;
     Key turned[kMost * kWord];
-    for (int member = 0; member < m; member += kSide)
-        for (int group = 0; group < kWord; group += kSide)
-            turn_block(keys + group * m + member, m, turned + member * kWord + group, kWord);
+    constexpr int kRows = min(L::kLanes, kMost), kCols = min(16 / int(sizeof(Key)), kRows);
+    for (int member = 0; member < m; member += kRows)
+        for (int group = 0; group < kWord; group += kCols)
+            turn_block<kCols, kRows>(keys + group * m + member, m, turned + member * kWord + group, kWord);
     std::fill(turned + m * kWord, turned + kMost * kWord, ends.lowest); // they lose, if by a tie: the last
 
     Key cut[kWord], sorted[2][(kHalf + 1) * L::kLanes];
@@ -170,26 +262,11 @@ template <class Isa, int kMost, class Key>
         L::store(cut + lane, nth);
     }
 
-    Counters<kMost == 32 ? 6 : kMost == 16 ? 5 : 4> kept(-n); // less n: zero where there is no room
-    uint64_t above[kMost], ties[kMost];
-    for (int member = 0; member < m; ++member) {
-        const Key *key = turned + member * kWord;
-        const uint64_t over = L::word([&](int i) { return L::gt(L::load(key + i), L::load(cut + i)); }),
-                       under = L::word([&](int i) { return L::gt(L::load(cut + i), L::load(key + i)); });
-        kept.add(over);
-        above[member] = over;
-        ties[member] = ~(over | under);
-    }
-    uint8_t bytes[kMost * kWord];
-    for (int member = 0; member < m; ++member) {
-        const uint64_t taken = ties[member] & kept.nonzero();
-        kept.add(taken);
-        store_mask<Isa>(above[member] | taken, bytes + member * kWord, kWord);
-    }
-    // What is past a group's members falls on the next group, which is written later: so the last members first.
-    for (int group = 0; group < kWord; group += kSide)
-        for (int member = (m - 1) / kSide * kSide; member >= 0; member -= kSide)
-            turn_block(bytes + member * kWord + group, kWord, mask + group * m + member, m);
+    constexpr int kSpan = max(kMost, L::kLanes);
+    if (4 * m >= 3 * kSpan)
+        keep_as_they_lie<Isa, kSpan>(keys, cut, n, m, mask);
+    else
+        keep_turned<Isa, kMost>(turned, cut, n, m, mask);
     return bad;
 }
 
@@ -222,7 +299,7 @@ void mask_large_groups(const MaskNM &p, const Span &s, const Rows &from, DType k
             const int64_t members = read(from.data + (row + r) * from.stride, s.cols, from.dtype, of_row);
             std::fill(of_row + members, of_row + groups * p.m, ends.lowest); // past the end: they lose every tie
         }
-        std::fill(keys + all * p.m, keys + ceil_div(all, kWord) * kWord * p.m + kSide, ends.lowest);
+        std::fill(keys + all * p.m, keys + ceil_div(all, kWord) * kWord * p.m + kWord, ends.lowest);
         for (int64_t first = 0; first < all; first += kWord)
             if (const uint64_t bad = some(keys + first * p.m, p.n, p.m, ends, mask + first * p.m)) {
                 const int64_t group = first + __builtin_ctzll(bad);
@@ -266,20 +343,24 @@ template <class Isa, class Key>
         for (Key *past = keys + members; past < keys + ceil_div(members, per) * per + kWord + kSide; ++past)
             *past = ends.lowest; // they lose every tie, as the last
         uint8_t *out = p.mask + (s.row + row) * p.cols + s.col;
+        auto highest = bottom, lowest = top;
         for (int64_t first = 0; first < members; first += per) {
             const Key *at = keys + first;
             const auto higher = [&](int right) {
                 return L::word([&](int i) { return L::gt(L::load(at + i + right), L::load(at + i)); });
             };
-            const uint64_t kept = p.m == 4 ? best_in_vectors<Isa, 4>(at, p.n) : best<3>(p.m, p.n, higher);
-            if (!integer) {
-                const uint64_t bad = each<Isa>(at, [&](auto v) { return L::gt(v, top) | L::gt(bottom, v); }) &
-                                     low_bits(min(per, members - first));
-                if (bad)
-                    nan.report((s.row + row) * ceil_div(p.cols, p.m * width) +
-                               (s.col / width + first + __builtin_ctzll(bad)) / p.m);
+#pragma GCC unroll 16
+            for (int i = 0; i < kWord; i += L::kLanes) {
+                highest = L::max(highest, L::load(at + i));
+                lowest = L::min(lowest, L::load(at + i));
             }
             const int64_t col = first * width, count = min(per * width, s.cols - col);
+            if constexpr (L::kStoresPairs)
+                if (p.pairs && p.m == 4 && count == 2 * kWord) {
+                    L::store_pairs([&](int i) { return L::template best<4>(L::load(at + i), p.n); }, out + col);
+                    continue;
+                }
+            const uint64_t kept = p.m == 4 ? best_in_vectors<Isa, 4>(at, p.n) : best<3>(p.m, p.n, higher);
             if (p.pairs) {
                 store_mask<Isa>(doubled(kept & low_bits(32)), out + col, min(count, kWord));
                 if (count > kWord)
@@ -288,6 +369,13 @@ template <class Isa, class Key>
                 store_mask<Isa>(kept, out + col, count);
             }
         }
+        if (integer || !L::bits(L::gt(highest, top) | L::gt(bottom, lowest)))
+            continue;
+        for (int64_t first = 0; first < members; first += per) // a NaN: where?
+            if (const uint64_t bad = each<Isa>(keys + first, [&](auto v) { return L::gt(v, top) | L::gt(bottom, v); }) &
+                                     low_bits(min(per, members - first)))
+                nan.report((s.row + row) * ceil_div(p.cols, p.m * width) +
+                           (s.col / width + first + __builtin_ctzll(bad)) / p.m);
     }
 }
 
@@ -334,7 +422,7 @@ template <class Isa, class Int> void mask_columns(const MaskNM &p, const Span &s
 template <class Isa, class T> void mask_pairs(const MaskNM &p, const Span &s, const Span &next, First &nan) {
     using Key = decltype(sum_key(to_float(T{}), to_float(T{})));
     T room[kRoom<T>];
-    const DType key_dtype = sizeof(Key) == 8 ? kFloat64 : kFloat32;
+    const DType key_dtype = sizeof(Key) == 8 ? kFloat64 : sizeof(Key) == 4 ? kFloat32 : kFloat16;
     const Rows rows(fetch<Isa>(p.scores, s, room), p.scores.dtype);
     Ahead<T>(p.scores, next).all();
     mask_by_keys<Isa, Key>(p, s, rows, key_dtype, nan, read_pair_keys<T, Key>);

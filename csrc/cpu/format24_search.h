@@ -31,14 +31,12 @@ template <class Int> inline void gather_each(const Int *p, uint64_t kept, Int *o
         *out++ = p[__builtin_ctzll(kept)];
 }
 
-// A byte a column, of `count` columns.
-template <class Isa> inline void store_mask(uint64_t bits, uint8_t *out, int64_t count) {
-    using L = Lanes<Isa, int8_t>;
-    int8_t copy[kWord], *to = count == kWord ? reinterpret_cast<int8_t *>(out) : copy;
-    for (int i = 0; i < kWord; i += L::kLanes)
-        L::store(to + i, L::land(L::from_bits(bits >> i), L::set(1)));
-    if (to == copy)
-        std::memcpy(out, copy, count);
+// One by one, the lowest `count` of the bits; all where there are fewer.
+inline uint64_t first_each(uint64_t bits, int64_t count) {
+    uint64_t rest = bits;
+    for (; count > 0 && rest; --count)
+        rest &= rest - 1;
+    return bits & ~rest;
 }
 
 // The columns whose key is above `key`, from the bits of the scores. To bits that are flipped but for the sign, the

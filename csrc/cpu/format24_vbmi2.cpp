@@ -117,6 +117,7 @@ struct Vbmi2 {
             out += __builtin_popcountll(kept >> i & low_bits(L::kLanes));
         }
     }
+    static uint64_t first(uint64_t bits, int count) { return _pdep_u64(low_bits(count), bits); }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
         using L = Lanes<W>;
         constexpr int kHalf = L::kLanes / 2;
