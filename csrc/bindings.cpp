@@ -230,6 +230,12 @@ void check(cudaError_t error, const char *op) {
         throw std::runtime_error(std::string(op) + ": " + cudaGetErrorString(error));
 }
 
+int cuda_driver() {
+    int version = 0;
+    check(cudaDriverGetVersion(&version), "cuda_driver");
+    return version;
+}
+
 // Makes `device` current, and the former one again at the end of the scope.
 class DeviceGuard {
   public:
@@ -360,6 +366,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     m.def("set_cpu_isa", set_cpu_isa, arg("name"), "Chooses the path of the CPU kernels, for tests.");
     m.def("cuda_archs", cuda_archs, "The CUDA architectures compiled in; empty without CUDA.");
 #ifdef SPARSEKIT_CUDA
+    m.def("cuda_driver", cuda_driver, "The CUDA version that the driver is for, as 13000; 0 without a driver.");
     m.def("linear24_sm80", linear24_sm80, ptr("x"), ptr("values"), ptr("meta"), ptr("bias"), ptr("y"), arg("m"),
           arg("n"), arg("k"), arg("ldx"), arg("dtype"), arg("activation"), arg("tile"), arg("device"), ptr("stream"),
           release);

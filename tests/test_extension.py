@@ -148,6 +148,13 @@ def test_cuda_launch_is_checked():
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match=r"^linear24_sm80: .*CUDA"):
             _C.linear24_sm80(**right)
+        assert _C.cuda_driver() == 0
+
+
+@pytest.mark.gpu
+def test_the_driver_is_asked_for_its_version():
+    """That of CUDA 13 serves its own runtime and older ones."""
+    assert _C.cuda_driver() >= 1000 * int(torch.version.cuda.split(".")[0]) > 0
 
 
 @pytest.fixture
@@ -211,10 +218,10 @@ def test_no_nvcc_is_said_in_one_line(build, monkeypatch, capfd):
 def test_what_runs_in_a_source_tree_is_the_installed_package(tmp_path, suffix):
     """`python -m pytest` and `python -m benchmarks.X` put the tree before what is installed, and a tree that was not installed
     in place has no extension for this Python."""
-    for name in ("benchmarks/__init__.py", "tests/conftest.py"):
-        (tmp_path / name).parent.mkdir()
-        shutil.copy(ROOT / name, tmp_path / name)
-    (tmp_path / "sparsekit").mkdir()
+    shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks", ignore=shutil.ignore_patterns("results", "__pycache__"))
+    for name in ("tests", "sparsekit"):
+        (tmp_path / name).mkdir()
+    shutil.copy(ROOT / "tests/conftest.py", tmp_path / "tests")
     (tmp_path / "sparsekit/__init__.py").write_text("raise AssertionError('the source tree was imported')\n")
     if suffix:
         (tmp_path / f"sparsekit/_C{suffix}").touch()

@@ -175,7 +175,8 @@ def test_expanding_calls_no_kernel_of_the_product(canonical, record, monkeypatch
 )
 def test_kernels_by_capability(capability, kernels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
-    if "90a" not in _C.cuda_archs() and product.HOPPER in kernels:
+    monkeypatch.setattr(_C, "cuda_archs", lambda: ["80", "90a", "120"])  # this build may be for one card alone
+    if not hasattr(_C, product.HOPPER):
         kernels = [kernel for kernel in kernels if kernel != product.HOPPER]
     for cached in (product._has_mma_sp, product.default_choice):
         cached.cache_clear()
@@ -234,6 +235,17 @@ def test_a_tile_measured_for_the_nearest_tokens_becomes_one_that_fits(shared, mo
     for choice in (Choice(product.DECODE), Choice(product.MMA_SP, 4), Choice(product.HOPPER, 5, 2), Choice(EXPAND)):
         monkeypatch.setattr(product.tune, "choose", lambda *_, choice=choice: choice)
         assert product.chosen_on_gpu(torch.empty(17, 64), torch.float16, 64, 64) == choice
+
+
+@pytest.mark.parametrize("archs, driver", [(["80", "90a"], "13000"), ([], "unknown")], ids=["with CUDA", "without"])
+def test_rows_are_kept_under_the_card_and_all_that_runs_on_it(archs, driver, monkeypatch):
+    """Rows measured with another driver are another's."""
+    build = SimpleNamespace(cuda_archs=lambda: archs, **({"cuda_driver": lambda: 13000} if archs else {}))
+    monkeypatch.setattr(product, "_C", build)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "NVIDIA H200")
+    key = product.gpu_key.__wrapped__(0)
+    assert key == f"NVIDIA H200; sm_90; driver {driver}; CUDA {torch.version.cuda}; sparsekit {product.__version__}"
 
 
 @pytest.mark.gpu

@@ -295,7 +295,7 @@ def variants(kernel: str, m: int, index: int) -> list[tuple[int, int]]:
 def gpu_key(index: int) -> str:
     """What the rows of tune.py are kept under for a CUDA device."""
     major, minor = torch.cuda.get_device_capability(index)
-    driver = torch._C._cuda_getDriverVersion() if hasattr(torch._C, "_cuda_getDriverVersion") else "unknown"
+    driver = _C.cuda_driver() if _C.cuda_archs() else "unknown"
     software = f"driver {driver}; CUDA {torch.version.cuda}; sparsekit {__version__}"
     return f"{torch.cuda.get_device_name(index)}; sm_{major}{minor}; {software}"
 
