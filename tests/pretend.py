@@ -206,7 +206,6 @@ def _patch_torch() -> None:
     cuda.manual_seed_all = cuda.manual_seed = nothing
     cuda.is_bf16_supported = lambda *args: True
     torch._C._cuda_getCurrentRawStream = lambda index: 0
-    torch._C._cuda_getDriverVersion = lambda: 13000
     torch.version.cuda = "13.0"
     torch.Tensor.cuda = lambda self, device=None, **kwargs: self.to("cuda")
     pinned, empty = torch.Tensor.is_pinned, torch.empty
@@ -247,6 +246,9 @@ class Extension:
 
     def __getattr__(self, name):
         return getattr(self._built, name)
+
+    def cuda_driver(self):
+        return 13000
 
     def cuda_archs(self):
         return ["80", "90a"]
