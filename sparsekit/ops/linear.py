@@ -112,8 +112,12 @@ def _address(t: Tensor | None) -> int:
 
 
 def _expanded(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None, activation: str | None) -> Tensor:
-    """The weight written out dense, and the library's product."""
-    return reference.ACTIVATIONS[activation](F.linear(x, gradient.dense(s).to(x.dtype), bias))
+    """The weight written out dense, and the library's product: in fp32 where the dtypes differ, since neither holds the other."""
+    w = gradient.dense(s)
+    if w.dtype == x.dtype:
+        return reference.ACTIVATIONS[activation](F.linear(x, w, bias))
+    y = F.linear(x.float(), w.float(), None if bias is None else bias.float())
+    return reference.ACTIVATIONS[activation](y).to(x.dtype)
 
 
 # ---- on the CPU ----
