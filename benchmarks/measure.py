@@ -6,7 +6,6 @@ import csv
 import datetime
 import io
 import math
-import platform
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -14,8 +13,9 @@ from pathlib import Path
 
 import torch
 
+from sparsekit import _C
 from sparsekit.documents import to_json, write_whole
-from sparsekit.timing import time_us
+from sparsekit.timing import cpu_name, time_us
 
 
 def copy_gbps(nbytes: int = 1 << 28) -> float:
@@ -26,11 +26,10 @@ def copy_gbps(nbytes: int = 1 << 28) -> float:
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:
-    """Where and when: processor, threads, torch, date; and the GPU with its driver where that is what ran."""
-    info = Path("/proc/cpuinfo")
-    names = [line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+    """Where and when: processor and the vectors that the CPU kernels use of it, threads, torch, date; on a GPU that with its driver too."""
     found = {
-        "cpu": names[0] if names else platform.machine(),
+        "cpu": cpu_name(),
+        "vectors": _C.cpu_isa(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import platform
 import subprocess
 import sys
 import time
@@ -118,19 +117,16 @@ def machine() -> str:
     """Processor, threads and torch of this machine, for a table's caption."""
     import torch
 
+    from .timing import cpu_name
+
     if torch.cuda.is_available():
         return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
-    cpu = next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
-    return f"{cpu or platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    return f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
 
 
 def weight_bytes(folder: Path) -> int:
     """Bytes of the folder's weight files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
-
-
-def _lines(path: str) -> list[str]:
-    return Path(path).read_text().splitlines() if Path(path).is_file() else []
 
 
 def _is_model(folder: Path) -> bool:

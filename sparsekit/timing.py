@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import resource
 import statistics
 import sys
@@ -11,6 +12,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
+
+
+def cpu_name() -> str:
+    """The processor as /proc/cpuinfo names it, or as Python does where there is none."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 class Phases:

@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import __version__, reference, tune
 from ..errors import listed
 from ..format import Fragments24, Sparse24, check_fragments, check_layout, from_fragments, to_fragments
+from ..timing import cpu_name
 from ..tune import Choice
 from . import gradient
 from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, stacked, threads
@@ -171,17 +172,7 @@ def _linear24_fragments_cpu(
 @cache
 def cpu_key(used: int) -> str:
     """What the rows of tune.py are kept under for a CPU with that many threads."""
-    return f"cpu {_C.cpu_isa()}; {_cpu_name()}; {used} threads; sparsekit {__version__}"
-
-
-@cache
-def _cpu_name() -> str:
-    import platform
-    from pathlib import Path
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"cpu {_C.cpu_isa()}; {cpu_name()}; {used} threads; sparsekit {__version__}"
 
 
 # ---- on a GPU ----
