@@ -26,7 +26,7 @@ def copy_gbps(nbytes: int = 1 << 28) -> float:
 
 
 def machine(device: str = "cpu") -> dict[str, str | int]:
-    """Where and when: processor and the vectors that the CPU kernels use of it, threads, torch, date; on a GPU that with its driver too."""
+    """Where and when: processor and what vectors of it the CPU kernels use, threads, torch, date; and the GPU with its driver."""
     found = {
         "cpu": cpu_name(),
         "vectors": _C.cpu_isa(),
