@@ -59,6 +59,7 @@ test-triton: $(VENV)/installed $(VENV)/test $(OTHER_TRITON)
 # All that only a GPU can show, into benchmarks/results/ (OUT=FOLDER: elsewhere), within MINUTES. By the caller's Python, which has
 # torch, Triton and what the tests import; the package is built for the card that is there.
 gpu-evidence:
+	rm -rf build/lib* build/bdist*
 	$(PYTHON) -m benchmarks.gpu_evidence --build $(if $(QUICK),--quick) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(ONLY),--only $(ONLY)) $(if $(OUT),--out $(OUT))
 
 CSRC := $(shell find csrc tests/emulator benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 
 import torch
 
+from sparsekit import ops
 from sparsekit.format import Sparse24, to_torch_cutlass
 from sparsekit.timing import graph_us
 
@@ -73,20 +74,20 @@ def that_run(rivals: Mapping[str, Callable[[], object]], what: str) -> dict[str,
     return found
 
 
-def rivals_of(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> dict[str, Callable[[], object]]:
-    """The products of other libraries with the same 2:4 weight that take these sizes: x (m, k), w (n, k) dense with zeros."""
-    ways, made, what = {"cusparselt": _cusparselt, "torch_cutlass": _torch_cutlass}, {}, f"m, n, k = {(x.shape[0], *w.shape)}"
-    that_run({name: lambda name=name, way=way: made.update({name: way(x, w, s)}) for name, way in ways.items()}, what)
-    return that_run(made, what)
+def rivals_of(x: torch.Tensor, held: Sequence[Sparse24]) -> dict[str, list[Callable[[], object]]]:
+    """The products of other libraries that take these sizes and that a CUDA graph holds: x (m, k) with each 2:4 weight (n, k)."""
+    ways, made, what = {"cusparselt": _cusparselt, "torch_cutlass": _torch_cutlass}, {}, f"m, n, k = {(x.shape[0], *held[0].shape)}"
+    that_run({name: lambda name=name, way=way: made.update({name: way(x, held)}) for name, way in ways.items()}, what)
+    run = {name: lambda name=name, calls=calls: graph_us({name: calls[:1]}, most=1) for name, calls in made.items()}
+    return {name: made[name] for name in that_run(run, what)}
 
 
-def _cusparselt(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> Callable[[], object]:
-    compressed, b = torch._cslt_compress(w), x.t()
-    best = torch._cslt_sparse_mm_search(compressed, b)
-    return lambda: torch._cslt_sparse_mm(compressed, b, alg_id=best)
+def _cusparselt(x: torch.Tensor, held: Sequence[Sparse24]) -> list[Callable[[], object]]:
+    compressed, b = [torch._cslt_compress(ops.expand24(s)) for s in held], x.t()
+    best = torch._cslt_sparse_mm_search(compressed[0], b)
+    return [lambda a=a: torch._cslt_sparse_mm(a, b, alg_id=best) for a in compressed]
 
 
-def _torch_cutlass(x: torch.Tensor, w: torch.Tensor, s: Sparse24) -> Callable[[], object]:
-    values, meta = to_torch_cutlass(s)
-    b = x.t()
-    return lambda: torch._sparse_semi_structured_mm(values, meta, b)
+def _torch_cutlass(x: torch.Tensor, held: Sequence[Sparse24]) -> list[Callable[[], object]]:
+    packed, b = [to_torch_cutlass(s) for s in held], x.t()
+    return [lambda values=values, meta=meta: torch._sparse_semi_structured_mm(values, meta, b) for values, meta in packed]

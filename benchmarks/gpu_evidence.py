@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,7 +35,7 @@ MEMORY_BOUND = (
 )  # fmt: skip
 SANITIZED = ("memcheck", "racecheck")
 QUICK_LAYERS = ("Llama-3-8B o", "Llama-2-7B down")
-TUNED = ("4096x4096", "14336x4096", "4096x14336")
+TUNED = {"8192x8192": ("--tokens", "8192"), "4096x4096": (), "14336x4096": (), "4096x14336": ()}  # the first: a goal's size
 OURS = ("linear24", "24_kernel", "mask_", "obs_block", "gram_kernel", "count_digits", "keep_above", "expand_fragments")  # kernels
 STUCK = {"test": 75, "row": 45}  # seconds after which one hangs, what Triton compiles for it included: of a test up to 40 kernels
 MOST_AT_ONCE = 15  # processes of tests, each with a CUDA context of 0.5 GiB
@@ -76,8 +76,8 @@ def steps(out: Path, quick: bool, cores: int = 16) -> list[list[Step]]:
     if sanitizer := shutil.which("compute-sanitizer"):
         each = max(1, min(cores, MOST_AT_ONCE) // len(SANITIZED))
         found.append([step for tool in SANITIZED for step in sanitized(tool, out, sanitizer, each)])
-    for shape in TUNED:  # 8 numbers of tokens, 5 to 40 kernels each, 10 ms to 0.5 s of replays a kernel
-        command = [sys.executable, "-m", "sparsekit", "bench", "--tune", "--json", "--device", "cuda", "--shape", shape]
+    for shape, tokens in TUNED.items():  # 8 numbers of tokens, 5 to 40 kernels each, 10 ms to 0.5 s of replays a kernel
+        command = [sys.executable, "-m", "sparsekit", "bench", "--tune", "--json", "--device", "cuda", "--shape", shape, *tokens]
         found.append([Step(f"tune-{shape}", command, 12, 30, env={"SPARSEKIT_CACHE": str(out / "tune")}, cwd=out)])
     return found + roofline(out)
 
@@ -132,12 +132,14 @@ def roofline(out: Path) -> list[list[Step]]:
     return [[Step("roofline", command, 5, 20)]]
 
 
-def what_ran() -> dict[str, str | int | bool | None]:
-    """The machine, its driver and tools, and the commit. A GPU's own part comes from a process that ends."""
+def what_ran(left: Callable[[], float]) -> dict[str, str | int | bool | None]:
+    """The machine, its driver and tools, and the commit, asked while seconds are left. A GPU's own part comes from a process that
+    ends."""
 
     def said(*command: str) -> str | None:
         try:
-            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
+            limit = max(1, min(60, left()))
+            return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True, timeout=limit).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             return None
 
@@ -211,10 +213,11 @@ def _write(path: Path, text: str) -> None:
 
 
 def chosen(groups: Iterable[list[Step]], only: Sequence[str] | None) -> list[list[Step]]:
-    """The groups with a step whose name is one of these, or begins so."""
+    """The steps whose name is one of these, or begins so, in their groups."""
     if only is None:
         return list(groups)
-    return [group for group in groups if any(group[0].name == name or group[0].name.startswith(f"{name}-") for name in only)]
+    found = ([step for step in group if any(f"{step.name}-".startswith(f"{name}-") for name in only)] for group in groups)
+    return [group for group in found if group]
 
 
 def probe() -> tuple[str, tuple[int, int]]:
@@ -265,7 +268,7 @@ def run(groups: list[list[Step]], first: list[Step], out: Path, quick: bool, min
         if missing:
             runner.skip([step for group in groups for step in group], "the build failed")
         else:
-            summary.machine = what_ran()
+            summary.machine = what_ran(runner.left)
             for group in groups:
                 runner.run(group, beside=len(group))
     finally:

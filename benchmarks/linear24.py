@@ -99,12 +99,12 @@ def sizes(name: str, m: int, n: int, k: int, dtype: torch.dtype) -> dict:
 def gpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) -> dict:
     x, w, s = problem(m, n, k, dtype, "cuda")
     x = x.to(dtype)
-    held = [to_fragments(problem(1, n, k, dtype, "cuda", seed)[2]) for seed in range(variants(s.nbytes))]
+    packed = [s, *(problem(1, n, k, dtype, "cuda", seed)[2] for seed in range(1, variants(s.nbytes)))]
+    held = [to_fragments(s) for s in packed]
     dense = [torch.randn_like(w) for _ in range(variants(w.nbytes))]
     calls = {"sparse": [lambda f=f: ops.linear24(x, f) for f in held]}
     calls["dense"] = [lambda w=w: torch.nn.functional.linear(x, w) for w in dense]
-    rivals = rivals_of(x, w, s)
-    times = graph_us({**calls, **{rival: [call] * 4 for rival, call in rivals.items()}})
+    times = graph_us({**calls, **rivals_of(x, packed)})
     eager = time_us({"eager": calls["sparse"][0]}, 0.1, torch.cuda.synchronize)["eager"]
     choice = chosen_on_gpu(x, dtype, n, k)
     sparse = times["sparse"]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +65,7 @@ class Steps:
         """So many at a time; returns their records, in order. One for which no time is left is not run."""
         waiting, running = deque(steps), []
         try:
-            while waiting or running:
+            while (waiting or running) and self.left() > 0:
                 while waiting and len(running) < beside:
                     step = waiting.popleft()
                     if self.left() < LEAST:
@@ -75,12 +75,13 @@ class Steps:
                 running = [one for one in running if not self._ended(one)]
                 time.sleep(0.05 if running else 0)
         finally:
+            _kill(*(one.process for one in running))
             for one in running:
-                _kill(one.process)
-                self._close(one, FAILED)
+                self._close(one, FAILED if self.left() > 0 else LATE)
+        self.skip(waiting)
         return [self.records[step.name] for step in steps]
 
-    def skip(self, steps: Sequence[Step], why: str = "") -> None:
+    def skip(self, steps: Iterable[Step], why: str = "") -> None:
         for step in steps:
             self.records[step.name] = Record(NOT_RUN, estimate=step.estimate, last=why)
         self.told()
@@ -89,7 +90,9 @@ class Steps:
         self._logs.mkdir(parents=True, exist_ok=True)
         self.records[step.name] = Record(estimate=step.estimate)
         log = self._logs / f"{step.name}.log"
-        log.unlink(missing_ok=True)
+        for former in (log, step.grows):
+            if former:
+                former.unlink(missing_ok=True)
         one = _Running(step, log, time.monotonic())
         self._start(one)
         return one
@@ -115,7 +118,7 @@ class Steps:
         if (code := one.process.poll()) is None:
             if (size := one.signs()) != one.size:
                 one.size, one.seen = size, now
-            if now - one.begun > step.limit or now > self._deadline:
+            if now - one.begun > step.limit:
                 result = LATE
             elif step.still is not None and now - one.seen > step.still:
                 result = HUNG
@@ -173,10 +176,13 @@ def _size(path: Path | None) -> int:
         return 0
 
 
-def _kill(process: subprocess.Popen) -> None:
-    """Ends the process and all that it started but what made a session of its own; waits for it, though no more than a moment: a
-    process that the system cannot end, as one whose GPU hangs, is left."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(process.pid, signal.SIGKILL)
-    with suppress(subprocess.TimeoutExpired):
-        process.wait(10)
+def _kill(*processes: subprocess.Popen) -> None:
+    """Ends the processes and all that they started but what made a session of its own; waits for them, though no more than a moment
+    for all together: a process that the system cannot end, as one whose GPU hangs, is left."""
+    for process in processes:
+        with suppress(ProcessLookupError, PermissionError):
+            os.killpg(process.pid, signal.SIGKILL)
+    end = time.monotonic() + 10
+    for process in processes:
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(max(0, end - time.monotonic()))

@@ -257,6 +257,29 @@ def test_a_row_that_cannot_be_made_leaves_the_others(tmp_path, capsys):
     assert said.out == out.read_text() and "no row of (2,): two cannot be made" in said.err and [*tmp_path.iterdir()] == [out]
 
 
+def test_rivals_have_as_many_weights_and_one_that_a_graph_cannot_hold_is_left_out(monkeypatch, capsys):
+    from benchmarks import gpu
+    from sparsekit import ops
+
+    def graph_us(calls, most):
+        for variants in calls.values():
+            assert len(variants) == most == 1 and variants[0]() is not None
+
+    def refuses(*_):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    monkeypatch.setattr(gpu, "graph_us", graph_us)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch, "_cslt_compress", lambda w: w, raising=False)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm_search", lambda w, b: 7, raising=False)
+    monkeypatch.setattr(torch, "_cslt_sparse_mm", lambda w, b, alg_id: w @ b if alg_id == 7 else None, raising=False)
+    monkeypatch.setattr(torch, "_sparse_semi_structured_mm", refuses, raising=False)
+    held, x = [ops.prune_compress24(torch.randn(64, 64).half()) for _ in range(3)], torch.randn(2, 64).half()
+    rivals = gpu.rivals_of(x, held)
+    assert [*rivals] == ["cusparselt"] and "torch_cutlass does not take m, n, k = (2, 64, 64): operation" in capsys.readouterr().err
+    assert all(torch.equal(call(), ops.expand24(s) @ x.t()) for call, s in zip(rivals["cusparselt"], held, strict=True))
+
+
 def test_a_product_s_quick_rows_come_first():
     from benchmarks import linear24
 

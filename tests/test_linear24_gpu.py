@@ -69,7 +69,9 @@ def choices(kernel: str, m: int) -> list[Choice]:
     index = torch.cuda.current_device()
     if kernel == EXPAND:
         return [Choice(EXPAND)]
-    if kernel not in product.gpu_kernels(index) or (kernel == product.DECODE and m > product.DECODE_TOKENS):
+    if kernel not in product.gpu_kernels(index):
+        pytest.skip(f"this GPU and this build have no {kernel}")
+    if kernel == product.DECODE and m > product.DECODE_TOKENS:
         return []
     return [*(Choice(kernel, tile, split) for tile, split in product.variants(kernel, m, index)), Choice(kernel)]
 
@@ -179,10 +181,11 @@ def test_threads_that_launch_at_once():
             torch.cuda.current_stream().synchronize()
             return found[0]
 
-    if product.DECODE in product.gpu_kernels(torch.cuda.current_device()):
-        with ThreadPoolExecutor(len(held)) as pool:
-            for m, y in zip(held, pool.map(run, held), strict=True):
-                check(y, *problems[m])
+    if product.DECODE not in product.gpu_kernels(torch.cuda.current_device()):
+        pytest.skip("no kernel for few tokens on this GPU")
+    with ThreadPoolExecutor(len(held)) as pool:
+        for m, y in zip(held, pool.map(run, held), strict=True):
+            check(y, *problems[m])
 
 
 def test_memory_of_a_call_is_its_output():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -80,6 +81,24 @@ def test_the_end_of_all_time(runner, tmp_path, monkeypatch):
     assert 1.5 < time.monotonic() - begin < 8
 
 
+def test_at_the_end_none_waits_for_another_to_die(runner, monkeypatch):
+    """As where a GPU hangs: the system cannot end them."""
+    monkeypatch.setattr("benchmarks.steps.LEAST", 0.5)
+    killed, waited = [], []
+    monkeypatch.setattr(os, "killpg", lambda pid, sent: killed.append(pid))
+    monkeypatch.setattr(subprocess.Popen, "wait", lambda self, seconds: waited.append((len(killed), seconds)))
+    found = runner(1.0).run([python(str(i), "import time; time.sleep(5)") for i in range(3)], beside=3)
+    assert [record.result for record in found] == [LATE] * 3 and len({*killed}) == 3
+    assert [count for count, _ in waited] == [3] * 3 and all(0 <= seconds <= 10 for _, seconds in waited)
+
+
+def test_rows_of_a_former_run_are_not_this_one_s(runner, tmp_path):
+    rows = tmp_path / "rows"
+    rows.write_text("of another commit")
+    runner().run([python("step", "exit(1)", grows=rows)])
+    assert not rows.exists()
+
+
 def test_steps_beside_each_other(runner):
     begin = time.monotonic()
     records = runner().run([python(str(i), "import time; time.sleep(1.5)") for i in range(4)], beside=4)
@@ -140,6 +159,14 @@ def test_a_lost_context_ends_the_process_and_the_next_goes_on(some_tests, tmp_pa
     assert cases.main() == 1 and [outcome for outcome, _ in cases.outcomes(file).values()] == ["failed", "passed"]
 
 
+def test_what_can_hang_comes_last(tmp_path):
+    """In every part: whatever of the Hopper kernel hangs, the others have been tested."""
+    items = [SimpleNamespace(nodeid=name) for name in ("a", "tests/test_hopper_gpu.py::b", "c[linear24_sm90a]", "d")]
+    config = SimpleNamespace(hook=SimpleNamespace(pytest_deselected=lambda items: None))
+    cases.Cases(tmp_path / "t.jsonl").pytest_collection_modifyitems(config, items)
+    assert [item.nodeid[-1] for item in items] == ["a", "d", "b", "]"]
+
+
 def test_half_a_line_is_none(tmp_path):
     file = tmp_path / "t.jsonl"
     file.write_text('{"collected": 3}\n{"case": "a"}\n{"case": "a", "outcome": "passed", "why": ""}\n{"case": "b"')
@@ -156,7 +183,7 @@ def evidence(tmp_path, groups, first=(), seconds=60.0) -> tuple[int, dict, str]:
 
 @pytest.fixture
 def no_machine(monkeypatch):
-    monkeypatch.setattr(gpu_evidence, "what_ran", lambda: {"gpu": "a GPU", "date": "today"})
+    monkeypatch.setattr(gpu_evidence, "what_ran", lambda left: {"gpu": "a GPU", "date": "today"})
     kept = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, kept)
@@ -184,6 +211,17 @@ def test_all_that_was_learned_is_in_the_summary(tmp_path, some_tests, no_machine
     assert page in capsys.readouterr().out
 
 
+def test_steps_are_chosen_by_their_names_or_the_beginning():
+    every = ("linear24", "memcheck-0 memcheck-1 racecheck-0", "tune-4x4")
+    groups = [[python(name, "") for name in names.split()] for names in every]
+
+    def names(*only):
+        return [[step.name for step in group] for group in gpu_evidence.chosen(groups, only)]
+
+    assert gpu_evidence.chosen(groups, None) == groups and names("line") == []
+    assert names("racecheck") == [["racecheck-0"]] and names("memcheck-1", "tune") == [["memcheck-1"], ["tune-4x4"]]
+
+
 def test_without_a_build_nothing_runs(tmp_path, no_machine):
     code, summary, _ = evidence(tmp_path, [[python("step", "")]], [python("build", "exit(1)")])
     assert code == 1 and summary["steps"]["step"]["result"] == NOT_RUN and summary["steps"]["step"]["last"] == "the build failed"
@@ -204,7 +242,7 @@ def test_stopped_at_any_moment_the_summary_is_whole(sent, tmp_path):
 from pathlib import Path
 from benchmarks import gpu_evidence
 from benchmarks.steps import Step
-gpu_evidence.what_ran = dict
+gpu_evidence.what_ran = lambda left: dict()
 write = lambda text: [sys.executable, "-c", text]
 long = "import os, time; open('child', 'w').write(str(os.getpid())); time.sleep(60)"
 groups = [[Step("one", write("print(1)"), 1, 60)], [Step("two", write(long), 1, 60, cwd=Path({str(tmp_path)!r}))]]
