@@ -38,6 +38,7 @@ QUICK_LAYERS = ("Llama-3-8B o", "Llama-2-7B down")
 TUNED = {"8192x8192": ("--tokens", "8192"), "4096x4096": (), "14336x4096": (), "4096x14336": ()}  # the first: a goal's size
 OURS = ("linear24", "24_kernel", "mask_", "obs_block", "gram_kernel", "count_digits", "keep_above", "expand_fragments")  # kernels
 STUCK = {"test": 75, "row": 45}  # seconds after which one hangs, what Triton compiles for it included: of a test up to 40 kernels
+TOOLKIT = "/usr/local/cuda/bin"
 MOST_AT_ONCE = 15  # processes of tests, each with a CUDA context of 0.5 GiB
 
 # Name, torch, compute capability: before the package is built, in a process of its own, which alone has a CUDA context then.
@@ -73,9 +74,12 @@ def steps(out: Path, quick: bool, cores: int = 16) -> list[list[Step]]:
         return found + roofline(out)
     model = ["--model", "llama-2-7b", "--pattern", "2:4", "--out", str(out / "sparsegpt-llama-2-7b.csv")]
     found.append([benchmark("sparsegpt", out, 70, 120, *model, name="sparsegpt-llama-2-7b", still=None)])
-    if sanitizer := shutil.which("compute-sanitizer"):
+    if sanitizer := of_toolkit("compute-sanitizer"):
         each = max(1, min(cores, MOST_AT_ONCE) // len(SANITIZED))
         found.append([step for tool in SANITIZED for step in sanitized(tool, out, sanitizer, each)])
+    else:  # told as a failure, and not left out
+        code = f"raise SystemExit('compute-sanitizer must be on the path or in {TOOLKIT}, found in neither')"
+        found.append([Step("sanitizer", [sys.executable, "-c", code], 1, 10)])
     for shape, tokens in TUNED.items():  # 8 numbers of tokens, 5 to 40 kernels each, 10 ms to 0.5 s of replays a kernel
         command = [sys.executable, "-m", "sparsekit", "bench", "--tune", "--json", "--device", "cuda", "--shape", shape, *tokens]
         found.append([Step(f"tune-{shape}", command, 12, 30, env={"SPARSEKIT_CACHE": str(out / "tune")}, cwd=out)])
@@ -92,6 +96,11 @@ def tests(name: str, out: Path, marked: str, parts: int, estimate: float, limit:
         # The CPU's side of a comparison is as many threads as there are processes.
         found.append(Step(f"{name}-{part}", command, estimate, limit, STUCK["test"], lines, True, {"OMP_NUM_THREADS": "1"}))
     return found
+
+
+def of_toolkit(name: str) -> str | None:
+    """Where a program of CUDA's toolkit is, whose folder is not on every path."""
+    return shutil.which(name) or shutil.which(name, path=TOOLKIT)
 
 
 def gpu_files() -> list[str]:
@@ -143,7 +152,7 @@ def what_ran(left: Callable[[], float]) -> dict[str, str | int | bool | None]:
         except (OSError, subprocess.SubprocessError):
             return None
 
-    nvcc, changed = said("nvcc", "--version"), said("git", "status", "--porcelain", "--untracked-files=no")
+    nvcc, changed = said(of_toolkit("nvcc") or "nvcc", "--version"), said("git", "status", "--porcelain", "--untracked-files=no")
     here = said(sys.executable, "-c", "import json; from benchmarks.measure import machine; print(json.dumps(machine('cuda')))")
     return {
         **(json.loads(here) if here else {}),

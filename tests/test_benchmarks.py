@@ -310,6 +310,15 @@ def test_the_steps_of_the_gpu_evidence(tmp_path, monkeypatch):
             assert done.returncode == 0 and {a for a in step.command if a.startswith("--")} <= known, step.name
 
 
+def test_without_a_sanitizer_the_evidence_fails(tmp_path, monkeypatch):
+    from benchmarks import gpu_evidence
+
+    monkeypatch.setattr(gpu_evidence.shutil, "which", lambda name, path=None: None)
+    (step,) = (group[0] for group in gpu_evidence.steps(tmp_path, False) if group[0].name == "sanitizer")
+    done = subprocess.run(step.command, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("compute-sanitizer must be on the path")
+
+
 @pytest.mark.parametrize("capability, arch", [((9, 0), "90a"), ((8, 9), "89"), ((12, 0), "120")])
 def test_the_build_is_for_the_card_alone(capability, arch):
     from benchmarks import gpu_evidence
