@@ -127,7 +127,7 @@ def sanitized(tool: str, out: Path, sanitizer: str, parts: int) -> list[Step]:
 
 
 def benchmark(
-    op: str, out: Path, estimate: float, limit: float, *arguments: str, name: str = "", still: float | None = STUCK
+    op: str, out: Path, estimate: float, limit: float, *arguments: str, name: str = "", still: float | None = STUCK["row"]
 ) -> Step:
     rows = out / f"{name or op}.csv"
     command = [sys.executable, "-m", f"benchmarks.{op}", "--device", "cuda", "--out", str(rows), *arguments]

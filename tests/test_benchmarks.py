@@ -297,6 +297,7 @@ def test_the_steps_of_the_gpu_evidence(tmp_path, monkeypatch):
         steps = [gpu_evidence.build((9, 0)), *(step for group in groups for step in group)]
         assert len({step.name for step in steps}) == len(steps), "one would write over another's log"
         assert all(re.fullmatch(r"[A-Za-z0-9._-]+", step.name) and step.estimate <= step.limit <= 60 * minutes for step in steps)
+        assert all(step.still is None or 0 < step.still <= 90 for step in steps)
         whole = 60 + 10 + sum(max(step.estimate for step in group) for group in groups)
         assert whole <= 60 * minutes, f"{whole} s"
     names = [group[0].name for group in groups]
