@@ -55,6 +55,13 @@ def few_values(shape, dtype, seed=0) -> torch.Tensor:
     return x.to(dtype)
 
 
+def for_sums(shape, dtype, seed):
+    """Numbers whose pairs sum to a number: infinities of one sign alone."""
+    scores = random_bits(shape, dtype, seed)
+    as_bits(scores)[(scores.double() == -float("inf"))] = 0
+    return scores
+
+
 def viewed(x: torch.Tensor, how: str, device="cpu") -> torch.Tensor:
     """The same matrix on the device, laid out in another way."""
     (rows, cols), bits = x.shape, as_bits(x).to(device)
@@ -154,6 +161,10 @@ def check(values: torch.Tensor, meta: torch.Tensor, cols: int) -> list[int]:
             if numbers[row][place] != 0 and 4 * group + column(nibble, place % 2) >= cols:
                 status[1] = min(status[1], row * 4 * blocks + place)
     return status
+
+
+def clean(status: torch.Tensor) -> bool:
+    return set(status.tolist()) == {NOTHING}
 
 
 def drop(w: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -21,8 +21,10 @@ from definition24 import (
     as_bits,
     best,
     check,
+    clean,
     equal,
     few_values,
+    for_sums,
     keep_nm,
     keep_rows,
     named,
@@ -52,10 +54,6 @@ SHAPES = [
     (0, 8),
     (3, 0),
 ]
-
-
-def clean(status: torch.Tensor) -> bool:
-    return set(status.tolist()) == {NOTHING}
 
 
 def agrees(w, want, view=lambda x: x, **rank):
@@ -89,28 +87,6 @@ def test_every_layout_gives_the_same(how, dtype):
         values, meta, status = compress24(viewed(held, how))
         assert equal(values, pack_nonzero(held)[0]) and equal(meta, pack_nonzero(held)[1]) and clean(status)
         assert equal(expand24(values, meta, shape[1]), held)
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=named)
-def test_large_transposed_matrices(dtype, monkeypatch):
-    """From 4 MiB on, lines that are aligned are written past the caches. Such a matrix is 16 times one small enough for the
-    definition, side by side: 17 words, two whole strips of tiles and a narrow one, and rows that end with a tile's first few."""
-    monkeypatch.setattr(format24_cpu.Output, "lines", True)
-    cols = 17 * 64
-    w = random_bits(((1 << 18) // (cols * dtype.itemsize) + 5, cols), dtype, seed=3)
-    values, meta = pack_largest(w)
-    held = unpack(values, meta, cols)
-
-    def large(x):
-        return x.view(torch.uint8).repeat(16, 1).view(x.dtype)
-
-    for function, x, want in (
-        (prune_compress24, w, (values, meta)),
-        (compress24, held, pack_nonzero(held)),
-        (prune24, w, (held,)),
-    ):
-        *got, status = function(viewed(large(x), "transposed"))
-        assert all(equal(a, large(b)) for a, b in zip(got, want, strict=True)) and clean(status)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
@@ -334,13 +310,6 @@ def test_mask_nm(m, dtype):
         for scores in (random_bits((3, cols[n % 3]), dtype, seed=m), few_values((3, cols[n % 3]), dtype, seed=n)):
             mask, status = mask_nm(scores, n, m)
             assert equal(mask, keep_nm(scores, n, m)) and clean(status)
-
-
-def for_sums(shape, dtype, seed):
-    """Numbers whose pairs sum to a number: infinities of one sign alone."""
-    scores = random_bits(shape, dtype, seed)
-    as_bits(scores)[(scores.double() == -float("inf"))] = 0
-    return scores
 
 
 @pytest.mark.parametrize("dtype", SCORES, ids=named)

@@ -1,6 +1,6 @@
 // The portable path of the format ops, and the choice of a path.
 #include "format24.h"
-#include "format24_masks.h"
+#include "format24_path.h"
 #include "memory.h"
 
 #include <cstring>
@@ -26,7 +26,9 @@ template <class Int> struct Several : MasksOfLanes<Several<Int>, Int, 4> {
     static void stream(Int *p, V a) { store(p, a); }
     static V set(Int a) { return V{} + a; }
     static V land(V a, V b) { return a & b; }
+    static V lor(V a, V b) { return a | b; }
     static V lxor(V a, V b) { return a ^ b; }
+    static V select(V mask, V a, V b) { return (a & mask) | (b & ~mask); }
     static V min(V a, V b) { return a < b ? a : b; }
     static V max(V a, V b) { return a > b ? a : b; }
     static V sum(V a, V b) { return a + b; }

@@ -65,7 +65,7 @@ struct Format24Path {
     void (*check)(const Check24 &problem, int threads);
 };
 
-// One an instruction set, all from the headers that format24_masks.h includes.
+// One an instruction set, all from the headers that format24_path.h includes.
 extern const Format24Path kFormat24Portable, kFormat24Avx2, kFormat24Vbmi2;
 
 } // namespace sparsekit::cpu

@@ -1,5 +1,5 @@
 // The AVX2 path of the format ops: a shuffle moves the values of eight columns, by a table.
-#include "format24_masks.h"
+#include "format24_path.h"
 
 #include <immintrin.h>
 #include <type_traits>
@@ -58,7 +58,9 @@ template <class Int> struct Vector {
     static void store(Int *p, V a) { _mm256_storeu_si256(reinterpret_cast<V *>(p), a); }
     static void stream(Int *p, V a) { _mm256_stream_si256(reinterpret_cast<V *>(p), a); }
     static V land(V a, V b) { return _mm256_and_si256(a, b); }
+    static V lor(V a, V b) { return _mm256_or_si256(a, b); }
     static V lxor(V a, V b) { return _mm256_xor_si256(a, b); }
+    static V select(V mask, V a, V b) { return _mm256_blendv_epi8(b, a, mask); }
     static V flipped_abs(V a) { return _mm256_xor_si256(_mm256_abs_epi8(a), _mm256_set1_epi8(-128)); }
 };
 

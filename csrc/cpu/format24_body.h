@@ -1,4 +1,4 @@
-// The 2:4 format ops of one instruction set `Isa`: prune, compress, expand.
+// The 2:4 format ops of one instruction set `Isa`: tiles of them all, what is pruned and compressed of a tile, expand.
 //
 // Everything goes by words, 64 columns of one row: what is chosen becomes 64 bits, a bit a column, and ranking,
 // metadata and the search for what is wrong are arithmetic on those. Vectors compare numbers and move values, nothing
@@ -7,16 +7,17 @@
 // written written once.
 //
 // Isa provides Lanes<Int>, a vector of kLanes signed integers: load, store, stream (a store past the caches, to a whole
-// aligned vector), set, land (and), lxor, min, max, the masks gt (of a > b) and test (of a & b != 0), from_bits
+// aligned vector), set, land (and), lor, lxor, min, max, the masks gt (of a > b) and test (of a & b != 0), from_bits
 // (all ones in the lanes of a bit mask), nonzero(a, b) (a where a & b is not zero, else zero), rotate<r>, in which the
 // lane of column j of a group of four has its column (j + r) % 4, order (integers ordered as the numbers are, -0.0 as
 // +0.0) and flipped_abs (|int8| with the sign bit flipped). A mask is bits, or a vector whose lanes are all ones or
-// none: bits(mask) are its bits, word(body) those of 64 columns, of which body(i) gives the mask of the i-th on,
-// store_ones(body, out) makes them bytes, lanes(mask) is the mask as a vector. count(words, body) is how many columns
-// of so many words have the mask. best<m>(v, n) has the n highest keys of every group of m, a tie going to the left,
-// for m = 4 and, from kLeastRanked up to kMostRanked, 2 and 8. Isa::pack gathers the 32 kept of 64
-// values, each vector of them from the i-th on as clean(v, i) makes it; Isa::unpack puts 32 values at the kept of 64
-// places and zeros elsewhere; Isa::fence ends a run of streamed stores. Unnamed namespace: see epilogue.h.
+// none: select(mask, a, b) has a where it is, bits(mask) are its bits, word(body) those of 64 columns, of which body(i)
+// gives the mask of the i-th on, store_ones(body, out) makes them bytes, lanes(mask) is the mask as a vector.
+// count(words, body) is how many columns of so many words have the mask. best<m>(v, n) has the n highest keys of every
+// group of m, a tie going to the left, for m = 4 and, from kLeastRanked up to kMostRanked, 2 and 8. Isa::pack gathers
+// the 32 kept of 64 values, each vector of them from the i-th on as clean(v, i) makes it; Isa::unpack puts 32 values at
+// the kept of 64 places and zeros elsewhere; Isa::fence ends a run of streamed stores. Unnamed namespace: see
+// epilogue.h.
 #pragma once
 #include "format24.h"
 #include "format24_bits.h"
@@ -32,6 +33,7 @@ namespace {
 constexpr int kRoomBytes = 32768; // of a tile that is turned over
 constexpr int kTileWords = 64;    // most of a tile, and rows of one that is turned over: a line of the cache or a few
 constexpr int kStrip = 8;         // such tiles side by side, before those below: their metadata are a line
+constexpr int kDown = 512;        // bytes of a column that are read at once: memory gives them as fast as a row's
 
 // A matrix that leaves no room in the caches for what is written of it.
 constexpr int64_t kPastBytes = int64_t{1} << 22;
@@ -75,6 +77,11 @@ struct Tiling {
         down = ceil_div(rows, tile_rows);
         across = ceil_div(cols, tile_cols);
         strip = turned ? min(kStrip, across) : across;
+    }
+
+    void set_rows(int64_t count) {
+        tile_rows = count;
+        down = ceil_div(rows, count);
     }
 
     Span span(int64_t tile) const {
@@ -439,43 +446,20 @@ inline bool dense_rows(const Matrix &m, int64_t rows, int64_t cols) {
     return m.col_stride == 1 && (m.row_stride == cols || rows == 1);
 }
 
-template <class Isa, class W> void prune(Prune24 p, int threads) {
-    const bool ranked = p.kind == kByScores || p.kind == kByMask;
-    if (p.cols % 8 == 0 && dense_rows(p.w, p.rows, p.cols) && (!ranked || dense_rows(p.rank, p.rows, p.cols))) {
-        p.cols *= p.rows;
-        p.rows = 1;
-    }
-    const int rank_width = ranked ? width_of(p.rank.dtype) : 8;
-    const auto choose = with_integer(rank_width, [](auto s) { return choose_by_rank<Isa, decltype(s)>; });
-    const int64_t turned = max(p.w.col_stride != 1 ? sizeof(W) : 0, ranked && p.rank.col_stride != 1 ? rank_width : 0);
-    const int64_t bytes = p.rows * p.cols * int64_t(2 * sizeof(W) + (ranked ? rank_width : 0));
-    Found found;
-    for_tiles(Tiling(p.rows, p.cols, kWord, turned), bytes, threads, [&](const Span &s, const Span &next) {
-        W room[kRoom<W>];
-        const Tile<W> w = fetch<Isa>(p.w, s, room);
-        Choice choice;
-        if (p.dense && p.kind == kByWeight)
-            return write_tile<Kept::kLargest, Isa, W>(p, s, next, w, choice, found);
-        if (ranked)
-            choose(p, s, next, choice, found);
-        else
-            choose_by_weight<Isa, W>(p, s, w, choice, found);
-        const auto write = p.kind == kByMask ? write_tile<Kept::kMasked, Isa, W> : write_tile<Kept::kChosen, Isa, W>;
-        write(p, s, next, w, choice, found);
-    });
-    p.status[0] = found.nan.place();
-    p.status[1] = found.over.place();
-}
-
-template <class Isa> void prune(const Prune24 &p, int threads) {
-    switch (width_of(p.w.dtype)) {
-    case 1:
-        return prune<Isa, int8_t>(p, threads);
-    case 2:
-        return prune<Isa, int16_t>(p, threads);
-    default:
-        return prune<Isa, int32_t>(p, threads);
-    }
+// One tile; `choose` is for what is chosen by rank.
+template <class Isa, class W, class Choose>
+void prune_tile(const Prune24 &p, const Span &s, const Span &next, const Choose &choose, Found &found) {
+    W room[kRoom<W>];
+    const Tile<W> w = fetch<Isa>(p.w, s, room);
+    Choice choice;
+    if (p.dense && p.kind == kByWeight)
+        return write_tile<Kept::kLargest, Isa, W>(p, s, next, w, choice, found);
+    if (p.kind == kByScores || p.kind == kByMask)
+        choose(p, s, next, choice, found);
+    else
+        choose_by_weight<Isa, W>(p, s, w, choice, found);
+    const auto write = p.kind == kByMask ? write_tile<Kept::kMasked, Isa, W> : write_tile<Kept::kChosen, Isa, W>;
+    write(p, s, next, w, choice, found);
 }
 
 // ---- expand ----

@@ -1,4 +1,4 @@
-// The mask that keeps the n best of every m columns, of one instruction set `Isa` (see format24_body.h), and the path.
+// The mask that keeps the n best of every m columns, of one instruction set `Isa` (see format24_body.h).
 //
 // The columns of a small group are ranked against one another, m - 1 comparisons a column; of larger ones, 64 at once,
 // the n-th highest is found first, by a sorting network whose lanes are groups. Bound by memory for m up to 4: scores
@@ -48,6 +48,10 @@ inline float to_float(E4M3 v) {
 inline int32_t sum_key(float a, float b) { return order_of(bit_cast<int32_t>(a + b)); }
 inline int16_t sum_key(int16_t a, int16_t b) { return static_cast<int16_t>(a + b); }
 inline int64_t sum_key(double a, double b) { return order_of(bit_cast<int64_t>(a + b)); }
+
+// The keys of T's sums, and what they are keys of.
+template <class T> using SumKey = decltype(sum_key(to_float(T{}), to_float(T{})));
+template <class Key> constexpr DType kSumDType = sizeof(Key) == 8 ? kFloat64 : sizeof(Key) == 4 ? kFloat32 : kFloat16;
 
 // Reads the keys of a row's members, columns or pairs of them, and counts them.
 template <class Key> using ReadKeys = int64_t (*)(const void *row, int64_t cols, DType dtype, Key *keys);
@@ -198,48 +202,51 @@ template <class Isa, int kSpan, class Key>
     }
 }
 
-// The same of keys that are turned over: a row of 64 groups is a member of each. Up to 7 bytes are written past the
-// last group.
+// The same of keys that are turned over: a row of 64 groups is a member of each, of which a word says where it is kept.
 template <class Isa, int kMost, class Key>
-[[gnu::noinline, gnu::flatten]] void keep_turned(const Key *turned, const Key *cut, int n, int m, uint8_t *mask) {
+[[gnu::noinline, gnu::flatten]] void keep_lanes(const Key *turned, const Key *cut, int n, int m, uint64_t *kept) {
     using L = Lanes<Isa, Key>;
-    Counters<kMost == 32 ? 6 : kMost == 16 ? 5 : 4> kept(-n); // less n: zero where there is no room
-    uint64_t above[kMost], ties[kMost];
+    Counters<kMost == 32 ? 6 : kMost == 16 ? 5 : 4> count(-n); // less n: zero where there is no room
+    uint64_t ties[kMost];
     for (int member = 0; member < m; ++member) {
         const Key *key = turned + member * kWord;
         const uint64_t over = L::word([&](int i) { return L::gt(L::load(key + i), L::load(cut + i)); }),
                        under = L::word([&](int i) { return L::gt(L::load(cut + i), L::load(key + i)); });
-        kept.add(over);
-        above[member] = over;
+        count.add(over);
+        kept[member] = over;
         ties[member] = ~(over | under);
     }
-    uint8_t bytes[kMost * kWord];
     for (int member = 0; member < m; ++member) {
-        const uint64_t taken = ties[member] & kept.nonzero();
-        kept.add(taken);
-        store_mask<Isa>(above[member] | taken, bytes + member * kWord, kWord);
+        const uint64_t taken = ties[member] & count.nonzero();
+        count.add(taken);
+        kept[member] |= taken;
     }
+}
+
+// These as bytes of groups as they lie. Up to 7 bytes are written past the last group.
+template <class Isa, int kMost, class Key>
+[[gnu::noinline, gnu::flatten]] void keep_turned(const Key *turned, const Key *cut, int n, int m, uint8_t *mask) {
+    uint64_t kept[kMost];
+    keep_lanes<Isa, kMost>(turned, cut, n, m, kept);
+    uint8_t bytes[kMost * kWord];
+    for (int member = 0; member < m; ++member)
+        store_mask<Isa>(kept[member], bytes + member * kWord, kWord);
     // What is past a group's members falls on the next group, which is written later: so the last members first.
     for (int group = 0; group < kWord; group += kSide)
         for (int member = (m - 1) / kSide * kSide; member >= 0; member -= kSide)
             turn_block(bytes + member * kWord + group, kWord, mask + group * m + member, m);
 }
 
-// The n best of each of 64 groups of m <= kMost keys, a byte a key; returns a bit for each group that has a NaN. Turned
-// over, a lane is a group and a vector the same member of every group. Of a group, each half is sorted; its n-th
-// highest is the largest of min(i-th of one, (n - i)-th of the other).
+// The n-th highest of each of 64 groups of m <= kMost keys, which are turned over: a lane is a group and a vector the
+// same member of every group; returns a bit for each group that has a NaN. `turned` has room for kMost members. Of a
+// group, each half is sorted; its n-th highest is the largest of min(i-th of one, (n - i)-th of the other).
 template <class Isa, int kMost, class Key>
-[[gnu::noinline, gnu::flatten]] uint64_t choose(const Key *keys, int n, int m, Ends<Key> ends, uint8_t *mask) {
+[[gnu::noinline, gnu::flatten]] uint64_t find_cuts(Key *turned, int n, int m, const Ends<Key> &ends, Key *cut) {
     using L = Lanes<Isa, Key>;
     constexpr int kHalf = kMost / 2;
-    Key turned[kMost * kWord];
-    constexpr int kRows = min(L::kLanes, kMost), kCols = min(16 / int(sizeof(Key)), kRows);
-    for (int member = 0; member < m; member += kRows)
-        for (int group = 0; group < kWord; group += kCols)
-            turn_block<kCols, kRows>(keys + group * m + member, m, turned + member * kWord + group, kWord);
     std::fill(turned + m * kWord, turned + kMost * kWord, ends.lowest); // they lose, if by a tie: the last
 
-    Key cut[kWord], sorted[2][(kHalf + 1) * L::kLanes];
+    Key sorted[2][(kHalf + 1) * L::kLanes];
     const auto highest = L::set(ends.highest), lowest = L::set(ends.lowest);
     for (auto &half : sorted)
         L::store(half, L::set(std::numeric_limits<Key>::max())); // the 0-th
@@ -262,11 +269,33 @@ template <class Isa, int kMost, class Key>
         L::store(cut + lane, nth);
     }
 
+    return bad;
+}
+
+// The n best of each of 64 groups of m <= kMost keys, a byte a key; returns a bit for each group that has a NaN.
+template <class Isa, int kMost, class Key>
+[[gnu::noinline, gnu::flatten]] uint64_t choose(const Key *keys, int n, int m, Ends<Key> ends, uint8_t *mask) {
+    using L = Lanes<Isa, Key>;
+    Key turned[kMost * kWord], cut[kWord];
+    constexpr int kRows = min(L::kLanes, kMost), kCols = min(16 / int(sizeof(Key)), kRows);
+    for (int member = 0; member < m; member += kRows)
+        for (int group = 0; group < kWord; group += kCols)
+            turn_block<kCols, kRows>(keys + group * m + member, m, turned + member * kWord + group, kWord);
+    const uint64_t bad = find_cuts<Isa, kMost>(turned, n, m, ends, cut);
     constexpr int kSpan = max(kMost, L::kLanes);
     if (4 * m >= 3 * kSpan)
         keep_as_they_lie<Isa, kSpan>(keys, cut, n, m, mask);
     else
         keep_turned<Isa, kMost>(turned, cut, n, m, mask);
+    return bad;
+}
+
+// The same of groups that are turned over already: a word a member.
+template <class Isa, int kMost, class Key>
+uint64_t choose_lanes(Key *turned, int n, int m, const Ends<Key> &ends, uint64_t *kept) {
+    Key cut[kWord];
+    const uint64_t bad = find_cuts<Isa, kMost>(turned, n, m, ends, cut);
+    keep_lanes<Isa, kMost>(turned, cut, n, m, kept);
     return bad;
 }
 
@@ -420,36 +449,11 @@ template <class Isa, class Int> void mask_columns(const MaskNM &p, const Span &s
 }
 
 template <class Isa, class T> void mask_pairs(const MaskNM &p, const Span &s, const Span &next, First &nan) {
-    using Key = decltype(sum_key(to_float(T{}), to_float(T{})));
+    using Key = SumKey<T>;
     T room[kRoom<T>];
-    const DType key_dtype = sizeof(Key) == 8 ? kFloat64 : sizeof(Key) == 4 ? kFloat32 : kFloat16;
     const Rows rows(fetch<Isa>(p.scores, s, room), p.scores.dtype);
     Ahead<T>(p.scores, next).all();
-    mask_by_keys<Isa, Key>(p, s, rows, key_dtype, nan, read_pair_keys<T, Key>);
-}
-
-template <class Isa> void mask_nm(const MaskNM &problem, int threads) {
-    MaskNM p = problem;
-    const int width = p.pairs ? 2 : 1, itemsize = width_of(p.scores.dtype);
-    if (p.cols % (p.m * width) == 0 && dense_rows(p.scores, p.rows, p.cols)) {
-        p.cols *= p.rows;
-        p.rows = 1;
-    }
-    using Do = void (*)(const MaskNM &, const Span &, const Span &, First &);
-    const Do of_dtype[] = {mask_pairs<Isa, float>, mask_pairs<Isa, Half>,   mask_pairs<Isa, BFloat16>,
-                           mask_pairs<Isa, E4M3>,  mask_pairs<Isa, int8_t>, mask_pairs<Isa, double>,
-                           mask_pairs<Isa, E5M2>}; // as in DType
-    const Do tile = p.pairs ? of_dtype[p.scores.dtype]
-                            : with_integer(itemsize, [](auto s) -> Do { return mask_columns<Isa, decltype(s)>; });
-    const Tiling tiling(p.rows, p.cols, kWord / p.m * p.m * width, p.scores.col_stride != 1 ? itemsize : 0);
-    First nan;
-    for_tiles(tiling, p.rows * p.cols * (itemsize + 1), threads,
-              [&](const Span &s, const Span &next) { tile(p, s, next, nan); });
-    p.status[0] = nan.place();
-}
-
-template <class Isa> constexpr Format24Path path() {
-    return {prune<Isa>, expand<Isa>, mask_nm<Isa>, mask_rows<Isa>, check};
+    mask_by_keys<Isa, Key>(p, s, rows, kSumDType<Key>, nan, read_pair_keys<T, Key>);
 }
 
 } // namespace

@@ -1,6 +1,6 @@
 // The AVX-512 path of the format ops, for CPUs that gather bytes and 16-bit lanes by a mask (VBMI2, Ice Lake and Zen 4
 // on).
-#include "format24_masks.h"
+#include "format24_path.h"
 
 #include <immintrin.h>
 #include <type_traits>
@@ -16,6 +16,7 @@ template <class Int> struct Vector {
     static void store(Int *p, V a) { _mm512_storeu_si512(p, a); }
     static void stream(Int *p, V a) { _mm512_stream_si512(reinterpret_cast<V *>(p), a); }
     static V land(V a, V b) { return _mm512_and_si512(a, b); }
+    static V lor(V a, V b) { return _mm512_or_si512(a, b); }
     static V lxor(V a, V b) { return _mm512_xor_si512(a, b); }
     static V flipped_abs(V a) { return _mm512_xor_si512(_mm512_abs_epi8(a), _mm512_set1_epi8(-128)); }
 };
@@ -25,6 +26,7 @@ struct Bytes : Vector<int8_t>, MasksOfBits<Bytes, Bytes> {
     static V min(V a, V b) { return _mm512_min_epi8(a, b); }
     static V max(V a, V b) { return _mm512_max_epi8(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi8_mask(a, b); }
+    static V select(uint64_t mask, V a, V b) { return _mm512_mask_mov_epi8(b, static_cast<__mmask64>(mask), a); }
     static uint64_t test(V a, V b) { return _mm512_test_epi8_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi8(bits); }
     static V nonzero(V a, V b) { return _mm512_maskz_mov_epi8(_mm512_test_epi8_mask(a, b), a); }
@@ -42,6 +44,7 @@ struct Words : Vector<int16_t>, MasksOfBits<Words, Bytes> {
     static V min(V a, V b) { return _mm512_min_epi16(a, b); }
     static V max(V a, V b) { return _mm512_max_epi16(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi16_mask(a, b); }
+    static V select(uint64_t mask, V a, V b) { return _mm512_mask_mov_epi16(b, static_cast<__mmask32>(mask), a); }
     static uint64_t test(V a, V b) { return _mm512_test_epi16_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi16(static_cast<__mmask32>(bits)); }
     static V nonzero(V a, V b) { return _mm512_maskz_mov_epi16(_mm512_test_epi16_mask(a, b), a); }
@@ -59,6 +62,7 @@ struct Doublewords : Vector<int32_t>, MasksOfBits<Doublewords, Bytes> {
     static V min(V a, V b) { return _mm512_min_epi32(a, b); }
     static V max(V a, V b) { return _mm512_max_epi32(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi32_mask(a, b); }
+    static V select(uint64_t mask, V a, V b) { return _mm512_mask_mov_epi32(b, static_cast<__mmask16>(mask), a); }
     static uint64_t test(V a, V b) { return _mm512_test_epi32_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi32(static_cast<__mmask16>(bits)); }
     static V nonzero(V a, V b) { return _mm512_maskz_mov_epi32(_mm512_test_epi32_mask(a, b), a); }
@@ -78,6 +82,7 @@ struct Quadwords : Vector<int64_t>, MasksOfBits<Quadwords, Bytes> {
     static V min(V a, V b) { return _mm512_min_epi64(a, b); }
     static V max(V a, V b) { return _mm512_max_epi64(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi64_mask(a, b); }
+    static V select(uint64_t mask, V a, V b) { return _mm512_mask_mov_epi64(b, static_cast<__mmask8>(mask), a); }
     static uint64_t test(V a, V b) { return _mm512_test_epi64_mask(a, b); }
     static V from_bits(uint64_t bits) { return _mm512_movm_epi64(static_cast<__mmask8>(bits)); }
     template <int r> static V rotate(V a) { return _mm512_permutex_epi64(a, r == 1 ? 0x39 : r == 2 ? 0x4e : 0x93); }
