@@ -282,7 +282,8 @@ template <class Isa, class Int> void mask_rows(const MaskRows &p, int threads) {
         return;
     }
     const int64_t stride = ceil_div(p.cols, kWord) * kWord + kWord; // not a multiple of a page: see linear24_body.h
-    const int64_t most = turned ? max(1, min(512 / sizeof(Int), (4 << 20) / (stride * sizeof(Int))))
+    // Turned over, two lines of the cache: of more rows so much is written that the caches have lost the first of it.
+    const int64_t most = turned ? max(1, min(128 / sizeof(Int), (4 << 20) / (stride * sizeof(Int))))
                                 : max(1, min(131072 / p.cols, ceil_div(p.rows, 8 * threads)));
     const int64_t band = min(p.rows, most), bands = ceil_div(p.rows, band);
     const int used = static_cast<int>(min(min(threads, min(kMaxThreads, bands)), 1 + (bytes >> 17)));
