@@ -20,7 +20,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,11 +46,19 @@ PROBE = """import json, torch
 print(json.dumps([torch.cuda.get_device_name(), torch.cuda.get_device_capability()] if torch.cuda.is_available() else None))"""
 
 
-def build(capability: Sequence[int]) -> Step:
-    """Of the card's own architecture alone; a letter is for what runs on no later one."""
+# Without nvcc the package is built for CPUs, and every test of a kernel would be skipped.
+BUILT = """import sys, benchmarks
+from sparsekit import _C
+found = _C.cuda_archs()
+sys.exit(f"the package must be built for {sys.argv[1]}, and is for {found or 'CPUs alone'}" if sys.argv[1] not in found else 0)"""
+
+
+def build(capability: Sequence[int]) -> list[Step]:
+    """Of the card's own architecture alone; a letter is for what runs on no later one. Then whether that is what was built."""
     arch = "90a" if tuple(capability) == (9, 0) else "".join(map(str, capability))
     command = [sys.executable, "-m", "pip", "install", "--verbose", "--no-build-isolation", "--no-deps", "."]
-    return Step("build", command, 60, 150, env={"SPARSEKIT_CUDA_ARCHS": arch, "PIP_DISABLE_PIP_VERSION_CHECK": "1"})
+    env = {"SPARSEKIT_CUDA_ARCHS": arch, "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
+    return [Step("build", command, 60, 150, env=env), Step("built", [sys.executable, "-c", BUILT, arch], 1, 20)]
 
 
 def steps(out: Path, quick: bool, cores: int = 16) -> list[list[Step]]:
@@ -59,8 +67,13 @@ def steps(out: Path, quick: bool, cores: int = 16) -> list[list[Step]]:
     them in the tests. 5 s for a process to import torch."""
     marked = "gpu and sanitize" if quick else "gpu"
     found = [tests("tests", out, marked, min(cores, MOST_AT_ONCE), 25 if quick else 95, 45 if quick else 150)]
+    tuned = {} if quick else {"SPARSEKIT_CACHE": str(out / "tune")}
+    for shape, tokens in ({} if quick else TUNED).items():  # 8 numbers of tokens, 5 to 40 kernels of 10 ms to 0.5 s of replays
+        command = [sys.executable, "-m", "sparsekit", "bench", "--tune", "--json", "--device", "cuda", "--shape", shape, *tokens]
+        found.append([Step(f"tune-{shape}", command, 12, 30, env=tuned, cwd=out)])
     # 22 rows, or 117, of 0.7 s: 0.5 s of replays, 0.1 s of eager calls; 4 s for the largest squares.
-    found += [[benchmark("linear24", out, 25 if quick else 80, 45 if quick else 150, *(["--quick"] if quick else []))]]
+    options = ["--quick"] if quick else []
+    found.append([benchmark("linear24", out, 25 if quick else 80, 45 if quick else 150, *options, env=tuned)])
     few = ["--layers", *QUICK_LAYERS]
     for op in MEMORY_BOUND[:3] if quick else MEMORY_BOUND:
         # 7 rows, or of the first three 14, of 0.5 s and some 4 compilations.
@@ -80,9 +93,6 @@ def steps(out: Path, quick: bool, cores: int = 16) -> list[list[Step]]:
     else:  # told as a failure, and not left out
         code = f"raise SystemExit('compute-sanitizer must be on the path or in {TOOLKIT}, found in neither')"
         found.append([Step("sanitizer", [sys.executable, "-c", code], 1, 10)])
-    for shape, tokens in TUNED.items():  # 8 numbers of tokens, 5 to 40 kernels each, 10 ms to 0.5 s of replays a kernel
-        command = [sys.executable, "-m", "sparsekit", "bench", "--tune", "--json", "--device", "cuda", "--shape", shape, *tokens]
-        found.append([Step(f"tune-{shape}", command, 12, 30, env={"SPARSEKIT_CACHE": str(out / "tune")}, cwd=out)])
     return found + roofline(out)
 
 
@@ -127,11 +137,18 @@ def sanitized(tool: str, out: Path, sanitizer: str, parts: int) -> list[Step]:
 
 
 def benchmark(
-    op: str, out: Path, estimate: float, limit: float, *arguments: str, name: str = "", still: float | None = STUCK["row"]
+    op: str,
+    out: Path,
+    estimate: float,
+    limit: float,
+    *arguments: str,
+    name: str = "",
+    still: float | None = STUCK["row"],
+    env: Mapping[str, str] | None = None,
 ) -> Step:
     rows = out / f"{name or op}.csv"
     command = [sys.executable, "-m", f"benchmarks.{op}", "--device", "cuda", "--out", str(rows), *arguments]
-    return Step(name or op, command, estimate, limit, still, rows)
+    return Step(name or op, command, estimate, limit, still, rows, env=env or {})
 
 
 def roofline(out: Path) -> list[list[Step]]:
@@ -260,7 +277,7 @@ def main() -> None:
     groups = chosen(steps(out, args.quick, os.cpu_count() or 1), args.only)
     if not groups:
         sys.exit(f"gpu_evidence: --only must name a step, got {' '.join(args.only)}")
-    sys.exit(run(groups, [build(capability)] if args.build else [], out, args.quick, minutes, deadline))
+    sys.exit(run(groups, build(capability) if args.build else [], out, args.quick, minutes, deadline))
 
 
 def run(groups: list[list[Step]], first: list[Step], out: Path, quick: bool, minutes: float, deadline: float) -> int:

@@ -294,7 +294,7 @@ def test_the_steps_of_the_gpu_evidence(tmp_path, monkeypatch):
     monkeypatch.setattr(gpu_evidence.shutil, "which", lambda name: name)
     for quick, minutes in gpu_evidence.MINUTES.items():
         groups = gpu_evidence.steps(tmp_path, quick)
-        steps = [gpu_evidence.build((9, 0)), *(step for group in groups for step in group)]
+        steps = [*gpu_evidence.build((9, 0)), *(step for group in groups for step in group)]
         assert len({step.name for step in steps}) == len(steps), "one would write over another's log"
         assert all(re.fullmatch(r"[A-Za-z0-9._-]+", step.name) and step.estimate <= step.limit <= 60 * minutes for step in steps)
         assert all(step.still is None or 0 < step.still <= 90 for step in steps)
@@ -304,6 +304,7 @@ def test_the_steps_of_the_gpu_evidence(tmp_path, monkeypatch):
     assert names[:5] == ["tests-0", "linear24", *gpu_evidence.MEMORY_BOUND[:3]]
     full = [group[0].name for group in gpu_evidence.steps(tmp_path, False)]
     assert set(gpu_evidence.MEMORY_BOUND) == set(OPS) < set(full)
+    assert full.index("tune-8192x8192") < full.index("linear24"), "its rows are of the kernels that were measured to be best"
     for step in (step for group in groups for step in group):  # of the quick run, which has every argument
         if step.name in ("prune_compress24", "linear24", "sparsegpt", "roofline"):  # the others share the first one's
             done = subprocess.run([*step.command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
@@ -324,7 +325,15 @@ def test_without_a_sanitizer_the_evidence_fails(tmp_path, monkeypatch):
 def test_the_build_is_for_the_card_alone(capability, arch):
     from benchmarks import gpu_evidence
 
-    assert gpu_evidence.build(capability).env["SPARSEKIT_CUDA_ARCHS"] == arch
+    build, built = gpu_evidence.build(capability)
+    assert build.env["SPARSEKIT_CUDA_ARCHS"] == arch == built.command[-1]
+
+
+def test_a_build_for_another_card_is_none():
+    from benchmarks import gpu_evidence
+
+    done = subprocess.run(gpu_evidence.build((1, 0))[1].command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("the package must be built for 10, and is for ")
 
 
 @pytest.mark.parametrize("name, folder", [("NVIDIA H200", "h200"), ("NVIDIA H100 80GB HBM3", "h100-80gb-hbm3")])
