@@ -38,6 +38,8 @@ def measure(
     without a kernel, for no sizes and for sizes below 1."""
     if dtype not in product.LINEAR_DTYPES:
         raise SparsekitError(f"the dtype must be one that a product takes, got {dtype}")
+    if device.type != "cpu" and dtype not in product.GPU_DTYPES:
+        raise SparsekitError(f"a GPU multiplies 2:4 weights of float16 and bfloat16, got {dtype}; measure one of these")
     if not shapes or not tokens or min(map(min, (*shapes, tokens))) < 1:
         raise SparsekitError(f"there must be shapes and tokens of 1 or more, got {shapes} and {tokens}")
     rows, cases = [], [(n, k, m) for n, k in shapes for m in tokens]

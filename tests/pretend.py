@@ -23,6 +23,7 @@ from types import SimpleNamespace
 
 import torch
 import torch._dynamo  # first, since it makes a table of torch's functions
+import torch.utils._device
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
@@ -186,6 +187,7 @@ class Graph:
 
 
 def _patch_torch() -> None:
+    torch.utils._device._device_constructors()  # what `with torch.device` sees, before torch.empty is another
     cuda, nothing = torch.cuda, lambda *args, **kwargs: None
     properties = SimpleNamespace(name=NAME, L2_cache_size=50 << 20, multi_processor_count=132, total_memory=80 << 30,
                                  shared_memory_per_block_optin=227 << 10, major=9, minor=0)  # fmt: skip
@@ -263,25 +265,27 @@ class Extension:
         self._product(x, values, meta, bias, y, m, n, k, ldx, dtype, activation)
 
     def linear24_sm90a(self, x, values, meta, bias, y, parts, m, n, k, ldx, dtype, activation, tile, split, device, stream):
-        assert tile in range(6)
+        assert tile in range(11)
         if x % 16 or ldx % 8:
             return False  # TMA cannot take it
-        self._product(x, values, meta, bias, y, m, n, k, ldx, dtype, activation)
+        self._product(x, values, meta, bias, y, m, n, k, ldx, dtype, activation, plain=tile > 7)
         return True
 
     def linear24_sm80(self, x, values, meta, bias, y, m, n, k, ldx, dtype, activation, tile, device, stream):
         assert tile in range(5)
         self._product(x, values, meta, bias, y, m, n, k, ldx, dtype, activation)
 
-    def _product(self, x, values, meta, bias, y, m, n, k, ldx, dtype, activation):
+    def _product(self, x, values, meta, bias, y, m, n, k, ldx, dtype, activation, plain=False):
+        """plain: the values are in canonical order, as a tile that reads them from shared memory takes them."""
         from sparsekit.format import Fragments24, _fragment_layout, from_fragments
 
         kind = {1: torch.float16, 2: torch.bfloat16}[dtype]
         with _disable_current_modes():
             _, of_values, _, of_meta = _fragment_layout(n, k, kind)
-            f = Fragments24(_tensor_at(values, of_values, kind), _tensor_at(meta, of_meta, torch.int32), (n, k))
-            s = from_fragments(f)
-            self._built.linear24_cpu(x, s.values.data_ptr(), s.meta.data_ptr(), bias, y, m, n, k, ldx, dtype, dtype, activation, 1)
+            held = torch.zeros(of_values, dtype=kind) if plain else _tensor_at(values, of_values, kind)
+            s = from_fragments(Fragments24(held, _tensor_at(meta, of_meta, torch.int32), (n, k)))
+            values = values if plain else s.values.data_ptr()
+            self._built.linear24_cpu(x, values, s.meta.data_ptr(), bias, y, m, n, k, ldx, dtype, dtype, activation, 1)
 
 
 def _launchers() -> dict:

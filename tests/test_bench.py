@@ -79,6 +79,11 @@ def test_dtypes_that_are_refused(dtype):
         bench.measure(CPU, dtype, ((8, 8),), (1,))
 
 
+def test_fp32_is_refused_on_a_gpu():
+    with pytest.raises(SparsekitError, match="a GPU multiplies 2:4 weights of float16 and bfloat16, got torch"):
+        bench.measure(torch.device("cuda"), torch.float32, ((8, 8),), (1,))
+
+
 def run(*arguments: str):
     return CliRunner().invoke(app, ["bench", *arguments])
 

@@ -317,6 +317,20 @@ def test_rows_far_away_say_nothing(prune):
     assert set(found(prune(), dtype=torch.float16, batch=2048)) == {"kernels"}
 
 
+def test_fp32_weights_on_a_gpu(monkeypatch):
+    """No kernel takes them, and none can be measured."""
+    from sparsekit.analysis.patient import Matrix, Patient
+
+    monkeypatch.setattr("sparsekit.ops.linear.gpu_kernels", lambda index: ["linear24_sm80"])
+    monkeypatch.setattr(bench, "key", lambda device: "a GPU")
+    check = next(check for check in CHECKS if check.__name__ == "kernels")
+    matrix, found = Matrix("q", (128, 128), 0.5, True, None, True, True, True, None), {}
+    for dtype in (torch.float32, torch.float16):
+        found[dtype] = check(Patient(Path(), None, [matrix], "compressed", dtype, dtype, torch.device("cuda"), None, 1))
+    assert found[torch.float32].result == FINDING and "no kernel for float32 weights" in found[torch.float32].found
+    assert found[torch.float16].result == NOT_MADE and "--dtype float16 --tune` measures it" in found[torch.float16].found
+
+
 def test_much_was_left_dense(prune):
     assert set(found(prune("--skip", FIRST))) == set()  # 2 % of the weights
     findings = found(prune("--skip", "model.layers.1"))

@@ -31,6 +31,8 @@ for op in ("compress24", "expand24", "expand_fragments", "mask_nm", "mask_rows",
     found[op] = [memory_bound.row(problem, "cuda", *case) for case in (("tiny", "bf16", False), (reference, "bf16", True))]
 found["linear24"] = [linear24.gpu_row("tiny", m, 64, 128, torch.bfloat16, 1.0) for m in (1, 100)]
 found["sparsegpt"] = [sparsegpt.row("tiny", 24, 64, "2:4", tokens=100, device="cuda", repeats=1)]
+shape = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=2, vocab_size=50)
+found["model"] = sparsegpt.model_row("llama-2-7b", "2:4", "cuda", blocks=2, samples=3, seq_len=20, **shape)
 print(json.dumps(found))"""
 
 
@@ -51,6 +53,7 @@ def test_rows_of_a_gpu():
     )
     assert [row["kernel"] for row in found["linear24"]] == ["linear24_decode_sm80 0/0", "linear24_sm90a 0/0"]
     assert all(0 < row["rel_err"] < 1e-2 and row["dense_us"] >= 0 for row in found["linear24"])
+    assert found["model"]["blocks"] == 2 and 0 < found["model"]["output_error"] < 1
     assert found["sparsegpt"][0]["rel_err"] < 1e-5 and found["sparsegpt"][0]["rows_apart"] == 0
 
 

@@ -285,6 +285,10 @@ def kernels(patient: Patient) -> Check:
     if patient.device.type == "cuda" and not product.gpu_kernels(patient.device.index or 0):
         do = "build sparsekit with nvcc there, with its architecture in SPARSEKIT_CUDA_ARCHS"
         return _finding(*about, "error", checked, "this build has no kernel for this GPU: each call expands the weight", do)
+    if patient.device.type == "cuda" and patient.dtype not in product.GPU_DTYPES:
+        do = "in Python load it, model.bfloat16(), sparsekit.save(model, OUT)"
+        said = f"a GPU has no kernel for {_name(patient.dtype)} weights: each call expands the weight"
+        return _finding(*about, "warning", checked, said, do)
     if patient.compute != patient.dtype:
         said = f"{_name(patient.compute)} activations over {_name(patient.dtype)} weights are not measured"
         return _not_made(*about, checked, f"{said}; --dtype {_name(patient.dtype)} is what rows are of")

@@ -17,6 +17,7 @@ from . import gradient
 from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, stacked, threads
 
 LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+GPU_DTYPES = (torch.float16, torch.bfloat16)  # of which a GPU has kernels
 DECODE, HOPPER, MMA_SP, SPARSE_CPU = "linear24_decode_sm80", "linear24_sm90a", "linear24_sm80", "linear24_cpu"
 DECODE_TOKENS = 64  # the most that the decode kernel takes
 # What csrc/launch.h offers of tiles and splits. The decode kernel's tiles are rows of the weight, by the most tokens they are for.
@@ -198,7 +199,7 @@ def _linear24_fragments_cuda(
 
 def _has_kernel(x: Tensor, values: Tensor) -> bool:
     """Whether the build has a kernel for these dtypes on this device; says so once where it has not."""
-    if x.dtype == values.dtype != torch.float32 and _has_mma_sp(x.device.index):
+    if x.dtype == values.dtype and x.dtype in GPU_DTYPES and _has_mma_sp(x.device.index):
         return True
     say_once(
         f"linear24: no kernel for {x.dtype} x {values.dtype} on {torch.cuda.get_device_name(x.device)} in this build "
