@@ -28,12 +28,15 @@ from definition24 import (
 from format24_cpu import compress24, mask_nm, prune24, prune_compress24
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=named)
-def test_large_transposed_matrices(dtype, monkeypatch):
+@pytest.mark.parametrize(
+    ("dtype", "cols"),
+    [(torch.bfloat16, 17 * 64), (torch.bfloat16, 17 * 64 + 8), (torch.float32, 17 * 64), (torch.int8, 17 * 64)],
+    ids=["bfloat16", "rows that are no lines", "float32", "int8"],
+)
+def test_large_transposed_matrices(dtype, cols, monkeypatch):
     """From 4 MiB on, lines that are aligned are written past the caches. Such a matrix is 16 times one small enough for the
     definition, side by side: 17 words, two whole strips of tiles and a narrow one, and rows that end with a tile's first few."""
     monkeypatch.setattr(format24_cpu.Output, "lines", True)
-    cols = 17 * 64
     w = random_bits(((1 << 18) // (cols * dtype.itemsize) + 5, cols), dtype, seed=3)
     values, meta = pack_largest(w)
     held = unpack(values, meta, cols)

@@ -88,7 +88,7 @@ template <class Isa, class W>
 [[gnu::noinline, gnu::flatten]] void write_turned(const Prune24 &p, const Span &s, const Turned<W> &from) {
     using L = Lanes<Isa, W>;
     using T = Turned<W>;
-    constexpr int kCols = min(16 / int(sizeof(W)), L::kLanes), kCodeCols = min(T::kCodes, kCols);
+    constexpr int kCols = min(16 / int(sizeof(W)), L::kLanes);
     constexpr int kBatch = max(L::kLanes, 64); // rows: what has just been written is not read again at once
     const int64_t bytes = ceil_div(p.cols, 8);
     const bool past = p.rows * p.cols * int64_t(sizeof(W)) >= kPastBytes;
@@ -98,8 +98,7 @@ template <class Isa, class W>
         for (int64_t row = 0; row < rows; row += L::kLanes) {
             for (int i = 0; i < T::kValues; i += kCols)
                 turn_block<kCols, L::kLanes>(from.values[i] + first + row, T::kRows, values[row] + i, T::kValues);
-            for (int i = 0; i < T::kCodes; i += kCodeCols)
-                turn_block<kCodeCols, L::kLanes>(from.meta[i] + first + row, T::kRows, codes[row] + i, T::kCodes);
+            turn_block<T::kCodes, L::kLanes>(from.meta[0] + first + row, T::kRows, codes[row], T::kCodes);
         }
         W *out = static_cast<W *>(p.values) + (s.row + first) * 4 * bytes + s.col / 2;
         uint8_t *meta = p.meta + (s.row + first) * bytes + s.col / 8;
