@@ -35,6 +35,8 @@ MEMORY_BOUND = (
 )  # fmt: skip
 SANITIZED = ("memcheck", "racecheck")
 QUICK_LAYERS = ("Llama-3-8B o", "Llama-2-7B down")
+QUICK_DECODE = ("--blocks", "4", "--batch", "1")
+SPARSEGPT_LAYERS = ("square 1024", "Llama-2-7B q", "Llama-2-7B up")
 TUNED = {"8192x8192": ("--tokens", "8192"), "4096x4096": (), "14336x4096": (), "4096x14336": ()}  # the first: a goal's size
 OURS = ("linear24", "24_kernel", "mask_", "obs_block", "gram_kernel", "count_digits", "keep_above", "expand_fragments")  # kernels
 STUCK = {"test": 75, "row": 45}  # seconds after which one hangs, what Triton compiles for it included: of a test up to 40 kernels
@@ -61,7 +63,7 @@ def build(capability: Sequence[int]) -> list[Step]:
     return [Step("build", command, 60, 150, env=env), Step("built", [sys.executable, "-c", BUILT, arch], 1, 20)]
 
 
-def steps(out: Path, quick: bool, cores: int = 16) -> list[list[Step]]:
+def steps(out: Path, quick: bool, cores: int = 16, gpu: str = "") -> list[list[Step]]:
     """What is run after the build, in order; the steps of a group run beside each other. Estimates are of a Hopper card and 16
     cores, reckoned and not measured but for what Triton takes to compile a kernel, 0.5 s and 1.5 s for the OBS step: 600 and 300 of
     them in the tests. 5 s for a process to import torch."""
@@ -75,25 +77,27 @@ def steps(out: Path, quick: bool, cores: int = 16) -> list[list[Step]]:
     options = ["--quick"] if quick else []
     found.append([benchmark("linear24", out, 25 if quick else 80, 45 if quick else 150, *options, env=tuned)])
     few = ["--layers", *QUICK_LAYERS]
-    for op in MEMORY_BOUND[:3] if quick else MEMORY_BOUND:
+    for op in MEMORY_BOUND[:2] if quick else MEMORY_BOUND:
         # 7 rows, or of the first three 14, of 0.5 s and some 4 compilations.
         short = quick or op not in MEMORY_BOUND[:3]
         found.append([benchmark(op, out, 10 if short else 15, 30 if short else 45, *(few if short else []))])
-    # Of a row 0.5 to 3 s of eager loop, and thrice as much again as our own prune.
-    found.append(
-        [benchmark("sparsegpt", out, 10 if quick else 40, 30 if quick else 75, *(["--layers", "Llama-2-7B q"] if quick else []))]
-    )
+    # 8 s of imports, 3 s for a model of 32 blocks and its sparse twin, 2 s of compilations; of a row 1 s of capture, 1 s of
+    # replays, 1.5 s for the truth.
+    model = ["--model", "llama-2-7b"]
+    found.append([benchmark("decode", out, *((13, 40) if quick else (20, 75)), *model, *(QUICK_DECODE if quick else []))])
+    # Of a row 0.5 to 3 s of eager loop, and thrice as much again as our own prune: the widest layer's are left out.
+    layers = SPARSEGPT_LAYERS[1:2] if quick else SPARSEGPT_LAYERS
+    found.append([benchmark("sparsegpt", out, 10 if quick else 26, 30 if quick else 75, "--layers", *layers)])
     if quick:
-        return found + roofline(out)
-    model = ["--model", "llama-2-7b", "--pattern", "2:4", "--out", str(out / "sparsegpt-llama-2-7b.csv")]
-    found.append([benchmark("sparsegpt", out, 70, 120, *model, name="sparsegpt-llama-2-7b", still=None)])
+        return found + roofline(out, gpu)
+    found.append([benchmark("sparsegpt", out, 70, 120, *model, "--pattern", "2:4", name="sparsegpt-llama-2-7b", still=None)])
     if sanitizer := of_toolkit("compute-sanitizer"):
         each = max(1, min(cores, MOST_AT_ONCE) // len(SANITIZED))
         found.append([step for tool in SANITIZED for step in sanitized(tool, out, sanitizer, each)])
     else:  # told as a failure, and not left out
         code = f"raise SystemExit('compute-sanitizer must be on the path or in {TOOLKIT}, found in neither')"
         found.append([Step("sanitizer", [sys.executable, "-c", code], 1, 10)])
-    return found + roofline(out)
+    return found + roofline(out, gpu)
 
 
 def tests(name: str, out: Path, marked: str, parts: int, estimate: float, limit: float, before: Sequence[str] = ()) -> list[Step]:
@@ -151,10 +155,11 @@ def benchmark(
     return Step(name or op, command, estimate, limit, still, rows, env=env or {})
 
 
-def roofline(out: Path) -> list[list[Step]]:
+def roofline(out: Path, gpu: str) -> list[list[Step]]:
     if not find_spec("matplotlib"):
         return []
-    command = [sys.executable, "-m", "benchmarks.roofline", str(out / "linear24.csv"), "--out", str(out / "roofline.png")]
+    command = [sys.executable, "-m", "benchmarks.roofline", str(out / "linear24.csv"), "--card", gpu]
+    command += ["--out", str(out / "roofline.png")]
     return [[Step("roofline", command, 5, 20)]]
 
 
@@ -274,7 +279,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * minutes - 3  # to kill what runs, and to write
     gpu, capability = probe()
     out = (args.out or ROOT / "benchmarks/results" / folder_name(gpu)).resolve()
-    groups = chosen(steps(out, args.quick, os.cpu_count() or 1), args.only)
+    groups = chosen(steps(out, args.quick, os.cpu_count() or 1, gpu), args.only)
     if not groups:
         sys.exit(f"gpu_evidence: --only must name a step, got {' '.join(args.only)}")
     sys.exit(run(groups, build(capability) if args.build else [], out, args.quick, minutes, deadline))

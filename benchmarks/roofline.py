@@ -1,6 +1,6 @@
 """The rows of benchmarks/linear24.py under their roofs: operations a second over operations a byte, sparse and dense.
 
-    python -m benchmarks.roofline benchmarks/results/h200/linear24.csv --out roofline.png
+    python -m benchmarks.roofline benchmarks/results/h200/linear24.csv --card "NVIDIA H200" --out roofline.png
 
 The slanted roof is the copy bandwidth of the same run. There is no flat roof but what was measured: a peak from a data sheet is
 reached by nothing.
@@ -28,6 +28,7 @@ def points(rows: list[dict]) -> dict[str, list[tuple[float, float]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="the CSV of benchmarks/linear24.py")
+    parser.add_argument("--card", required=True, help="what the rows were measured on, for the caption")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     import matplotlib
@@ -46,6 +47,7 @@ def main() -> None:
     ends = [low, min(high, top / copy * 1e3)]
     axes.plot(ends, [x * copy / 1e3 for x in ends], color="grey", label=f"copy: {copy:.0f} GB/s")
     axes.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s, of the dense product's operations")
+    axes.set_title(f"linear24 and the dense product on {args.card}")
     axes.legend()
     figure.savefig(args.out, dpi=120, bbox_inches="tight")
 

@@ -12,7 +12,7 @@ two scores were equal within rounding. The floor of loop_ms is rows * cols * b /
 but for shares of narrow layers; loop_gflops counts them twice.
 
 Of a model, shaped as named and of random weights, in seconds: the phases over all its blocks, on random tokens; forward_s is the
-rest, two runs of each block over all tokens. On a CPU --blocks must say how many of the blocks to take.
+rest, two runs of each block over all tokens. On a CPU --blocks must say how many of the blocks of llama-2-7b to take.
 """
 
 from __future__ import annotations
@@ -36,7 +36,19 @@ LAYERS = {  # (rows, cols): the linears of the models that they are named for
     "Llama-2-7B up": (11008, 4096),
     "Llama-3-8B down": (4096, 14336),
 }
-MODELS = {"llama-2-7b": {}}  # what differs from transformers' LlamaConfig, whose defaults are this model's
+MODELS = {  # what differs from transformers' LlamaConfig, whose defaults are the first model's
+    "llama-2-7b": {},
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+    },
+}
 
 
 def paper_loop(w: Tensor, upper: Tensor, pattern: Pattern, block: int = 128) -> tuple[Tensor, Tensor]:
@@ -119,24 +131,39 @@ def row(name: str, rows: int, cols: int, text: str, tokens: int, device: str, re
     }
 
 
-def model_row(name: str, text: str, device: str, blocks: int | None, samples: int, seq_len: int, **shape) -> dict:
-    """Phases of a whole model; shape: what differs from the named one's configuration, for a test."""
+def random_model(name: str, device: str, dtype: torch.dtype, blocks: int | None = None, **shape) -> torch.nn.Module:
+    """A model shaped as the named one, of random weights made on the device in their dtype. shape: what differs, for a test."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(**MODELS[name], **shape)
+    config = LlamaConfig(**{**MODELS[name], **shape})
     config.num_hidden_layers = blocks or config.num_hidden_layers
-    config.dtype = dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    config.dtype = dtype
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config).to(dtype)  # made in that dtype: in fp32 it would need twice the memory
-        batches = [torch.randint(0, config.vocab_size, (1, seq_len)) for _ in range(samples)]
+        return AutoModelForCausalLM.from_config(config).to(dtype)  # made in that dtype: in fp32 it would need twice the memory
+
+
+def refuse_size(parser: argparse.ArgumentParser, name: str | None, device: str, blocks: int | None) -> None:
+    """Ends the command where the model is too large for a CPU, or has not so many blocks."""
+    if name == "llama-2-7b" and device == "cpu" and blocks is None:
+        parser.error("argument --model: a whole model must run on a GPU, got --device cpu; say --blocks N for some of its blocks")
+    if blocks is not None and blocks < 1:
+        parser.error(f"argument --blocks: must be at least 1, got {blocks}")
+
+
+def model_row(name: str, text: str, device: str, blocks: int | None, samples: int, seq_len: int, **shape) -> dict:
+    """Phases of a whole model; shape: what differs from the named one's configuration, for a test."""
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = random_model(name, device, dtype, blocks, **shape)
+    vocabulary = model.config.vocab_size
+    batches = [torch.randint(0, vocabulary, (1, seq_len), device=device) for _ in range(samples)]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
     ms, report = timed_ms(lambda: sparsekit.prune(model, batches, method="sparsegpt", pattern=text), device)
     phases = {phase: spent for phase, spent in report.phases.items() if phase not in ("read", "forward", "write")}
     return {
         "model": name,
-        "blocks": config.num_hidden_layers,
+        "blocks": model.config.num_hidden_layers,
         "tokens": samples * seq_len,
         "pattern": text,
         "forward_s": round(ms / 1e3 - sum(phases.values()), 3),
@@ -167,8 +194,7 @@ def main() -> None:
             parser.error(f"argument --pattern: {error}")
         if not known:
             parser.error(f"argument --pattern: must be N:M, N:M pairs or a share, which the paper's loop knows, got {text!r}")
-    if args.model and args.device == "cpu" and not args.blocks:
-        parser.error("argument --model: a whole model must run on a GPU, got --device cpu; say --blocks N for some of its blocks")
+    refuse_size(parser, args.model, args.device, args.blocks)
     if args.model:
         cases = [(args.model, text, args.device, args.blocks, args.samples, args.seq_len) for text in args.pattern]
         found = attempted(model_row, cases)

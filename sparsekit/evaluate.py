@@ -64,10 +64,14 @@ def perplexity(
     return {"perplexity": math.exp(mean), "tokens": count, "seconds": time.perf_counter() - begin}
 
 
+def cache_argument(model: nn.Module) -> str:
+    """What the model calls the argument, and the result, that remembers earlier tokens: transformers renamed it."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+
+
 def _stepper(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """A function of the next tokens (rows, count) that gives the logits (rows, vocabulary) after them, and remembers them."""
-    name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"  # transformers renamed it
-    cache = None
+    name, cache = cache_argument(model), None
 
     def step(ids: Tensor) -> Tensor:
         nonlocal cache

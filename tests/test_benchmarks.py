@@ -14,6 +14,7 @@ import sparsekit
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = ["compress24", "expand24", "expand_fragments", "mask_nm", "mask_rows", "prune24", "prune_compress24", "validate24"]
+TINY = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
 
 
 def module(op: str):
@@ -163,11 +164,82 @@ def test_a_whole_model_by_phase():
     from benchmarks import sparsegpt
     from sparsekit.pruners import METHODS, SparseGPT
 
-    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 50}
-    row = sparsegpt.model_row("llama-2-7b", "2:4", "cpu", blocks=2, samples=3, seq_len=20, **tiny)
+    row = sparsegpt.model_row("llama-2-7b", "2:4", "cpu", blocks=2, samples=3, seq_len=20, **TINY)
     assert (row["blocks"], row["tokens"], row["pattern"]) == (2, 60, "2:4") and METHODS["sparsegpt"] is SparseGPT
     phases = [row[f"{phase}_s"] for phase in ("forward", "gram", "factor", "loop", "trailing", "error")]
     assert min(phases) >= 0 and sum(phases) == pytest.approx(row["total_s"], abs=0.01) and 0 < row["output_error"] < 1
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_rows_of_decoding(tied, monkeypatch):
+    pytest.importorskip("transformers")
+    from benchmarks import decode
+
+    monkeypatch.setattr(decode, "copy_gbps", lambda: 2.0)
+    times = {"bfloat16": 4000.0, "float32": 3200.0, "sparse": 1600.0}
+    monkeypatch.setattr(decode, "time_us", lambda calls, _: {name: (call(), times[name])[1] for name, call in calls.items()})
+    found = list(decode.rows("llama-2-7b", "cpu", 2, [1, 3], 6, **TINY, tie_word_embeddings=tied))
+    linears, around = 2 * (32 * 32 * 2 + 32 * 16 * 2 + 32 * 48 * 3), 50 * 32 + 5 * 32  # weights
+    for row, batch in zip(found, (1, 3), strict=True):
+        assert (row["model"], row["blocks"], row["batch"], row["context"]) == ("llama-2-7b", 2, batch, 6)
+        assert (row["dense_ms"], row["dense_dtype"], row["sparse_ms"], row["speedup"]) == (0.4, "float32", 0.2, 2.0)
+        assert row["dense_tokens_s"] == 2500 * batch and row["sparse_tokens_s"] == 5000 * batch
+        assert row["weight_bytes_dense"] == 4 * (linears + around) and row["weight_bytes_sparse"] == linears * 9 / 8 + 2 * around
+        assert row["floor_ms"] == round(row["weight_bytes_sparse"] / 2e6, 4) and row["copy_gbps"] == 2
+        assert 0 < row["bf16_rel_err"] < 0.03 and 0 < row["rel_err"] < 2 * row["bf16_rel_err"]
+
+
+def test_decoding_is_the_model_without_a_cache():
+    """In fp32, against one pass of fp64 over all tokens with two of every four weights kept by brute force; and again from the
+    prompt's end, as a graph's replay does."""
+    pytest.importorskip("transformers")
+    from benchmarks import decode
+
+    dense = decode.random_model("llama-2-7b", "cpu", torch.float32, 3, **TINY).requires_grad_(False).eval()
+    kept = {name: p.clone() for name, p in dense.named_parameters()}
+    ids = torch.randint(50, (2, 12), generator=torch.Generator().manual_seed(0))
+    sparse, written = decode.rebuilt(dense, decode.sparse_linear), decode.rebuilt(dense, decode.WrittenDense)
+    assert sum(isinstance(module, sparsekit.SparseLinear) for module in sparse.modules()) == 3 * 7
+    assert sparse.lm_head.weight is dense.lm_head.weight
+    found = {}
+    with torch.no_grad():
+        for name, model in (("sparse", sparse), ("written", written), ("dense", dense)):
+            decoding = decode.Decoding(model, ids[:, :7], ids[:, 7:])
+            found[name] = decoding.all_steps().clone()
+            decoding.logits.zero_()
+            assert torch.equal(decoding.all_steps(), found[name]), name
+        decode.in_fp32(decode.rebuilt(dense.bfloat16(), decode.WrittenDense))
+        assert dense.lm_head.weight.dtype == torch.bfloat16, "who shares a parameter keeps it"
+        whole = dense.double()
+        whole.load_state_dict(kept)
+        truth = {"dense": whole(input_ids=ids, use_cache=False).logits}
+        for name, p in whole.named_parameters():
+            if name.endswith("_proj.weight"):
+                groups = p.unflatten(1, (-1, 4))
+                groups.scatter_(-1, groups.abs().argsort(-1)[..., :2], 0)
+        truth["sparse"] = truth["written"] = whole(input_ids=ids, use_cache=False).logits
+    for name, logits in found.items():
+        wanted = truth[name][:, 7:].transpose(0, 1)
+        assert decode.relative(logits, wanted) < 1e-5, name
+    assert decode.relative(found["sparse"], truth["dense"][:, 7:].transpose(0, 1)) > 0.1
+
+
+@pytest.mark.parametrize(
+    "arguments, error",
+    [
+        ([], "argument --model: a whole model must run on a GPU, got --device cpu; say --blocks N for some of its blocks"),
+        (["--blocks", "0"], "argument --blocks: must be at least 1, got 0"),
+        (["--model", "smollm2-135m", "--batch", "1", "0"], "argument --batch: must be at least 1, got 0"),
+        (["--model", "smollm2-135m", "--context", "-1"], "argument --context: must be at least 1, got -1"),
+    ],
+)
+def test_decoding_refuses(arguments, error, monkeypatch, capsys):
+    from benchmarks import decode
+
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--device", "cpu", *arguments])
+    with pytest.raises(SystemExit, match="2"):
+        decode.main()
+    assert f"decode.py: error: {error}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -229,13 +301,12 @@ def test_the_roofline(tmp_path):
         "2:4": [(pytest.approx(operations / (packed + around)), operations / 2e6)],
         "dense": [(pytest.approx(operations / (dense + around)), operations / 4e6)],
     }
-    rows, picture = tmp_path / "rows.csv", tmp_path / "roofline.png"
+    rows, picture = tmp_path / "rows.csv", tmp_path / "roofline.svg"  # which tells the caption in a comment, letter by letter
     rows.write_text(f"{','.join(row)}\n{','.join(row.values())}\n")
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.roofline", rows, "--out", picture], cwd=ROOT, capture_output=True, text=True
-    )
+    command = [sys.executable, "-m", "benchmarks.roofline", rows, "--card", "a card's name", "--out", picture]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert "on a card's name" in picture.read_text() and "<svg" in picture.read_text()
 
 
 def test_a_row_that_cannot_be_made_leaves_the_others(tmp_path, capsys):
@@ -301,12 +372,12 @@ def test_the_steps_of_the_gpu_evidence(tmp_path, monkeypatch):
         whole = 60 + 10 + sum(max(step.estimate for step in group) for group in groups)
         assert whole <= 60 * minutes, f"{whole} s"
     names = [group[0].name for group in groups]
-    assert names[:5] == ["tests-0", "linear24", *gpu_evidence.MEMORY_BOUND[:3]]
+    assert names[:5] == ["tests-0", "linear24", *gpu_evidence.MEMORY_BOUND[:2], "decode"]
     full = [group[0].name for group in gpu_evidence.steps(tmp_path, False)]
     assert set(gpu_evidence.MEMORY_BOUND) == set(OPS) < set(full)
     assert full.index("tune-8192x8192") < full.index("linear24"), "its rows are of the kernels that were measured to be best"
     for step in (step for group in groups for step in group):  # of the quick run, which has every argument
-        if step.name in ("prune_compress24", "linear24", "sparsegpt", "roofline"):  # the others share the first one's
+        if step.name in ("prune_compress24", "linear24", "decode", "sparsegpt", "roofline"):  # the others share the first one's
             done = subprocess.run([*step.command[:3], "--help"], cwd=ROOT, capture_output=True, text=True)
             known = set(done.stdout.replace("[", " ").replace("]", " ").split())
             assert done.returncode == 0 and {a for a in step.command if a.startswith("--")} <= known, step.name

@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine 
 TESTS = Path(__file__).resolve().parent
 # Autograd's engine and torch.compile ask for a real device.
 ROWS = """import json, pretend, sys, torch
-from benchmarks import gpu, linear24, memory_bound, sparsegpt
+from benchmarks import decode, gpu, linear24, memory_bound, sparsegpt
 for wrong in (lambda: torch.ones(2, device="cuda") + torch.ones(2), lambda: torch.ones(2).cuda().numpy(),
               lambda: torch.randn(2, generator=torch.Generator().manual_seed(0), device="cuda"),
               lambda: torch.ones(2, generator=torch.Generator("cuda"))):
@@ -31,8 +31,9 @@ for op in ("compress24", "expand24", "expand_fragments", "mask_nm", "mask_rows",
     found[op] = [memory_bound.row(problem, "cuda", *case) for case in (("tiny", "bf16", False), (reference, "bf16", True))]
 found["linear24"] = [linear24.gpu_row("tiny", m, 64, 128, torch.bfloat16, 1.0) for m in (1, 100)]
 found["sparsegpt"] = [sparsegpt.row("tiny", 24, 64, "2:4", tokens=100, device="cuda", repeats=1)]
-shape = dict(hidden_size=32, intermediate_size=48, num_attention_heads=2, num_key_value_heads=2, vocab_size=50)
-found["model"] = sparsegpt.model_row("llama-2-7b", "2:4", "cuda", blocks=2, samples=3, seq_len=20, **shape)
+tiny = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 50}
+found["model"] = sparsegpt.model_row("llama-2-7b", "2:4", "cuda", blocks=2, samples=3, seq_len=20, **tiny)
+found["decode"] = list(decode.rows("llama-2-7b", "cuda", 2, [1, 3], 6, **tiny))
 print(json.dumps(found))"""
 
 
@@ -54,6 +55,8 @@ def test_rows_of_a_gpu():
     assert [row["kernel"] for row in found["linear24"]] == ["linear24_decode_sm80 0/0", "linear24_sm90a 0/0"]
     assert all(0 < row["rel_err"] < 1e-2 and row["dense_us"] >= 0 for row in found["linear24"])
     assert found["model"]["blocks"] == 2 and 0 < found["model"]["output_error"] < 1
+    assert [row["batch"] for row in found["decode"]] == [1, 3] and {row["dense_dtype"] for row in found["decode"]} == {"bfloat16"}
+    assert all(0 < row["rel_err"] < 2 * row["bf16_rel_err"] < 0.06 for row in found["decode"])
     assert found["sparsegpt"][0]["rel_err"] < 1e-5 and found["sparsegpt"][0]["rows_apart"] == 0
 
 
