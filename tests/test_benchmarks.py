@@ -420,3 +420,40 @@ def test_no_gpu_no_evidence(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == "gpu_evidence: a CUDA device must be there for torch to use, found none\n"
     assert not (tmp_path / "out").exists()
+
+
+def test_the_readme_shows_what_the_results_say():
+    from benchmarks import readme
+
+    text = (ROOT / "README.md").read_text()
+    assert "<!-- demo table: " in text and "<!-- speed table: " in text
+    assert readme.written(text) == text, "run python -m benchmarks.readme"
+
+
+def test_the_speeds_of_a_gpu(tmp_path, monkeypatch):
+    from benchmarks import readme
+
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    folder = tmp_path / "h200"
+    folder.mkdir()
+    (folder / "summary.json").write_text('{"machine": {"gpu": "A card", "cpu": "X", "threads": 16, "date": "2026-01-02"}}')
+    (folder / "linear24.csv").write_text(
+        "layer,m,n,k,sparse_us,dense_us,cusparselt_us,torch_cutlass_us,gbps,copy_gbps\n"
+        "Llama-2-7B down,1,4096,11008,10,16,,12.5,3000,4000\nsquare 8192,8192,8192,8192,1000.4,1500,1100,,30,4000\n"
+        "Llama-3-8B up,1,14336,4096,1,2,3,4,5,6\n"
+    )
+    (folder / "decode.csv").write_text(
+        "model,blocks,batch,dense_ms,sparse_ms,dense_dtype,floor_ms\nllama-2-7b,32,1,3.5,2.5,bfloat16,2.0\n"
+    )
+    (folder / "compress24.csv").write_text(
+        "layer,n,k,dtype,layout,us,of_copy,torch_from_dense_us\nLlama-2-7B down,4096,11008,bf16,row-major,40,0.8,400\n"
+        "Llama-2-7B down,4096,11008,fp32,row-major,80,0.9,\nLlama-2-7B down,4096,11008,bf16,transposed,50,0.64,\n"
+    )
+    assert readme.speed(folder).splitlines()[2:] == [
+        "| `linear24` 4096 x 11008, 1 token | 10 us | dense 16 us, 1.6; torch's CUTLASS 12.5 us, 1.25 | 0.75 |",
+        "| `linear24` 8192 x 8192, 8192 tokens | 1 ms | dense 1.5 ms, 1.5; cuSPARSELt 1.1 ms, 1.1 |  |",
+        "| a token of llama-2-7b, 32 blocks, 1 at a time | 2.5 ms | dense bfloat16 3.5 ms, 1.4 | 0.80 |",
+        "| `compress24` 4096 x 11008 | 40 us | torch (from_dense) 400 us, 10 | 0.80 (0.64) |",
+        "",
+        "A card, 2026-01-02. All rows are in [h200](h200).",
+    ]
