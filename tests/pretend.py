@@ -28,6 +28,11 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 
+sys.path.append(
+    str(Path(__file__).resolve().parents[1])
+)  # last, and first imported, as in conftest.py: the installed package is meant
+import benchmarks  # noqa: F401
+
 CAPABILITY, NAME = (9, 0), "NVIDIA H100 80GB HBM3"
 CPU, GPU = {}, {}  # by the op's name: its halves, as they are registered
 # Of these a tensor on the CPU may go with one on a GPU: copies, and places to index by.
