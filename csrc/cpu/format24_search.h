@@ -4,8 +4,9 @@
 // far from it as the last rows' cuts were from one another; of the first row, and where that was wrong, they come from
 // a sample. A pass counts what is above the two, six operations a vector, and the next two are about the place that the
 // rank has among the numbers between. The counts are exact, so they also say where a guess was wrong, which costs time
-// and nothing else; after three passes the keys between are divided in three. Who wants the cut then gathers the few,
-// among which the range of keys is quartered until it is left.
+// and nothing else. After three passes numbers lie unevenly between, many on one key perhaps: then one of them is asked
+// for, and every other time the keys between are divided in three, which ends whatever the row holds. Who wants the cut
+// then gathers the few, among which the range of keys is quartered until it is left.
 //
 // Isa::gather puts those of 64 numbers that are kept next to one another; past them up to a word may be written.
 #pragma once
@@ -259,7 +260,9 @@ template <class Isa, class Int> class Search {
             look(guess.bracket);
         }
         for (int pass = 0; !known.one() && known.between() > kFew; ++pass)
-            look(pass < kInterpolated ? interpolated(known, rank) : thirds(known));
+            look(pass < kInterpolated ? interpolated(known, rank)
+                 : pass % 2           ? one_of_them(row, cols, known)
+                                      : thirds(known));
         return known;
     }
 
@@ -309,6 +312,12 @@ template <class Isa, class Int> class Search {
         const int64_t first = known.low + 1, last = known.high - 1;
         low = min(max(low, first), last);
         return {low, min(max(high, low), last)};
+    }
+
+    // About the key alone that the middle one in the row of those between has.
+    Bracket one_of_them(const Int *row, int64_t cols, const Known &known) const {
+        const int64_t key = order(row[place(row, cols, {known.low, known.high}, (known.between() + 1) / 2)]);
+        return inside(known, before(key), key);
     }
 
     static Bracket thirds(const Known &known) {
