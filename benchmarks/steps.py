@@ -71,11 +71,12 @@ class Steps:
                     if self.left() < LEAST:
                         self.skip([step])
                     else:
-                        running.append(self._begin(step))
+                        running.append(self._waiting(step))  # before it starts, so that it is killed whenever this is left
+                        self._start(running[-1])
                 running = [one for one in running if not self._ended(one)]
                 time.sleep(0.05 if running else 0)
         finally:
-            _kill(*(one.process for one in running))
+            _kill(*(one.process for one in running if one.process))
             for one in running:
                 self._close(one, FAILED if self.left() > 0 else LATE)
         self.skip(waiting)
@@ -86,19 +87,18 @@ class Steps:
             self.records[step.name] = Record(NOT_RUN, estimate=step.estimate, last=why)
         self.told()
 
-    def _begin(self, step: Step) -> _Running:
+    def _waiting(self, step: Step) -> _Running:
         self._logs.mkdir(parents=True, exist_ok=True)
         self.records[step.name] = Record(estimate=step.estimate)
         log = self._logs / f"{step.name}.log"
         for former in (log, step.grows):
             if former:
                 former.unlink(missing_ok=True)
-        one = _Running(step, log, time.monotonic())
-        self._start(one)
-        return one
+        return _Running(step, log, time.monotonic())
 
     def _start(self, one: _Running) -> None:
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **one.step.env}
+        one.size, one.seen, one.at_start = one.signs(), time.monotonic(), _size(one.step.grows)  # before it can have grown
         with one.log.open("ab") as out:
             one.process = subprocess.Popen(
                 one.step.command,
@@ -109,7 +109,6 @@ class Steps:
                 env=environment,
                 start_new_session=True,
             )
-        one.size, one.seen, one.at_start = one.signs(), time.monotonic(), _size(one.step.grows)
         self.records[one.step.name].runs += 1
         self.told()
 
@@ -139,7 +138,7 @@ class Steps:
 
     def _close(self, one: _Running, result: str) -> None:
         record = self.records[one.step.name]
-        record.result, record.exit = one.worst or (result, one.process.returncode)
+        record.result, record.exit = one.worst or (result, one.process and one.process.returncode)
         record.seconds = round(time.monotonic() - one.begun, 1)
         record.last = last_line(one.log)
         self.told()

@@ -105,8 +105,18 @@ def test_steps_beside_each_other(runner):
     assert [record.result for record in records] == [PASSED] * 4 and time.monotonic() - begin < 5.5
 
 
-def test_one_that_crashed_goes_on_where_it_was(runner, tmp_path):
+@pytest.mark.parametrize("over", [False, True], ids=["runs", "is over when the runner looks"])
+def test_one_that_crashed_goes_on_where_it_was(runner, tmp_path, monkeypatch, over):
     """Two steps of three crash it; that is not forgotten when the last run passes. Without getting on it is not begun again."""
+    popen = subprocess.Popen
+
+    def begun(*command, **how):
+        process = popen(*command, **how)
+        process.wait()
+        return process
+
+    if over:
+        monkeypatch.setattr(subprocess, "Popen", begun)
     lines = tmp_path / "lines"
     code = f"""import os
 done = len(open({str(lines)!r}).readlines()) if os.path.exists({str(lines)!r}) else 0
@@ -116,6 +126,20 @@ if done < 3: open({str(lines)!r}, "a").write("line\\n"); os.abort()"""
     assert record.runs == 4 and (record.result, record.exit) == (FAILED, -signal.SIGABRT)
     (record,) = run.run([python("stuck", "import os; os.abort()", grows=tmp_path / "none", again=True)])
     assert record.runs == 1 and record.result == FAILED
+
+
+def test_stopped_while_a_step_begins_it_is_ended(runner, monkeypatch):
+    popen, begun, run = subprocess.Popen, [], runner()
+
+    def stop():
+        if begun and begun[0].returncode is None:
+            sys.exit("told to stop")
+
+    monkeypatch.setattr(subprocess, "Popen", lambda *command, **how: begun.append(popen(*command, **how)) or begun[-1])
+    run.told = stop
+    with pytest.raises(SystemExit, match="told to stop"):
+        run.run([python("step", "import time; time.sleep(60)")])
+    assert begun[0].returncode == -signal.SIGKILL and run.records["step"].result == FAILED
 
 
 def test_a_last_line_is_found_in_a_long_log(tmp_path):
