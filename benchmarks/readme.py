@@ -14,10 +14,12 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-LAYERS = ("Llama-2-7B down", "square 8192", "square 1024", "Llama-2-7B q")
+LAYERS = ("Llama-2-7B down", "Llama-3-8B down", "square 8192")  # of the products and the format ops, on a CPU or a GPU
+PRUNED = ("square 1024", "Llama-2-7B q")
 TOKENS = (1, 8, 16, 32, 64, 128, 512, 2048, 8192)
 MASKS = {"mask_nm": "2:4", "mask_nm-4-8": "4:8", "mask_nm-16-32": "16:32", "mask_nm-1-2": "1:2", "mask_nm-pairs": "2:4 pairs"}
 FORMAT_OPS = ("prune_compress24", "compress24", "expand24", "prune24", "validate24", *MASKS, "mask_rows")
@@ -41,10 +43,8 @@ def demo(result: dict) -> str:
 
 def speed(folder: Path) -> str:
     """What a folder's files say of every kernel, as Markdown; what is in none of them is left out."""
-    machines, rows = (
-        {},
-        [("bf16", "time", "against, and times as fast", "of a copy's speed (transposed)"), ("---", "--:", "---", "--:")],
-    )
+    head = ("bf16", "time", "against, and times as fast", "of a copy's speed (transposed)")
+    machines, rows = {}, [head, ("---", "--:", "---", "--:")]
     for make, names in ((_linear, ("linear24",)), (_decode, ("decode",)), (_sparsegpt, ("sparsegpt",)), (_format, FORMAT_OPS)):
         for name in names:
             machine, found = read(folder, name)
@@ -86,7 +86,7 @@ def _decode(_: str, rows: list[dict]) -> Iterator[tuple[str, ...]]:
 
 def _sparsegpt(_: str, rows: list[dict]) -> Iterator[tuple[str, ...]]:
     for row in rows:
-        if row["layer"] in LAYERS and row["pattern"] == "2:4":
+        if row["layer"] in PRUNED and row["pattern"] == "2:4":
             ours = 1e3 * (row["loop_ms"] + row["trailing_ms"])
             what = f"SparseGPT's loop and trailing products, {row['rows']} x {row['cols']}, {row['pattern']}"
             yield what, _time(ours), _against(ours, {"the paper's loop in eager torch": 1e3 * row["eager_loop_ms"]}), ""
@@ -118,10 +118,8 @@ def _said(machine: dict) -> str:
 
 def _number(text: str) -> float | int | str | None:
     for kind in (int, float):
-        try:
+        with suppress(ValueError):
             return kind(text)
-        except ValueError:
-            pass
     return text or None
 
 
@@ -136,12 +134,8 @@ def written(readme: str) -> str:
         path = ROOT / found["path"]
         return found["mark"] + (demo(json.loads(path.read_text())) if found["kind"] == "demo" else speed(path)) + "\n"
 
-    return re.sub(
-        r"(?P<mark><!-- (?P<kind>demo|speed) table: (?P<path>\S+) -->\n).*?(?=<!-- end of the (?P=kind) table -->)",
-        made,
-        readme,
-        flags=re.S,
-    )
+    mark = r"(?P<mark><!-- (?P<kind>demo|speed) table: (?P<path>\S+) -->\n)"
+    return re.sub(mark + r".*?(?=<!-- end of the (?P=kind) table -->)", made, readme, flags=re.S)
 
 
 def main() -> None:
