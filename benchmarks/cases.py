@@ -28,6 +28,7 @@ class Cases:
 
     def __init__(self, path: Path, part: tuple[int, int] = (0, 1)):
         self._path, self._part, self._begun = path, part, set(outcomes(path))
+        self._failed = False  # the test that runs, so far
 
     @pytest.hookimpl(trylast=True)  # after -m and -k
     def pytest_collection_modifyitems(self, config, items) -> None:
@@ -40,15 +41,17 @@ class Cases:
             self._write({"collected": len(mine)})
 
     def pytest_runtest_logstart(self, nodeid) -> None:
+        self._failed = False
         self._write({"case": nodeid})
 
     def pytest_runtest_logreport(self, report) -> None:
+        self._failed |= report.failed
         if report.when == "call" or report.outcome != "passed":
             said = report.longrepr[-1] if isinstance(report.longrepr, tuple) else _why(report)
             self._write({"case": report.nodeid, "outcome": report.outcome, "seconds": round(report.duration, 2), "why": said})
 
     def pytest_runtest_logfinish(self, nodeid) -> None:
-        if outcomes(self._path).get(nodeid, ("",))[0] == "failed" and not _context_answers():
+        if self._failed and not _context_answers():
             pytest.exit("the CUDA context is lost", BROKEN)
 
     def _write(self, line: dict) -> None:

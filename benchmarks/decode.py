@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from benchmarks.gpu import gpu_copy_gbps
-from benchmarks.measure import attempted, copy_gbps, write
+from benchmarks.measure import attempted, copy_gbps, relative_error, write
 from benchmarks.sparsegpt import MODELS, random_model, refuse_size
 from sparsekit import SparseLinear, ops
 from sparsekit.evaluate import cache_argument
@@ -121,10 +121,6 @@ def weight_bytes(model: nn.Module) -> int:
     return held + sum(module.meta.nbytes for module in model.modules() if isinstance(module, SparseLinear))
 
 
-def relative(found: Tensor, truth: Tensor) -> float:
-    return float(f"{((found.double() - truth).norm() / truth.double().norm()).item():.2e}")
-
-
 def step_ms(decodings: dict[str, Decoding], device: str) -> dict[str, float]:
     """Median milliseconds of a step, the models taking turns."""
     if device == "cuda":
@@ -162,8 +158,8 @@ def row(models: dict[str, nn.Module], name: str, batch: int, context: int, devic
         "dense_floor_ms": round(read[fastest] / gbps / 1e6, 4),
         "floor_ms": round(read["sparse"] / gbps / 1e6, 4),
         "copy_gbps": round(gbps, 2),
-        "rel_err": relative(decodings["sparse"].logits, truth),
-        "bf16_rel_err": relative(written, truth),
+        "rel_err": relative_error(decodings["sparse"].logits, truth),
+        "bf16_rel_err": relative_error(written, truth),
         "peak_gib": round(peak_memory(torch.device(device)) / 2**30, 2),
     }
 

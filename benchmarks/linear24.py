@@ -18,7 +18,7 @@ import pytest
 import torch
 
 from benchmarks.gpu import clocks, gpu_copy_gbps, rivals_of
-from benchmarks.measure import attempted, copy_gbps, write
+from benchmarks.measure import attempted, copy_gbps, relative_error, write
 from sparsekit import ops
 from sparsekit.format import to_fragments
 from sparsekit.ops.linear import SPARSE_CPU, chosen_on_gpu
@@ -57,11 +57,6 @@ def problem(m: int, n: int, k: int, dtype: torch.dtype, device: str = "cpu", see
     return torch.randn(m, k, generator=generator, device=device), ops.expand24(s), s
 
 
-def relative_error(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor) -> float:
-    truth = x.double() @ w.double().T
-    return float(f"{((y - truth).norm() / truth.norm()).item():.2e}")
-
-
 def cpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) -> dict:
     x, w, s = problem(m, n, k, dtype)
     calls = {"sparse": lambda: ops.linear24(x, s)}
@@ -82,7 +77,7 @@ def cpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) 
         "dense_dtype": fastest,
         "dense_float32_us": round(times["float32"], 1),
         "speedup": round(times[fastest] / sparse, 3),
-        "rel_err": relative_error(ops.linear24(x, s), x, w),
+        "rel_err": relative_error(ops.linear24(x, s), x.double() @ w.double().T),
         "tflops": round(2 * m * n * k / sparse / 1e6, 4),
         "gbps": round(s.nbytes / sparse / 1e3, 2),
         "copy_gbps": round(copy, 2),
@@ -118,7 +113,7 @@ def gpu_row(name: str, m: int, n: int, k: int, dtype: torch.dtype, copy: float) 
         "cusparselt_us": times.get("cusparselt") and round(times["cusparselt"], 2),
         "torch_cutlass_us": times.get("torch_cutlass") and round(times["torch_cutlass"], 2),
         "speedup": round(times["dense"] / sparse, 3),
-        "rel_err": relative_error(ops.linear24(x, held[0]), x, w),
+        "rel_err": relative_error(ops.linear24(x, held[0]), x.double() @ w.double().T),
         "tflops": round(2 * m * n * k / sparse / 1e6, 2),
         "gbps": round(s.nbytes / sparse / 1e3, 1),
         "copy_gbps": round(copy, 1),

@@ -25,6 +25,11 @@ def copy_gbps(nbytes: int = 1 << 28) -> float:
     return 2 * nbytes / time_us({"copy": lambda: target.copy_(source)}, 1.0)["copy"] / 1e3
 
 
+def relative_error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    """The norm of the difference over that of the truth, to three digits."""
+    return float(f"{((found.double() - truth).norm() / truth.double().norm()).item():.2e}")
+
+
 def machine(device: str = "cpu") -> dict[str, str | int]:
     """Where and when: processor and what vectors of it the CPU kernels use, threads, torch, date; and the GPU with its driver."""
     found = {

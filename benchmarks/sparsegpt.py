@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 import sparsekit
-from benchmarks.measure import attempted, write
+from benchmarks.measure import attempted, relative_error, write
 from sparsekit.patterns import NM, PairNM, Pattern, Unstructured
 from sparsekit.pruners import SparseGPT
 
@@ -124,7 +124,7 @@ def row(name: str, rows: int, cols: int, text: str, tokens: int, device: str, re
         "speedup": round(eager / (ms["loop"] + ms["trailing"]), 2),
         "prune_speedup": round(eager / whole, 2),
         "loop_gflops": round(rows * cols * block / ms["loop"] / 1e6, 1),
-        "rel_err": float(f"{((result.weight - wanted)[agree].norm() / wanted[agree].norm()).item():.2e}"),
+        "rel_err": relative_error(result.weight[agree], wanted[agree]),
         "rows_apart": int((~agree).sum()),
         "output_error": float(f"{result.output_error:.4g}"),
         "output_error_masked": float(f"{result.output_error_masked:.4g}"),

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from . import __version__
 from .assets import asset
-from .documents import to_json
+from .documents import to_json, write_json, write_whole
 from .errors import SparsekitError
 
 Bar = Callable[[str], AbstractContextManager[Callable[[str, int, int], None]]]
@@ -103,9 +103,7 @@ class _Stages:
     def get(self, stage: str, make: Callable[[], dict]) -> dict:
         if stage not in self.kept["stages"]:
             self.kept["stages"][stage] = make()
-            partial = self.path.with_suffix(".partial")
-            partial.write_text(to_json(self.kept, indent=2) + "\n")
-            partial.replace(self.path)
+            write_whole(self.path, lambda part: write_json(part, self.kept))
         return self.kept["stages"][stage]
 
     def forget(self, *stages: str) -> None:

@@ -268,17 +268,23 @@ def from_fragments(f: Fragments24) -> Sparse24:
     return Sparse24(values[:n, : kp // 2].contiguous(), meta[:n, : kp // 8].contiguous(), (n, k))
 
 
+def in_transform() -> bool:
+    """Whether a transform of torch.func is under way. Asked as torch itself asks: torch.compile has the right answer too, and every
+    call of a product can afford it."""
+    return torch._C._are_functorch_transforms_active()
+
+
 def _as_words(t: Tensor) -> Tensor:
     """Bytes (..., 4 c), contiguous, as int32 (..., c), the lowest first. torch 2.11 has no such view under vmap, so by arithmetic
     in a transform."""
-    if not torch._C._are_functorch_transforms_active():
+    if not in_transform():
         return t.view(torch.int32)
     return (t.unflatten(-1, (-1, 4)).int() << _places(t)).sum(-1, dtype=torch.int32)
 
 
 def _as_bytes(t: Tensor) -> Tensor:
     """int32 (..., c) as bytes (..., 4 c), as _as_words takes them."""
-    if not torch._C._are_functorch_transforms_active():
+    if not in_transform():
         return t.contiguous().view(torch.uint8)
     return (t[..., None] >> _places(t) & 0xFF).to(torch.uint8).flatten(-2)
 

@@ -55,13 +55,12 @@ def pytest_xdist_make_scheduler(config, log):
 def pytest_collection_modifyitems(config, items):
     if address := next((item.nodeid for item in items if " at 0x" in item.nodeid), None):
         raise pytest.UsageError(f"the ids of tests must be the same in every process, got {address}; give ids that hold no address")
-    for item in items:
-        if torch.cuda.is_available() and hasattr(
-            getattr(item, "module", None), "IN_A_PROCESS_OF_ITS_OWN"
-        ):  # not needed: Triton compiles for the GPU
-            item.add_marker(pytest.mark.gpu)
-    found = {item.path: item for item in items if item.get_closest_marker("gpu")}
-    if found and (lost := found.keys() - set(map(Path, gpu_evidence.gpu_files()))):
+    if torch.cuda.is_available():  # Triton's tests need no interpreter there, and so no process of their own: they are the GPU's
+        for item in items:
+            if hasattr(getattr(item, "module", None), "IN_A_PROCESS_OF_ITS_OWN"):
+                item.add_marker(pytest.mark.gpu)
+    found = {item.path for item in items if item.get_closest_marker("gpu")}
+    if found and (lost := found - set(map(Path, gpu_evidence.gpu_files()))):
         raise pytest.UsageError(f"gpu_evidence.gpu_files must give each file with a test for a GPU, got none of {min(lost)}")
     if hasattr(config, "workerinput"):
         places = {item: unit_of(item.path.name) for item in items}

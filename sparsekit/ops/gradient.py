@@ -16,12 +16,6 @@ from .. import reference
 from ..format import Fragments24, Sparse24, from_fragments, to_fragments
 
 
-def in_transform() -> bool:
-    """Whether a transform of torch.func is under way. Asked as torch itself asks: torch.compile has the right answer too, and every
-    call of a product can afford it."""
-    return torch._C._are_functorch_transforms_active()
-
-
 def in_forward_mode() -> bool:
     """Whether derivatives are taken in forward mode, in which no op and no Function of ours is known."""
     return forward_ad._current_level >= 0

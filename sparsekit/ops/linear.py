@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import __version__, reference, tune
 from ..errors import listed
-from ..format import Fragments24, Sparse24, check_fragments, check_layout, from_fragments, to_fragments
+from ..format import Fragments24, Sparse24, check_fragments, check_layout, from_fragments, in_transform, to_fragments
 from ..timing import cpu_name
 from ..tune import Choice
 from . import gradient
@@ -43,7 +43,7 @@ def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, a
     A pruned place is skipped, so a NaN or Inf of x may reach fewer elements of y than in a dense product, where 0 * Inf is NaN.
     What the nibbles of s are is not looked at: ops.validate24 does that.
     Raises TypeError for another dtype, ValueError for another shape, device or activation."""
-    transformed = gradient.in_transform()
+    transformed = in_transform()
     if gradient.in_forward_mode() or (transformed and torch.compiler.is_compiling()):
         _check_product(x, s.values, *s.shape, bias, activation)
         return reference.ACTIVATIONS[activation](gradient.in_plain_torch(x, s, bias))
