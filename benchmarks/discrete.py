@@ -1,12 +1,12 @@
 """What plans of whole patterns are worth: one of a few for each linear, for a share of weights or for measured time.
 
-    python -m benchmarks.discrete [--samples N] [--max-tokens N] [--out FILE]
+    python -m benchmarks.discrete [--samples N] [--max-tokens N] [--times FILE] [--out FILE]
 
 Perplexity of the shipped model pruned by SparseGPT, planned on kjv.calib.txt alone, on kjv.test.txt in windows of 128 tokens. by
 choices: the plan against 4:8 in the linears from the first on, or from the last, until as many weights are gone. by latency: the
-same with 2:4, until the products are as fast. Times are rows of benchmarks/results/cpu/linear24.json for one token, of
-SmolLM2-135M, whose products those of the shipped model stand for: 576x576 for q, k, v and o, 1536x576 for gate and up, 576x1536 for
-down. So a speed-up is one of those products, as measured, and no claim about the shipped model, which is too small for one.
+same with 2:4, until the products are as fast. Times are rows of benchmarks.linear24 for one token, of SmolLM2-135M, whose products
+those of the shipped model stand for: 576x576 for q, k, v and o, 1536x576 for gate and up, 576x1536 for down. So a speed-up is
+one of those products, as measured on the machine that the rows name, and no claim about the shipped model, too small for one.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from sparsekit.assets import asset
 from sparsekit.patterns import Pattern
 from sparsekit.plan import Plan
 
-ROWS = Path(__file__).parent / "results" / "cpu" / "linear24.json"
+TIMES = Path(__file__).parent / "results" / "cpu" / "linear24-2026-11-25.json"
 STANDS_FOR = {"up": ("gate_proj", "up_proj"), "down": ("down_proj",), "qkv": ("q_proj", "k_proj", "v_proj", "o_proj")}
 CHOICES = (("30%", ("dense", "4:8", "2:4")), ("45%", ("dense", "4:8", "2:4", "1:4")))
 SPEEDUPS = (1.1, 1.2)
 
 
-def times_of(curves: Sequence[Curve]) -> dict[tuple[int, int], tuple[float, float]]:
+def times_of(curves: Sequence[Curve], measured: Sequence[Mapping]) -> dict[tuple[int, int], tuple[float, float]]:
     """Of each shape of the shipped model the microseconds, dense and 2:4, of the product that it stands for."""
-    one_token = (row for row in json.loads(ROWS.read_text())["rows"] if row["m"] == 1 and row["layer"].startswith("SmolLM2"))
+    one_token = (row for row in measured if row["m"] == 1 and row["layer"].startswith("SmolLM2"))
     rows, found = {row["layer"].split()[-1]: row for row in one_token}, {}
     for layer, names in STANDS_FOR.items():
         for curve in curves:
@@ -67,6 +67,7 @@ def rivals(curves: Sequence[Curve], pattern: str, enough: Callable[[Plan], bool]
 def rows(
     samples: int,
     max_tokens: int,
+    measured: Mapping,
     choices: Sequence[tuple[str, Sequence[str]]] = CHOICES,
     speedups: Sequence[float] = SPEEDUPS,
     log: Callable[[str], None] = lambda text: None,
@@ -76,7 +77,7 @@ def rows(
     batches, model = data.calibration_batches(calib, samples, SEQ_LEN, 0), load()
     levels = dict.fromkeys(["4:8", "2:4", *(text for _, of in choices for text in of if text != "dense")])
     curves, weights = error_curves(model, batches, levels), gradient_weights(model, batches)
-    times, found = times_of(curves), []
+    times, found = times_of(curves, measured["rows"]), []
 
     def add(by: str, target: str, name: str, plan: Plan) -> None:
         held = [str(pattern or "dense") for pattern in plan.patterns.values()]
@@ -99,7 +100,7 @@ def rows(
     return {
         "machine": machine(),
         "how": {"samples": samples, "seq_len": SEQ_LEN, "max_tokens": max_tokens},
-        "times of": json.loads(ROWS.read_text())["machine"],
+        "times of": measured["machine"],
         "dense perplexity": round(evaluate([], test, max_tokens, None), 3),
         "rows": found,
     }
@@ -109,9 +110,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=64, help="calibration windows (64)")
     parser.add_argument("--max-tokens", type=int, default=1 << 16, help="of the test text (65536)")
+    parser.add_argument("--times", type=Path, default=TIMES, help="rows of benchmarks.linear24 (those of the kept figures)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    write_object(rows(args.samples, args.max_tokens, log=lambda text: print(text, flush=True)), args.out)
+    measured = json.loads(args.times.read_text())
+    write_object(rows(args.samples, args.max_tokens, measured, log=lambda text: print(text, flush=True)), args.out)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import shipped
 from test_cli import invoke
 
 import sparsekit
+from benchmarks import discrete
 from sparsekit.analysis import make_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -53,6 +54,7 @@ def test_its_table_of_choices_is_on_file_and_says_what_was_better():
     kept = json.loads((ROOT / "benchmarks/results/quality/discrete.json").read_text())
     table = re.search(r"(?s)<!-- discrete table -->\n(.*?)<!-- end", PAGE)[1]
     lines = [[cell.strip() for cell in line.strip("|\n").split("|")] for line in table.splitlines() if line.startswith("|")][2:]
+    assert kept["times of"] == json.loads(discrete.TIMES.read_text())["machine"]
     rows = {(row["target"] or "everywhere", row["plan"]): row for row in kept["rows"]}
     assert len(lines) == len(rows) == len(kept["rows"])
     for target, plan, counts, faster, perplexity in lines:
@@ -69,18 +71,20 @@ def test_its_table_of_choices_is_on_file_and_says_what_was_better():
 
 
 def test_the_benchmark_of_choices_says_what_it_measured(monkeypatch):
-    from benchmarks import discrete
-
     monkeypatch.setattr(discrete, "evaluate", lambda batches, text, most, plan: 10.0 if plan is None else 12.0)
-    found = discrete.rows(2, 256, (("30%", ("dense", "2:4")),), (1.1,))
+    # as fast, twice as fast, and slower, which tune never runs: 28 linears dense 4*(4*10 + 2*20 + 30), 2:4 4*(4*10 + 2*10 + 30)
+    measured = [
+        {"layer": f"SmolLM2-135M {layer}", "m": m, "dense_us": dense * m, "sparse_us": sparse}
+        for layer, dense, sparse in (("qkv", 10.0, 10.0), ("up", 20.0, 10.0), ("down", 30.0, 40.0))
+        for m in (1, 8)
+    ]
+    found = discrete.rows(2, 256, {"machine": {"cpu": "none"}, "rows": measured}, (("30%", ("dense", "2:4")),), (1.1,))
     assert [row["plan"] for row in found["rows"]] == [
         "dense, 2:4", "4:8, first to last", "4:8, last to first", "dense, 2:4", "dense, 2:4, weighed by size", "2:4, first to last",
         "2:4, last to first", "4:8", "2:4",
     ]  # fmt: skip
-    times = {(row["n"], row["k"]): row for row in json.loads(discrete.ROWS.read_text())["rows"] if row["m"] == 1}
-    blocks = {(576, 576): 4, (1536, 576): 2, (576, 1536): 1}
-    dense, sparse = (sum(count * times[shape][what] for shape, count in blocks.items()) for what in ("dense_us", "sparse_us"))
-    assert found["rows"][-1]["speedup"] == round(dense / sparse, 3) and found["rows"][-2]["speedup"] == 1
+    assert found["rows"][-1]["speedup"] == round(110 / 90, 3) and found["rows"][-2]["speedup"] == 1
+    assert found["times of"] == {"cpu": "none"} and all(row["speedup"] >= 1.1 for row in found["rows"] if row["by"] == "latency")
 
 
 def test_on_file_error_curves_beat_the_uniform_plan_at_every_sparsity_and_seed():
