@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Annotated
@@ -23,6 +24,9 @@ ABOUT = "2:4 sparsity for language models: prune one, store it small, run it, an
 app = typer.Typer(help=ABOUT, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 errors = Console(stderr=True, highlight=False)
 
+# What ends a command, and how it is handled where nobody has said otherwise.
+_ENDING = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else.")]
 SeqLen = Annotated[int | None, typer.Option(help="Tokens a sequence; by default 2048, or the model's context if shorter.")]
 CalibField = Annotated[str | None, typer.Option(help='Where the texts of a .jsonl file are; "text" by default.')]
@@ -37,7 +41,8 @@ DType = Annotated[
 
 
 def command(after: str = "") -> Callable:
-    """Registers a subcommand; its user's mistakes become one sentence on stderr and exit code 2, Ctrl-C exit code 130.
+    """Registers a subcommand; its user's mistakes become one sentence on stderr and exit code 2, Ctrl-C exit code 130, and SIGTERM
+    and SIGHUP likewise what a shell makes of them.
 
     ``after`` ends the sentence where it was not the user: what a full disk or an interruption leaves behind, unless the error knows
     better, in its attribute ``left``."""
@@ -45,18 +50,23 @@ def command(after: str = "") -> Callable:
     def register(function: Callable) -> Callable:
         @functools.wraps(function)
         def run(*args, **kwargs):
+            noted: list[int] = []
             try:
-                with _noted_interrupts():
+                with _noted_interrupts(noted):
                     function(*args, **kwargs)
             except BrokenPipeError:  # the reader of stdout has seen enough
                 raise
             except (Exception, KeyboardInterrupt) as error:
                 left = getattr(error, "left", after)
                 if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
-                    say(f"interrupted{left}")
-                    raise typer.Exit(130) from None
+                    number = noted[0] if noted else signal.SIGINT
+                    ended = "interrupted" if number == signal.SIGINT else f"ended by {signal.Signals(number).name}"
+                    why = getattr(error, "why", None) if number == signal.SIGTERM else None  # torchrun sends it where a rank fails
+                    with suppress(OSError):  # SIGHUP: the terminal is gone
+                        say(f"{why or ended}{left}")
+                    raise typer.Exit(128 + number) from None
                 if isinstance(error, SparsekitError):
-                    say(f"{error}")
+                    say(f"{error}{getattr(error, 'left', '')}")
                 elif isinstance(error, OSError):  # a full disk, a folder that may not be read or written
                     say(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}{left}")
                 else:
@@ -69,23 +79,32 @@ def command(after: str = "") -> Callable:
 
 
 @contextmanager
-def _noted_interrupts() -> Iterator[None]:
-    """Ctrl-C raises KeyboardInterrupt, as ever, and is remembered."""
+def _noted_interrupts(noted: list[int]) -> Iterator[None]:
+    """Inside, Ctrl-C raises KeyboardInterrupt, as ever, and so do SIGTERM and SIGHUP; the first is remembered, in ``noted``.
+
+    What comes while that is seen to is let be, but for a Ctrl-C that a second has passed before: torchrun passes on to each process
+    what the terminal has sent it already. What is ignored, as by nohup, stays ignored, and what another handles is left to it."""
+    last = 0.0
 
     def note(number, frame):
+        nonlocal last
+        before, last = last, time.monotonic()
+        if noted and (number != signal.SIGINT or last - before < 1):
+            return
+        noted.append(number)
         interrupted.set()
         raise KeyboardInterrupt
 
     interrupted.clear()
-    before = signal.getsignal(signal.SIGINT)
-    if before is not signal.default_int_handler or current_thread() is not main_thread():  # ignored, or another's
-        yield
-        return
-    signal.signal(signal.SIGINT, note)
+    found = {number: signal.getsignal(number) for number in _ENDING} if current_thread() is main_thread() else {}
+    ours = [number for number in found if found[number] is _ENDING[number]]
+    for number in ours:
+        signal.signal(number, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number in ours:
+            signal.signal(number, found[number])
 
 
 def say(text: str) -> None:

@@ -254,7 +254,8 @@ def failing(world: World, folder: Path) -> None:
 
 
 def resuming(world: World, folder: Path) -> None:
-    """A folder pruned at one go, and one at two."""
+    """A folder pruned at one go, and others at two: rank 0 is interrupted, rank 1 fails by itself, or finds a user's mistake."""
+    from sparsekit.pipeline import folder as pruning
     from sparsekit.pipeline import prune_folder
 
     model = Path(__file__).parent / "data" / "kjv1m"
@@ -264,11 +265,25 @@ def resuming(world: World, folder: Path) -> None:
         if done == 2:
             raise KeyboardInterrupt
 
+    leave = pruning._Lazy.leave
+
+    def fail(error: Exception):
+        def of_rank_1(self, i: int, *told) -> None:
+            if world.rank == 1 and i == 2:
+                raise error
+            leave(self, i, *told)
+
+        return of_rank_1
+
     prune_folder(model, folder / "whole", held, world=world)
-    with suppress(KeyboardInterrupt, SparsekitError):  # of rank 0, and what the other hears of it
-        prune_folder(model, folder / "resumed", held, world=world, progress=stop)
-    kept = len(list((folder / "resumed.partial" / "model").glob("*.safetensors")))
-    report = prune_folder(model, folder / "resumed", held, world=world, resume=True)
+    kept = {}
+    ways = {"interrupted": (stop, leave), "failed": (None, fail(MemoryError())), "mistaken": (None, fail(SparsekitError("no")))}
+    for way, (progress, pruning._Lazy.leave) in ways.items():
+        with suppress(KeyboardInterrupt, SparsekitError, MemoryError):  # of one rank, and what the other hears of it
+            prune_folder(model, folder / way, held, world=world, progress=progress)
+        kept[way] = len(list((folder / f"{way}.partial" / "model").glob("*.safetensors")))
+        pruning._Lazy.leave = leave
+        report = prune_folder(model, folder / way, held, world=world, resume=True)
     (folder / f"said.{world.rank}.json").write_text(json.dumps({"kept": kept, "names": [row.name for row in report.linears]}))
 
 

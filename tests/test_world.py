@@ -141,7 +141,7 @@ def test_a_rank_that_fails_ends_the_others(size, rank, way, says, tmp_path):
     failed = float((tmp_path / "failed").read_text())
     for other in {*range(size)} - {rank}:
         assert done[other].returncode == 1
-        assert done[other].stderr.rstrip().endswith(f"SparsekitError: {says}"), done[other].stderr
+        assert done[other].stderr.rstrip().endswith(f"RankLost: {says}"), done[other].stderr
         assert float((tmp_path / f"ended.{other}").read_text()) - failed < 10
     assert done[rank].returncode == (-9 if way == "kill" else -2 if way == "interrupt" else 1)
 
@@ -244,13 +244,14 @@ def test_torchrun_prunes_a_folder_as_one_process_does(method, tmp_path):
 def test_a_folder_is_resumed_by_all_to_the_same_bytes(tmp_path):
     done = launch(2, HERE / "ranks.py", "resuming", tmp_path)
     assert [rank.returncode for rank in done] == [0, 0], [rank.stderr for rank in done]
-    whole, resumed = tmp_path / "whole", tmp_path / "resumed"
+    whole = tmp_path / "whole"
     for path in whole.rglob("*"):
-        assert path.name == "report.json" or path.read_bytes() == (resumed / path.relative_to(whole)).read_bytes(), path
-    assert not (tmp_path / "resumed.partial").exists()
+        for way in ("interrupted", "failed", "mistaken"):
+            assert path.name == "report.json" or path.read_bytes() == (tmp_path / way / path.relative_to(whole)).read_bytes(), path
+    assert not list(tmp_path.glob("*.partial"))
     said = [json.loads((tmp_path / f"said.{rank}.json").read_text()) for rank in range(2)]
     assert said[0] == said[1]
-    assert said[0]["kept"] == 2, "of four blocks, when it was interrupted"
+    assert said[0]["kept"] == {"interrupted": 2, "failed": 3, "mistaken": 0}, "of four blocks"
 
 
 def test_a_process_alone_needs_no_group(monkeypatch):

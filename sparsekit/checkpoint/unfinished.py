@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..documents import sync, write_json, write_whole
-from ..errors import SparsekitError, interrupted
+from ..errors import SparsekitError, is_mistake
 from .writing import check_new_folder, remove_folder, replace_folder, save_file, shard_name
 
 
@@ -79,7 +79,7 @@ def unfinished(
     finished of the same run is there again; ``overwrite`` throws it away.
 
     run: what has to be the same for the pieces to belong together, by the name to say it by. A failure leaves the finished pieces,
-    and tells the error so in its attribute ``left``; a SparsekitError leaves nothing of a run begun here.
+    and tells the error so in its attribute ``left``; a user's mistake leaves nothing of a run begun here.
     Raises SparsekitError where the pieces are of another run, naming what differs, and where another process is at it."""
     work = Unfinished(check_new_folder(out, overwrite).resolve(), count)
     missing = [parent for parent in work.out.parents if not parent.exists()]
@@ -105,8 +105,7 @@ def unfinished(
                 write_whole(work.path / "run.json", lambda path: write_json(path, run))
             yield work
         except BaseException as error:
-            mistaken = isinstance(error, SparsekitError) and not interrupted.is_set()
-            if work.any() and ((begun and resume) or not mistaken):
+            if work.any() and ((begun and resume) or not is_mistake(error)):
                 with suppress(AttributeError):
                     error.left = f"; what was finished is kept in {work.path}, and --resume goes on from there"
             else:

@@ -13,7 +13,7 @@ from contextlib import suppress
 
 import torch.distributed as dist
 
-from ..errors import SparsekitError
+from ..errors import SparsekitError, is_mistake
 
 BEAT = 0.1  # seconds between two looks at the store
 PATIENCE = 3.0  # seconds that a rank which fails stays, for the others to learn why
@@ -27,7 +27,7 @@ class Watch(threading.Thread):
     def __init__(self, store: dist.Store, rank: int, size: int):
         super().__init__(name="sparsekit watch", daemon=True)
         self.store, self.rank, self.size = store, rank, size
-        self.failure: tuple[int, str] | None = None  # the rank that failed, and how to say so
+        self.failure: tuple[int, str, bool] | None = None  # the rank that failed, how to say so, whether by a user's mistake
         self._lines: dict[socket.socket, int] = {}  # to which rank
         self._door: socket.socket | None = None  # of rank 0, where the others come in
         self._ending = threading.Event()
@@ -60,19 +60,20 @@ class Watch(threading.Thread):
                     self.store.set(f"knows/{self.rank}", "")
         except RuntimeError:  # the store is gone, and with it who held it
             agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-            self.failure = self.failure or (0, "torchrun, which held the store, is gone" if agent else GONE.format(0))
+            self.failure = self.failure or (0, "torchrun, which held the store, is gone" if agent else GONE.format(0), False)
         except Exception as error:  # without a watch a wait for the others could be for ever
             what = f"rank {self.rank} cannot watch the others any more: {type(error).__name__}: {error}"
-            self.failure = self.failure or (self.rank, what)
+            self.failure = self.failure or (self.rank, what, False)
 
-    def publish(self, rank: int, text: str) -> None:
-        self.store.compare_set("failure", "", json.dumps((rank, text)))
+    def publish(self, rank: int, text: str, mistake: bool = False) -> None:
+        self.store.compare_set("failure", "", json.dumps((rank, text, mistake)))
 
     def give_up(self, error: BaseException) -> None:
         """Tells the others of this rank's error, and stays until they know, or cannot be expected to."""
         what = f"failed: {error}" if isinstance(error, SparsekitError) else f"failed: {type(error).__name__}: {error}"
         with suppress(RuntimeError):
-            self.publish(self.rank, f"rank {self.rank} {'was interrupted' if isinstance(error, KeyboardInterrupt) else what}")
+            what = "was interrupted" if isinstance(error, KeyboardInterrupt) else what
+            self.publish(self.rank, f"rank {self.rank} {what}", is_mistake(error))
             end = time.monotonic() + PATIENCE
             while time.monotonic() < end and self.is_alive():
                 gone = self.failure[0] if self.failure else self.rank

@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..checkpoint import resolve_device
-from ..errors import SparsekitError, listed
+from ..errors import RankLost, SparsekitError, listed
 from ..pruners import Pruner
 from ..report import LinearReport
 from .blocks import Target
@@ -160,9 +160,10 @@ class World:
                 tensor.copy_(held)
 
     def look(self) -> None:
-        """Raises SparsekitError where another rank has failed; costs nothing."""
+        """Raises SparsekitError where another rank has failed, RankLost where by no mistake of the user's; costs nothing."""
         if self._watch and self._watch.failure:
-            raise SparsekitError(self._watch.failure[1])
+            _, text, mistake = self._watch.failure
+            raise SparsekitError(text) if mistake else RankLost(text)
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -184,6 +185,9 @@ class World:
                 self._wait_for("leave", None if self.leads else 0)
         except BaseException as error:
             self._watch.give_up(error)
+            if (failure := self._watch.failure) and failure[0] != self.rank:
+                with suppress(AttributeError):
+                    error.why = failure[1]
             raise
         finally:
             self._watch.stop()
@@ -221,7 +225,7 @@ class World:
             raise
         except RuntimeError as error:
             self._wait(lambda: False, PATIENCE)
-            raise SparsekitError(f"the connection to another rank broke: {_line(error)}") from error
+            raise RankLost(f"the connection to another rank broke: {_line(error)}") from error
 
 
 def _number(name: str, default: int | None = None) -> int:
