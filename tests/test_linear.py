@@ -78,7 +78,7 @@ def test_a_weight_that_is_not_24_is_refused_by_place(conv1d, dense24):
 def test_another_module_is_refused(dense24):
     """Also one whose weight has two dimensions and holds 2:4."""
     for other in (SparseLinear.from_linear(dense24(16, 6)), torch.nn.Embedding(4, 4), torch.nn.LayerNorm(4)):
-        with pytest.raises(TypeError, match=f"must be an nn.Linear or a transformers Conv1D, got a {type(other).__name__}$"):
+        with pytest.raises(TypeError, match=f"or a transformers Conv1D, got a .*{type(other).__name__}$"):
             SparseLinear.from_linear(other)
 
 

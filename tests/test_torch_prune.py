@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import prune
 
-from sparsekit import NM, SparsekitError
+from sparsekit import NM, SparsekitError, SparseLinear
 from sparsekit.integrations.torch_prune import attach_masks, read_masks
 
 
@@ -60,3 +60,14 @@ def test_refused_before_anything_changes(masks, says):
     with pytest.raises(SparsekitError, match=says):
         attach_masks(dense, masks)
     assert not read_masks(dense)
+
+
+def test_a_weight_that_is_stored_24_takes_no_mask():
+    """It can be read as a weight, and not written to."""
+    stored = nn.Sequential(SparseLinear.from_linear(nn.Linear(8, 4).requires_grad_(False).apply(zeros)))
+    with pytest.raises(SparsekitError, match="for a module of the model that has a weight, got '0'"):
+        attach_masks(stored, {"0": torch.ones(4, 8)})
+
+
+def zeros(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 from ..errors import SparsekitError
-from ..linear import is_conv1d
+from ..linear import SparseLinear, is_conv1d
 
 
 def read_masks(model: nn.Module) -> dict[str, Tensor]:
@@ -56,7 +56,7 @@ def attach_masks(model: nn.Module, masks: Mapping[str, Tensor]) -> None:
     modules = dict(model.named_modules())
     for name, mask in masks.items():
         module = modules.get(name)
-        if not isinstance(getattr(module, "weight", None), Tensor):
+        if not isinstance(getattr(module, "weight", None), Tensor) or isinstance(module, SparseLinear):
             raise SparsekitError(f"a mask must be for a module of the model that has a weight, got {name!r}")
         if (shape := _turned(module, module.weight).shape) != mask.shape:
             raise SparsekitError(f"the mask of {name} must be of its weight's shape {tuple(shape)}, got {tuple(mask.shape)}")
