@@ -508,7 +508,8 @@ def _cut(bitmask: Tensor, k: int) -> Tensor:
 
 def _packed(mask: Tensor) -> Tensor:
     """The bytes (n, ceil(k/8)) of a mask (n, k) bool, column j as bit j % 8 of byte j // 8."""
-    words = _padded(mask, len(mask), padded_columns(mask.shape[1])).contiguous().view(torch.int64)
+    n, kp = len(mask), padded_columns(mask.shape[1])
+    words = _padded(mask, n, kp).flatten().view(torch.int64).view(n, kp // 8)
     # The product adds byte i of a word, 0 or 1, at bits 8 i + 56 - 7 j for j = 0 to 7: all differ, and j = i lands in bit 56 + i.
     return (words * 0x0102040810204080 >> 56).to(torch.uint8)
 

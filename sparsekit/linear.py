@@ -33,9 +33,12 @@ class SparseLinear(nn.Module):
 
     def __init__(self, weight: Sparse24, bias: Tensor | None = None, conv1d: bool = False, requires_grad: bool = True):
         super().__init__()
-        if not weight.values.is_meta:
+        if not (isinstance(weight, Sparse24) and weight.values.is_meta):
             ops.validate24(weight)
         self.out_features, self.in_features = weight.shape
+        if bias is not None and (bias.shape != (self.out_features,) or not bias.is_floating_point()):
+            got = f"{tuple(bias.shape)} of {bias.dtype}"
+            raise ValueError(f"SparseLinear: bias must be ({self.out_features},) of a float dtype, got {got}")
         trainable = requires_grad and weight.values.dtype in ops.LINEAR_DTYPES
         self.values = nn.Parameter(weight.values, requires_grad=trainable)
         # A GraphModule has a ``meta`` of its own, so an exported linear can have no buffer of that name.

@@ -199,13 +199,12 @@ def write(device: str, rows: list[Row]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(to_json(row) for row in rows)
     text = f'{{"version": {FILE_VERSION}, "device": {to_json(device)}, "rows": [\n{lines}\n]}}\n'
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=path.name)
+    partial = path.with_name(f"{path.name}.{os.getpid()}")  # read by whom the folder is for, unlike what mkstemp makes
     try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
+        partial.write_text(text)
         os.replace(partial, path)
     except BaseException:
-        os.unlink(partial)
+        partial.unlink(missing_ok=True)
         raise
     forget()
     return path
@@ -220,8 +219,10 @@ def read(path: Path, device: str) -> list[Row]:
         rows = [Row(*row) for row in found["rows"]]
         if not all(isinstance(a, t) for row in rows for a, t in zip(row, (str, int, int, int, str, int, int, (int, float)))):
             raise ValueError("a row of other types")
+        if not all(0 < row.us < math.inf and min(row[1:4]) > 0 <= min(row.tile, row.split) for row in rows):
+            raise ValueError("a row of sizes or a time that cannot be")
         return rows
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise SparsekitError(
             f"{path} must hold rows of version {FILE_VERSION} for {device!r}, got {error}; delete it or run sparsekit bench --tune"
         ) from error

@@ -82,7 +82,7 @@ def by_numpy(w: torch.Tensor) -> tuple[torch.Tensor, ...]:
 
 
 @EVERY_DTYPE
-@pytest.mark.parametrize("shape", [(1, 1), (5, 13), (33, 72), (4, 0), (0, 12)], ids=str)
+@pytest.mark.parametrize("shape", [(1, 1), (5, 13), (33, 72), (4, 0), (0, 12), (0, 0)], ids=str)
 def test_bitmask(shape, dtype, device):
     s = any_sparse(*shape, dtype)
     w = ops.expand24(s)
@@ -95,6 +95,7 @@ def test_bitmask(shape, dtype, device):
     for form in (tuple(shape), list(shape)):
         assert same(format.from_bitmask(*ours[:2], None, form), back)
     assert same(format.bitmask_to_dense(*ours).cpu(), ops.expand24(canonical))
+    assert same(format.dense_to_bitmask(w.to(device)), ours)
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64, torch.uint16, torch.bool], ids=str)

@@ -346,6 +346,15 @@ def broken(s: Sparse24, how: str) -> Sparse24:
     return Sparse24(values, meta, s.shape)
 
 
+def test_a_bias_of_another_size_or_kind_is_refused(weight24):
+    s = ops.compress24(weight24(6, 16))
+    for bias in (torch.zeros(5), torch.zeros(6, 1), torch.zeros(6).int()):
+        with pytest.raises(ValueError, match=r"^SparseLinear: bias must be \(6,\) of a float dtype, got \("):
+            SparseLinear(s, bias)
+    with pytest.raises(TypeError, match="s must be a Sparse24, got a Tensor"):
+        SparseLinear(weight24(6, 16))
+
+
 BROKEN = pytest.mark.parametrize(
     "how, says", [("a nibble", "got 0 in row 2, group 2"), ("a value past the end", "got a value in row 3, column 1[345]")]
 )

@@ -178,7 +178,7 @@ def test_kernels_by_capability(capability, kernels, monkeypatch):
     monkeypatch.setattr(_C, "cuda_archs", lambda: ["80", "90a", "120"])  # this build may be for one card alone
     if not hasattr(_C, product.HOPPER):
         kernels = [kernel for kernel in kernels if kernel != product.HOPPER]
-    for cached in (product._has_mma_sp, product.default_choice):
+    for cached in (product._has_mma_sp, product._has_hopper, product.default_choice):
         cached.cache_clear()
     try:
         assert product.gpu_kernels(0) == kernels
@@ -186,7 +186,7 @@ def test_kernels_by_capability(capability, kernels, monkeypatch):
             assert product.default_choice(0, 1) == product.default_choice(0, 64) == Choice(product.DECODE)
             assert product.default_choice(0, 65) == Choice(kernels[1])
     finally:
-        for cached in (product._has_mma_sp, product.default_choice):
+        for cached in (product._has_mma_sp, product._has_hopper, product.default_choice):
             cached.cache_clear()
 
 
@@ -235,6 +235,25 @@ def test_a_tile_measured_for_the_nearest_tokens_becomes_one_that_fits(shared, mo
     for choice in (Choice(product.DECODE), Choice(product.MMA_SP, 4), Choice(product.HOPPER, 5, 2), Choice(EXPAND)):
         monkeypatch.setattr(product.tune, "choose", lambda *_, choice=choice: choice)
         assert product.chosen_on_gpu(torch.empty(17, 64), torch.float16, 64, 64) == choice
+
+
+@pytest.mark.parametrize("capability, built", [((9, 0), False), ((8, 0), True), ((9, 0), True)], ids=str)
+def test_rows_of_a_kernel_that_is_not_there_choose_none(capability, built, monkeypatch):
+    """The rows that ship for a card, or were measured on it, may be of a build for more architectures than this one."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index=None: capability)
+    monkeypatch.setattr(product, "gpu_key", lambda index: "a GPU")
+    build = SimpleNamespace(cuda_archs=lambda: ["80"], **({product.HOPPER: None} if built else {}))
+    monkeypatch.setattr(product, "_C", build)
+    monkeypatch.setattr(product.tune, "choose", lambda *_: Choice(product.HOPPER, 5))
+    held = (product._has_mma_sp, product._has_hopper, product.default_choice)
+    for cached in held:
+        cached.cache_clear()
+    try:
+        wanted = Choice(product.HOPPER, 5) if built and capability == (9, 0) else Choice(product.MMA_SP)
+        assert product.chosen_on_gpu(torch.empty(100, 64), torch.float16, 64, 64) == wanted
+    finally:
+        for cached in held:
+            cached.cache_clear()
 
 
 @pytest.mark.parametrize("archs, driver", [(["80", "90a"], "13000"), ([], "unknown")], ids=["with CUDA", "without"])

@@ -257,6 +257,21 @@ def test_a_weight_elsewhere_is_refused(weight24):
         ops.linear24(torch.zeros(2, 16), s.to("meta"))
 
 
+@pytest.mark.parametrize("gradients", [False, True], ids=["no grad", "grad"])
+def test_what_is_no_weight_stored_24_is_refused(gradients, weight24):
+    w, x = weight24(3, 16), torch.zeros(2, 16, requires_grad=gradients)
+    s = ops.compress24(w)
+    for other, name in ((w, "Tensor"), (tuple(s), "tuple"), (None, "NoneType")):
+        with pytest.raises(TypeError, match=f"^linear24: s must be a Sparse24 or a Fragments24, got a {name}; compress24 ma"):
+            ops.linear24(x, other)
+        for op in (ops.expand24, ops.validate24):
+            with pytest.raises(TypeError, match=f"^{op.__name__}: s must be a Sparse24, got a {name}$"):
+                op(other)
+    for rows in (2, 4):
+        with pytest.raises(ValueError, match=rf"^linear24: values must have the {rows} rows of shape, got \(3, 8\)$"):
+            ops.linear24(x, s._replace(shape=(rows, 16)))
+
+
 # ---- gradients ----
 
 

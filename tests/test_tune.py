@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -103,6 +104,10 @@ def test_a_lookup_reads_once(cache, monkeypatch):
         '{"version": 1, "device": "another", "rows": []}',
         '{"version": 1, "device": "DEVICE", "rows": [[1, 2]]}',
         '{"version": 1, "device": "DEVICE", "rows": [["float16", 1, 1, 1, "decode", "1", 0, 1.0]]}',
+        '{"version": 1, "device": "DEVICE", "rows": [["float16", 1, 1, 1, "decode", -1, 0, 1.0]]}',
+        '{"version": 1, "device": "DEVICE", "rows": [["float16", 0, 1, 1, "decode", 0, 0, 1.0]]}',
+        '{"version": 1, "device": "DEVICE", "rows": [["float16", 1, 1, 1, "decode", 0, 0, NaN]]}',
+        pytest.param("[" * 100_000, id="deep"),
     ],
 )
 def test_a_damaged_file_is_refused(text, cache):
@@ -129,6 +134,14 @@ def test_a_failed_write_leaves_the_old_file(cache, monkeypatch):
     with pytest.raises(OSError, match="disk full"):
         tune.write(DEVICE, [])
     assert path.read_text() == before and [p.name for p in cache.iterdir()] == [path.name]
+
+
+def test_whom_the_folder_is_for_reads_the_file(cache):
+    former = os.umask(0o022)
+    try:
+        assert tune.write(DEVICE, ROWS).stat().st_mode & 0o777 == 0o644
+    finally:
+        os.umask(former)
 
 
 def test_shipped_rows_serve_where_no_file_is(cache, monkeypatch):

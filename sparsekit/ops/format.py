@@ -342,6 +342,8 @@ def validate24(s: Sparse24) -> None:
 
 def _check_rows(op: str, s: Sparse24) -> None:
     """What the ops cannot check, which are given the number of columns alone."""
+    if not isinstance(s, Sparse24):
+        raise TypeError(f"{op}: s must be a Sparse24, got a {type(s).__name__}")
     n, _ = check_shape(op, s.shape)
     if s.values.dim() == 2 and s.values.shape[0] != n:
         raise ValueError(f"{op}: values must have the {n} rows of shape, got {s.values.shape[0]}")

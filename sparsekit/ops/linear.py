@@ -41,8 +41,12 @@ def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, a
     weights one each; grad and jacrev run the kernels, jvp and jacfwd torch's operators on the weight written out. The torch ops
     beneath have no gradients.
     A pruned place is skipped, so a NaN or Inf of x may reach fewer elements of y than in a dense product, where 0 * Inf is NaN.
+    Bias and activation are taken in fp32 and y is rounded once; but where the lookup (tune.py) says that the weight is to be
+    written out, the library rounds its product to x's dtype first.
     What the nibbles of s are is not looked at: ops.validate24 does that.
     Raises TypeError for another dtype, ValueError for another shape, device or activation."""
+    if not isinstance(s, (Sparse24, Fragments24)):
+        raise TypeError(f"linear24: s must be a Sparse24 or a Fragments24, got a {type(s).__name__}; compress24 makes one")
     transformed = in_transform()
     if gradient.in_forward_mode() or (transformed and torch.compiler.is_compiling()):
         _check_product(x, s.values, *s.shape, bias, activation)
@@ -211,7 +215,9 @@ def _has_kernel(x: Tensor, values: Tensor) -> bool:
 def chosen_on_gpu(x: Tensor, dtype: torch.dtype, n: int, k: int) -> Choice:
     """The kernel that runs this product: by measured rows where there are any."""
     index, m = x.device.index, x.shape[:-1].numel()
-    choice = tune.choose(gpu_key(index), _DTYPE_NAME[dtype], m, n, k) or default_choice(index, m)
+    choice = tune.choose(gpu_key(index), _DTYPE_NAME[dtype], m, n, k)
+    if choice is None or (choice.kernel == HOPPER and not _has_hopper(index)):  # measured with a build that had it
+        choice = default_choice(index, m)
     if choice.kernel == DECODE and choice.tile and (tiles := _decode_tiles(m, index)):
         return choice._replace(tile=max(tiles[0], min(choice.tile, tiles[-1])))  # measured for the nearest m, which may have others
     return choice
@@ -258,8 +264,12 @@ def gpu_kernels(index: int) -> list[str]:
     """The kernels of this build that run on a CUDA device."""
     if not _has_mma_sp(index):
         return []
-    hopper = hasattr(_C, HOPPER) and torch.cuda.get_device_capability(index) == (9, 0)
-    return [DECODE, *([HOPPER] if hopper else []), MMA_SP]
+    return [DECODE, *([HOPPER] if _has_hopper(index) else []), MMA_SP]
+
+
+@cache
+def _has_hopper(index: int) -> bool:
+    return hasattr(_C, HOPPER) and torch.cuda.get_device_capability(index) == (9, 0)
 
 
 def decode_shared(m: int, tile: int) -> int:
