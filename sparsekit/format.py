@@ -106,11 +106,10 @@ def check_layout(op: str, values: Tensor, meta: Tensor, k: int) -> None:
     _check_dtype(op, "meta", meta, (torch.uint8,))
     if k < 0:
         raise ValueError(f"{op}: k must not be negative, got {k}")
-    kp = padded_columns(k)
-    if values.dim() != 2 or meta.dim() != 2 or values.shape[1] != kp // 2 or meta.shape != (values.shape[0], kp // 8):
+    kp, held, stored = padded_columns(k), values.shape, meta.shape
+    if len(held) != 2 or held[1] != kp // 2 or stored != (held[0], kp // 8):
         raise ValueError(
-            f"{op}: for k = {k} values must be (n, {kp // 2}) and meta (n, {kp // 8}), "
-            f"got {tuple(values.shape)} and {tuple(meta.shape)}"
+            f"{op}: for k = {k} values must be (n, {kp // 2}) and meta (n, {kp // 8}), got {tuple(held)} and {tuple(stored)}"
         )
     _check_device(op, "values and meta", values, meta)
 

@@ -177,13 +177,16 @@ class SparseLinear(nn.Module):
         return dense.train(self.training)
 
     def forward(self, x: Tensor) -> Tensor:
-        values, bias = self.values, self.bias
-        if not x.is_meta and torch.is_autocast_enabled(x.device.type):
+        # By itself nn.Module looks for an attribute in vain before it looks here, for longer than a small product's checks take.
+        values, metadata, bias = self._parameters.get("values"), self._buffers.get("metadata"), self.bias
+        if values is None or metadata is None:  # a parametrisation, or a wrapper that shards, keeps them elsewhere
+            values, metadata = self.values, self.metadata
+        if torch._C._is_any_autocast_enabled() and not x.is_meta and torch.is_autocast_enabled(x.device.type):
             dtype = torch.get_autocast_dtype(x.device.type)
             if x.dtype in ops.LINEAR_DTYPES:  # of another, as of an nn.Linear's, it is an error
                 x = x.to(dtype)
             values, bias = values.to(dtype), None if bias is None else bias.to(dtype)
-        return ops.linear24(x, self._weight(values), bias)
+        return ops.linear24(x, ops.held(values, metadata, self.out_features, self.in_features), bias)
 
     def extra_repr(self) -> str:
         return (

@@ -102,8 +102,9 @@ def test_rows_lie_apart(case, kernel, record):
     product.run_on_gpu(Choice(kernel), x, f, bias, None)
     given = recorder.calls[-1][1]
     assert given["ldx"] >= given["k"] == K and given["m"] == x.shape[:-1].numel()
-    rows, ldx = product._rows(x, apart=True)
-    assert ldx == given["ldx"] and torch.equal(rows, x.reshape(-1, K)) and (rows.data_ptr() == x.data_ptr()) == read_in_place
+    rows, m, ldx = product._rows(x, apart=True)
+    assert (m, ldx) == (given["m"], given["ldx"]) and torch.equal(rows, x.reshape(-1, K))
+    assert (rows.data_ptr() == x.data_ptr()) == read_in_place
     if len(rows) > 1:
         assert rows.stride() == (ldx, 1)
 

@@ -325,14 +325,15 @@ template <class Isa, class T, class W> void panel(const Linear24 &p, int threads
     const int64_t group = min(kGroup, blocks.count), groups = ceil_div(blocks.count, group);
     const int64_t pitch = blocks.full * Isa::kLanes + kPadding;
     const int64_t most = min(min(kRowBlock, kTaskSums / (group * pitch)), p.n * groups / (int64_t{4} * threads));
-    const int64_t rows = kFinish * max(1, most / kFinish), tasks = groups * ceil_div(p.n, rows);
+    const int64_t rows = kFinish * max(1, most / kFinish), runs = ceil_div(p.n, rows), tasks = groups * runs;
     const int64_t sum_floats = group * rows * pitch;
     const int64_t worker_floats = sum_floats + rows * (kKept + 1); // sums, and the short last words
     const Scratch scratch(worker_floats * min(threads, tasks));
     parallel_for(tasks, threads, [&](int64_t task, int worker) {
         float *sums = scratch.data() + worker * worker_floats;
-        const int64_t row = task / groups * rows, count = min(rows, p.n - row);
-        const int64_t begin = task % groups * group, end = min(begin + group, blocks.count);
+        // The tasks of a group are neighbours, which a thread has: its blocks stay in the second-level cache.
+        const int64_t row = task % runs * rows, count = min(rows, p.n - row);
+        const int64_t begin = task / runs * group, end = min(begin + group, blocks.count);
         std::memset(sums, 0, sum_floats * sizeof(float));
         const auto add = [&](const Rows<W> &part, int64_t word) {
             for (int64_t b = begin; b < end; ++b)

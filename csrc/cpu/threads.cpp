@@ -1,4 +1,4 @@
-// Threads for a job, which is a counter that they take indices from. They come from the OpenMP runtime that the process
+// Threads for a job, which is counters that they take indices from. They come from the OpenMP runtime that the process
 // has loaded already, where there is one: torch's workers spin for the next region, and a pool beside them would share
 // their cores for whole time slices. Elsewhere, and in a child of fork, where no runtime's threads live on, they come
 // from a pool of our own. Its workers start at the first job that needs them and are never joined: the pool is leaked
@@ -22,46 +22,75 @@ namespace {
 // A parallel region of GNU's OpenMP, an entry point that Intel's and LLVM's runtimes have too.
 using Region = void (*)(void (*)(void *), void *, unsigned threads, unsigned flags);
 
+// A runtime's way to open a region, and to tell a thread its number there; both or neither.
+struct Runtime {
+    Region region = nullptr;
+    int (*number)() = nullptr;
+
+    bool find(void *in) {
+        region = reinterpret_cast<Region>(dlsym(in, "GOMP_parallel"));
+        number = reinterpret_cast<int (*)()>(dlsym(in, "omp_get_thread_num"));
+        return region && number;
+    }
+};
+
 // Looks through the libraries of the process; links and loads nothing.
-Region find_region() {
-    if (void *symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel"))
-        return reinterpret_cast<Region>(symbol);
-    void *symbol = nullptr;
-    dl_iterate_phdr(
-        [](dl_phdr_info *library, size_t, void *found) -> int {
+Runtime find_runtime() {
+    Runtime runtime;
+    if (runtime.find(RTLD_DEFAULT))
+        return runtime;
+    const int found = dl_iterate_phdr(
+        [](dl_phdr_info *library, size_t, void *to) -> int {
             if (!strstr(library->dlpi_name, "libgomp") && !strstr(library->dlpi_name, "libiomp5"))
                 return 0;
             void *handle = dlopen(library->dlpi_name, RTLD_LAZY | RTLD_NOLOAD);
-            *static_cast<void **>(found) = handle ? dlsym(handle, "GOMP_parallel") : nullptr;
-            return *static_cast<void **>(found) != nullptr;
+            return handle && static_cast<Runtime *>(to)->find(handle);
         },
-        &symbol);
-    return reinterpret_cast<Region>(symbol);
+        &runtime);
+    return found ? runtime : Runtime{};
 }
 
 // Taken as the module is loaded, not at the first job: that one may come in a child of fork, whose parent, by torch,
 // has used the runtime already. A region would wait there for threads that did not come along.
 const pid_t loader = getpid();
 
-// The runtime's region, or null where there is none or this process is a fork of the one that loaded the module.
-Region region() {
+// The runtime, or null where there is none or this process is a fork of the one that loaded the module.
+const Runtime *runtime() {
     if (getpid() != loader)
         return nullptr;
-    static const Region found = find_region();
-    return found;
+    static const Runtime found = find_runtime();
+    return found.region ? &found : nullptr;
 }
 
+// Each thread has a run of neighbouring indices, the same one in every job alike, and so finds in its caches what it
+// read the last time; when that is done it takes from the others' runs.
 struct Job {
-    int64_t count;
+    struct alignas(64) Run {
+        std::atomic<int64_t> next; // the first index nobody has taken
+        int64_t end;
+    };
+
+    const Runtime &runtime;
+    int threads;
     Task task;
     void *context;
-    std::atomic<int64_t> next{0}; // the first index nobody has taken
-    std::atomic<int> entered{0};  // threads so far, each its number
+    Run runs[kMaxThreads];
+
+    Job(const Runtime &runtime, int64_t count, int threads, Task task, void *context)
+        : runtime(runtime), threads(threads), task(task), context(context) {
+        for (int i = 0; i < threads; ++i) {
+            runs[i].next.store(count * i / threads, std::memory_order_relaxed);
+            runs[i].end = count * (i + 1) / threads;
+        }
+    }
 
     void work() {
-        const int worker = entered.fetch_add(1, std::memory_order_relaxed);
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
-            task(context, i, worker);
+        const int worker = runtime.number();
+        for (int turn = 0; turn < threads; ++turn) {
+            Run &run = runs[(worker + turn) % threads];
+            for (int64_t i; (i = run.next.fetch_add(1, std::memory_order_relaxed)) < run.end;)
+                task(context, i, worker);
+        }
     }
 };
 
@@ -182,9 +211,9 @@ Pool *pool() {
 
 void parallel_for(int64_t count, int threads, Task task, void *context) {
     threads = static_cast<int>(std::min<int64_t>({threads, count, kMaxThreads}));
-    if (const Region run = threads > 1 ? region() : nullptr) {
-        Job job{count, task, context};
-        run([](void *data) { static_cast<Job *>(data)->work(); }, &job, threads, 0);
+    if (const Runtime *const found = threads > 1 ? runtime() : nullptr) {
+        Job job(*found, count, threads, task, context);
+        found->region([](void *data) { static_cast<Job *>(data)->work(); }, &job, threads, 0);
         return;
     }
     if (threads > 1 && pool()->try_run(count, threads, task, context))

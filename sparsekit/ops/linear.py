@@ -14,7 +14,7 @@ from ..format import Fragments24, Sparse24, check_fragments, check_layout, from_
 from ..timing import cpu_name
 from ..tune import Choice
 from . import gradient
-from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, stacked, threads
+from .registry import _C, DTYPE_CODE, define, raw_stream, say_once, stacked, straight, threads
 
 LINEAR_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 GPU_DTYPES = (torch.float16, torch.bfloat16)  # of which a GPU has kernels
@@ -60,6 +60,8 @@ def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, a
                 "use torch.compile or torch.export to train"
             )
         return reference.ACTIVATIONS[activation](gradient.Product.apply(x, s.values, s.meta, *s.shape, bias))
+    if not torch.compiler.is_compiling() and isinstance(s, Sparse24) and straight(x, s.values, s.meta, bias):
+        return _linear24_cpu(x, s.values, s.meta, s.shape[1], bias, activation)
     return gradient.call(x, s, bias, activation)
 
 
@@ -94,17 +96,21 @@ def _check_linear24_fragments(
     _check_product(x, values, n, k, bias, activation)
 
 
-def _rows(x: Tensor, apart: bool = False) -> tuple[Tensor, int]:
-    """x as (m, k) with unit stride along k, a view where one exists, else a copy; and the elements from row to row.
+def _rows(x: Tensor, apart: bool = False) -> tuple[Tensor, int, int]:
+    """What holds x as (m, k) with unit stride along k, x itself or a view where that can be, else a copy; m; and the elements from
+    row to row.
 
     apart: rows must not overlap, as those of an expanded tensor do."""
-    rows = x.reshape(x.shape[:-1].numel(), x.shape[-1]) if x.dim() != 2 else x
-    (m, k), (across, along) = rows.shape, rows.stride()
+    m, k = x.shape[:-1].numel(), x.shape[-1]
+    if x.is_contiguous():
+        return x, m, k
+    rows = x.reshape(m, k)
+    across, along = rows.stride()
     if m <= 1:
         across = max(across, k)  # the stride of a single row says nothing
     if (along != 1 and k > 1) or (apart and across < k):
-        return rows.clone(memory_format=torch.contiguous_format), k
-    return rows, across
+        return rows.clone(memory_format=torch.contiguous_format), m, k
+    return rows, m, across
 
 
 def _aligned(t: Tensor) -> Tensor:
@@ -145,7 +151,7 @@ def run_on_cpu(choice: Choice, x: Tensor, s: Sparse24, bias: Tensor | None, acti
     """The product by one kernel."""
     if choice.kernel == tune.EXPAND:
         return _expanded(x, s, bias, activation)
-    (rows, ldx), (n, k) = _rows(x), s.shape
+    (rows, m, ldx), (n, k) = _rows(x), s.shape
     values, meta = s.values.contiguous(), s.meta.contiguous()
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
@@ -155,7 +161,7 @@ def run_on_cpu(choice: Choice, x: Tensor, s: Sparse24, bias: Tensor | None, acti
         meta.data_ptr(),
         _address(bias),
         y.data_ptr(),
-        rows.shape[0],
+        m,
         n,
         k,
         ldx,
@@ -236,11 +242,11 @@ def run_on_gpu(choice: Choice, x: Tensor, s: Sparse24 | Fragments24, bias: Tenso
     if choice.kernel == tune.EXPAND:
         return _expanded(x, s, bias, activation)
     f = s if isinstance(s, Fragments24) else to_fragments(s)
-    (rows, ldx), (n, k), index = _rows(x, apart=True), f.shape, x.device.index
+    (rows, m, ldx), (n, k), index = _rows(x, apart=True), f.shape, x.device.index
     values, meta = _aligned(f.values), _aligned(f.meta)
     bias = None if bias is None else bias.contiguous()
     y = x.new_empty(*x.shape[:-1], n)
-    m, tile, split = rows.shape[0], choice.tile, choice.split
+    tile, split = choice.tile, choice.split
     operands = rows.data_ptr(), values.data_ptr(), meta.data_ptr(), _address(bias), y.data_ptr()
     sizes = m, n, k, ldx, DTYPE_CODE[x.dtype], _ACTIVATION_CODE[activation]
     where = index, raw_stream(index)

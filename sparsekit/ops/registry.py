@@ -8,6 +8,8 @@ from importlib import import_module
 
 import torch
 from torch import Tensor
+from torch._C import DispatchKey
+from torch.nn import Parameter
 
 from .. import env
 
@@ -123,6 +125,24 @@ def threads() -> int:
     return env.THREADS or torch.get_num_threads()
 
 
+# The dispatch keys of a thread that is in no mode.
+_PLAIN = sum(torch._C.DispatchKeySet(key).raw_repr() for key in (DispatchKey.BackendSelect, DispatchKey.ADInplaceOrView))
+
+
+def straight(x: Tensor, *others: Tensor | None) -> bool:
+    """Whether torch's dispatcher would do nothing with an op of these, none of which requires a gradient, but call its CPU kernel:
+    who calls that one himself saves what the dispatcher takes, which is as long as a small product.
+
+    Not so in a mode, a transform, a trace or a profile, nor for what is no tensor, a subclass, or not yet negated."""
+    if torch._C._dispatch_tls_local_include_set().raw_repr() & ~_PLAIN:
+        return False
+    for t in (x, *others):
+        plain = type(t) is Tensor or type(t) is Parameter
+        if t is not None and (not plain or t.is_neg() or t._is_zerotensor()):
+            return False
+    return x is not None and x.is_cpu and not torch._C._is_torch_function_mode_enabled() and not torch.autograd._profiler_enabled()
+
+
 def launch(name: str, first: Tensor, *others):
     """Calls the Triton launcher of that name, on the device and the current stream of its first argument."""
     with torch.cuda.device(first.device):
@@ -150,4 +170,4 @@ def say_once(text: str) -> None:
     warnings.warn(text, stacklevel=5)
 
 
-__all__ = ["DTYPE_CODE", "_C", "define", "launch", "lib", "outputs", "raw_stream", "say_once", "stacked", "threads"]
+__all__ = ["DTYPE_CODE", "_C", "define", "launch", "lib", "outputs", "raw_stream", "say_once", "stacked", "straight", "threads"]
