@@ -142,11 +142,6 @@ def test_what_is_no_tensor_is_refused_as_before(given, s):
     assert str(straight.value) == str(dispatched.value)
 
 
-def test_rows_of_another_shape_are_not_believed(x, s):
-    """shape says more rows than there are: y is as long as the values, as the op makes it."""
-    assert torch.equal(ops.linear24(x, s._replace(shape=(4000, 48))), op(x, s))
-
-
 # ---- how SparseLinear finds its tensors ----
 
 

@@ -31,9 +31,14 @@ def call(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None, activation: 
     """The op alone, which autograd does not see."""
     if isinstance(s, Fragments24):
         return torch.ops.sparsekit.linear24_fragments.default(x, s.values, s.meta, *s.shape, bias, activation)
-    if s.values.shape[0] != s.shape[0]:  # which the op does not hear of
-        raise ValueError(f"linear24: values must have the {s.shape[0]} rows of shape, got {tuple(s.values.shape)}")
+    check_rows(s)
     return torch.ops.sparsekit.linear24.default(x, s.values, s.meta, s.shape[1], bias, activation)
+
+
+def check_rows(s: Sparse24) -> None:
+    """Raises ValueError where the values have not the rows of the shape, which the op does not hear of."""
+    if s.values.shape[0] != s.shape[0]:
+        raise ValueError(f"linear24: values must have the {s.shape[0]} rows of shape, got {tuple(s.values.shape)}")
 
 
 def dense(s: Sparse24 | Fragments24) -> Tensor:

@@ -61,6 +61,7 @@ def linear24(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None = None, a
             )
         return reference.ACTIVATIONS[activation](gradient.Product.apply(x, s.values, s.meta, *s.shape, bias))
     if not torch.compiler.is_compiling() and isinstance(s, Sparse24) and straight(x, s.values, s.meta, bias):
+        gradient.check_rows(s)
         return _linear24_cpu(x, s.values, s.meta, s.shape[1], bias, activation)
     return gradient.call(x, s, bias, activation)
 
