@@ -8,7 +8,7 @@ import torch
 from test_world import launch
 from torch import nn
 
-from sparsekit import SparsekitError, SparseLinear, compress, ops
+from sparsekit import SparsekitError, SparseLinear, compress, load, ops
 from sparsekit.linear import dense_weight, is_linear
 
 HERE = Path(__file__).parent
@@ -163,6 +163,24 @@ def test_a_model_that_is_not_in_memory_is_left_as_it_is(dense24):
     with pytest.raises(SparsekitError, match="needs weights that are in memory, got 1 on the meta device; load without offloading"):
         compress(model)
     assert [type(m) for m in model] == [nn.Linear, nn.Linear]
+
+
+@pytest.mark.parametrize("shard", ["1GB", "6KB"], ids=["a file", "files"])
+def test_what_transformers_saves_itself_is_loaded(shard, tmp_path):
+    """As a Trainer saves a model that it trains: nothing in the folder but the tensors says what they are."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, tie_word_embeddings=False
+    )
+    model, ids = pruned(LlamaForCausalLM(config)).eval(), torch.arange(9)[None]
+    swapped = compress(model)
+    model.save_pretrained(tmp_path, max_shard_size=shard)
+    assert len(list(tmp_path.glob("*.safetensors"))) > 1 or shard == "1GB"
+    found = load(tmp_path, device="cpu")
+    assert swapped == [name for name, module in found.named_modules() if isinstance(module, SparseLinear)] and len(swapped) == 15
+    assert torch.equal(found(ids).logits, model(ids).logits)
 
 
 # ---- as a module ----

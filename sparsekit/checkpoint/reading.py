@@ -122,9 +122,19 @@ def open_weights(path: Path) -> Iterator[safe_open]:
 def compressed_linears(folder: Path) -> dict[str, tuple[int, int]] | None:
     """Shape by name of the linears a folder holds compressed; None for an ordinary folder.
 
-    Raises SparsekitError for a format version newer than this package's."""
-    found = [linears for path, tensors in weight_files(folder) if (linears := linears_in(path, tensors)) is not None]
-    return {name: shape for linears in found for name, shape in linears.items()} if found else None
+    transformers' own ``save_pretrained``, as a Trainer calls it, does not say which they are: there by the names of their tensors,
+    columns rounded up to 8. Raises SparsekitError for a format version newer than this package's."""
+    found, names, metas = [], set(), {}
+    for path, tensors in weight_files(folder):
+        if (linears := linears_in(path, tensors)) is not None:
+            found.append(linears)
+        names.update(tensors.keys())
+        metas |= {name[:-5]: tensors.get_slice(name).get_shape() for name in tensors.keys() if name.endswith(".meta")}
+    if found:
+        return {name: shape for linears in found for name, shape in linears.items()}
+    # ``save`` leaves an empty weight beside each, for transformers to trip over.
+    unsaid = [name for name, shape in metas.items() if f"{name}.values" in names and f"{name}.weight" not in names]
+    return {name: (metas[name][0], 8 * metas[name][1]) for name in unsaid if len(metas[name]) == 2} or None
 
 
 def linears_in(path: Path, tensors: safe_open) -> dict[str, tuple[int, int]] | None:
