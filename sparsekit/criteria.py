@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
@@ -197,6 +197,19 @@ def total(parts: Sequence[Gram] | Sequence[SquaredNorm]) -> Gram | SquaredNorm:
     return whole
 
 
+def _times(powers: Callable[[Tensor], Tensor], weight: Tensor, by: Tensor) -> Tensor:
+    """powers(w) * by, neither below 0, of a weight (n, k): fp32 where that holds all of them, with room for sums of a few, else
+    fp64, so that none that differ tie at Inf or at 0. by fp32 or fp64."""
+    scores = powers(weight.float()) * by.float()
+    if not scores.numel():
+        return scores
+    low, high = torch.aminmax(scores)
+    least = torch.finfo(torch.float32).tiny
+    if high < 2.0**120 and (low >= least or not ((scores < least) & (weight != 0) & (by != 0)).any()):
+        return scores
+    return powers(weight.double()) * by.double()
+
+
 class Criterion(Protocol):
     """How much each weight of a linear matters. A user's own is a class with these four, handed to ``sparsekit.prune``.
 
@@ -209,7 +222,8 @@ class Criterion(Protocol):
     rowwise: bool
 
     def scores(self, weight: Tensor, statistics) -> Tensor:
-        """Of a weight (n, k), fp32, higher is kept; statistics are those of the tokens that the linear received."""
+        """Of a weight (n, k), fp32, or fp64 where that holds too little; higher is kept. statistics are those of the tokens that
+        the linear received."""
 
 
 class Magnitude:
@@ -227,7 +241,7 @@ class Activation:
     name, statistics, rowwise = "activation", MeanAbs, False
 
     def scores(self, weight: Tensor, statistics: MeanAbs) -> Tensor:
-        return weight.float().abs() * (statistics.sum / statistics.tokens)
+        return _times(torch.abs, weight, statistics.sum / statistics.tokens)
 
 
 class Wanda:
@@ -236,7 +250,7 @@ class Wanda:
     name, statistics, rowwise = "wanda", SquaredNorm, True
 
     def scores(self, weight: Tensor, statistics: SquaredNorm) -> Tensor:
-        return weight.float().abs() * statistics.sum.sqrt()
+        return _times(torch.abs, weight, statistics.sum.sqrt())
 
 
 class Gradient:
@@ -247,7 +261,7 @@ class Gradient:
     name, statistics, rowwise = "gradient", SquaredGradients, False
 
     def scores(self, weight: Tensor, statistics: SquaredGradients) -> Tensor:
-        return statistics.sum * weight.float().square()
+        return _times(torch.square, weight, statistics.sum)
 
 
 class OBD:
@@ -256,7 +270,7 @@ class OBD:
     name, statistics, rowwise = "obd", SquaredNorm, False
 
     def scores(self, weight: Tensor, statistics: SquaredNorm) -> Tensor:
-        return weight.float().square() * (statistics.sum / statistics.tokens)  # H_jj = 2 sum / tokens
+        return _times(torch.square, weight, statistics.sum / statistics.tokens)  # H_jj = 2 sum / tokens
 
 
 class OBS:
@@ -267,7 +281,7 @@ class OBS:
     def scores(self, weight: Tensor, statistics: Gram) -> Tensor:
         factor = statistics.factor
         inverse = factor.unit.square().sum(0)  # H^-1 = U' U, of H / scale
-        return (weight.float().square() / inverse * (factor.scale / 2)).masked_fill(factor.dead, 0)
+        return _times(torch.square, weight, (factor.scale / 2 / inverse.double()).masked_fill(factor.dead, 0))
 
 
 CRITERIA: dict[str, Criterion] = {

@@ -13,7 +13,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from fractions import Fraction
-from itertools import islice
 from numbers import Integral
 
 import torch
@@ -205,12 +204,13 @@ class Share(Pattern):
         """How many units of the weight hold nothing but zeros."""
         return int(self._zero(weight).sum())
 
-    def masks(self, units: Sequence[Tensor], shapes: Sequence[tuple[int, int]]) -> Iterator[Tensor]:
+    def masks(self, units: Sequence[Tensor], shapes: Sequence[tuple[int, int]], wide: bool | None = None) -> Iterator[Tensor]:
         """The masks of several weights (n, k) of which the share goes exactly, counted over all of them together.
 
-        units: of each what ``units`` makes of its scores, read as ``keep_top_of_all`` reads lines. One mask is made at a time."""
+        units: of each what ``units`` makes of its scores, read as ``keep_top_of_all`` reads lines; wide: as there. One mask is made
+        at a time."""
         count = self.count(shapes)
-        for kept, shape in zip(keep_top_of_all(units, count - self.removed(count)), shapes):
+        for kept, shape in zip(keep_top_of_all(units, count - self.removed(count), wide), shapes):
             yield self.spread(kept, shape)
 
     def mask(self, scores: Tensor, rowwise: bool = False) -> Tensor:
@@ -359,14 +359,15 @@ def keep_top(scores: Tensor, kept: int, check: bool = True) -> Tensor:
     return ops.mask_rows(scores.reshape(scores.shape[:-1].numel(), scores.shape[-1]), kept, check=check).view(scores.shape)
 
 
-def keep_top_of_all(lines: Iterable[Tensor], kept: int) -> Iterator[Tensor]:
+def keep_top_of_all(lines: Iterable[Tensor], kept: int, wide: bool | None = None) -> Iterator[Tensor]:
     """The bool masks of the ``kept`` highest scores of all the lines together, exactly, a line at a time; a tie goes to the earlier
     line, and within it to the lower index.
 
-    lines: float tensors of any shapes and one dtype, gone through once for every 16 bits of it (of fp32 at least) and once for the
-    masks: they may come from a disk, one is held at a time. Raises ValueError for NaN and for fewer scores than kept."""
+    lines: float tensors of any shapes, gone through once for every 16 bits of fp64 where one is of it (``wide``; by default that is
+    looked for first), else of fp32, and once for the masks: they may come from a disk, one is held at a time.
+    Raises ValueError for NaN and for fewer scores than kept."""
     threshold, left = None, kept  # of the key of the last one kept: its leading bits; how many are still to be kept below them
-    wide = any(line.element_size() == 8 for line in islice(lines, 1))
+    wide = any(line.element_size() == 8 for line in lines) if wide is None else wide
     for shift in range(48 if wide else 16, -1, -16):
         counts = torch.zeros(1 << 16, dtype=torch.int64)
         for key in (key for line in lines for key in _keys(line, wide)):

@@ -73,6 +73,49 @@ def test_scores_against_fp64(name, dtype):
     torch.testing.assert_close(scores.double(), FORMULAS[name](w.double(), x.double()), rtol=2e-5, atol=0)
 
 
+@pytest.mark.parametrize("scale", [2.0**90, 2.0**-90], ids=["huge", "tiny"])
+@pytest.mark.parametrize("name", CRITERIA)
+def test_weights_whose_squares_fp32_does_not_hold_are_told_apart(name, scale):
+    # They tied at Inf or at 0. All are of such a size, or some rows are; what is zero stays it.
+    x = inputs()
+    for rows in (slice(None), slice(5)):
+        w = weight()
+        w[1, 2] = 0
+        w[rows] *= scale
+        scores, wanted = CRITERIA[name].scores(w, gathered(name, x)), FORMULAS[name](w.double(), x.double())
+        torch.testing.assert_close(scores.double(), wanted, rtol=2e-5, atol=0)
+        for pattern in (NM(2, 4), PairNM(4, 8), Unstructured(0.5), Block(2, 2, 0.5)):
+            assert torch.equal(pattern.mask(scores), pattern.mask(wanted)), pattern
+
+
+@pytest.mark.parametrize("group", ["block", "model"])
+def test_weights_whose_squares_fp32_does_not_hold_are_compared_with_others(group):
+    # One matrix, of which the first row is smaller still and the last is larger: half of it goes, and the next one, which its
+    # outputs reach as zeros. All other scores are fp32.
+    model = build("llama")
+    tiny, down = model.model.layers[1].mlp.up_proj.weight, model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        tiny *= 2.0**-90
+        tiny[0] *= 2.0**-20
+        tiny[-1] *= 2.0**8
+    layers = model.model.layers if group == "model" else model.model.layers[1:2]
+    count = sum(matrix.numel() for layer in layers for matrix in layer.parameters() if matrix.dim() > 1)
+    if group == "block":
+        model.model.layers = layers
+    report = prune(model, token_batches((2, 16)), "obd", Unstructured((down.numel() + tiny.numel() // 2) / count), group=group)
+    assert report.sparsity * count == pytest.approx(down.numel() + tiny.numel() // 2, abs=1)
+    assert not down.any() and not tiny[0].any() and tiny[-1].all()
+    assert int((tiny != 0).sum()) == pytest.approx(tiny.numel() // 2, abs=1)
+
+
+@pytest.mark.parametrize("name", sorted(set(CRITERIA) - {"magnitude"}))
+def test_a_huge_weight_of_a_dead_input_is_worth_nothing(name):
+    # Its square is Inf in fp32, and Inf * 0 is NaN.
+    x, w = inputs(), weight()
+    x[:, 3], w[:, 3] = 0, 1e30
+    assert (CRITERIA[name].scores(w, gathered(name, x))[:, 3] == 0).all()
+
+
 def test_obs_is_what_removing_one_weight_costs():
     # Solved for: the least (w - q) H (w - q)' / 2 over all q with q_j = 0.
     w, x = weight().double(), inputs()

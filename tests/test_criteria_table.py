@@ -186,6 +186,9 @@ def test_the_highest_of_several_lines_against_a_stable_sort(dtype):
             assert torch.equal(torch.cat([mask.flatten() for mask in keep_top_of_all(lines, kept)]), expected)
     with pytest.raises(ValueError, match="NaN"):
         list(keep_top_of_all([torch.tensor([1.0, math.nan], dtype=dtype)], 1))
+    beyond = torch.tensor([1e199, 1e201, 1e200, 0.0, 1e-200], dtype=torch.float64)  # what fp32 does not hold is fp64
+    assert [mask.int().tolist() for mask in keep_top_of_all([torch.ones(2, dtype=dtype), beyond], 2)] == [[0, 0], [0, 1, 1, 0, 0]]
+    assert [mask.int().tolist() for mask in keep_top_of_all([torch.ones(2, dtype=dtype), beyond], 6)] == [[1, 1], [1, 1, 1, 0, 1]]
     with pytest.raises(ValueError, match="must be 3 scores to keep, got 2"):
         list(keep_top_of_all([torch.ones(2, dtype=dtype)], 3))
 

@@ -85,8 +85,8 @@ def test_one_unit_too_few_is_found_by_the_verification(group, pattern, monkeypat
 def one_more(masks):
     """Masks of which the last keeps everything."""
 
-    def keeping(self, units, shapes):
-        for i, mask in enumerate(masks(self, units, shapes)):
+    def keeping(self, units, shapes, *wide):
+        for i, mask in enumerate(masks(self, units, shapes, *wide)):
             yield torch.ones_like(mask) if i == len(shapes) - 1 else mask
 
     return keeping

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SparsekitError
-from ..patterns import Block, Given, Share
+from ..patterns import Given, Share
 from ..plan import Asked, patterns_in
 from ..pruners import Pruner
 from .blocks import Target, check_together
@@ -48,7 +48,8 @@ class OfBlock:
 class OfModel:
     """The whole model at once, by the scores of its weights as they are before any is pruned.
 
-    It goes through the dense model once; the scores, 4 bytes a weight (of blocks 8 a block), wait where the source keeps them.
+    It goes through the dense model once; the scores, 4 bytes a weight (8 a block of weights, and where fp32 holds too little), wait
+    where the source keeps them.
     origins, tokens: of that pass. Raises SparsekitError as ``sparsekit.prune`` does."""
 
     def __init__(
@@ -65,15 +66,16 @@ class OfModel:
         self._targets: list[Target] = []
         self.origins: Origins = {}
         self.tokens = self._gone = 0
-        self._scores = source.keep()
+        self._scores, wide = source.keep(), False
         told = progress and (lambda what, done, total: progress(f"scores of {what}" if what else "", done, total))
         for seen in dense_blocks(source.dense(), batches, kind, asked, skip, told, world):
             for unit in _units(self._pattern, "model", seen.pruners, seen.origins, seen.owners, world):
                 self._scores.append(unit)
+                wide |= unit.dtype == torch.float64
             self._targets += seen.pruners
             self.origins |= seen.origins
             self.tokens = seen.tokens
-        self._masks = self._pattern.masks(self._scores, [target.weight.shape for target in self._targets])
+        self._masks = self._pattern.masks(self._scores, [target.weight.shape for target in self._targets], wide)
 
     def choose(self, pruners: dict[Target, Pruner], origins: Origins, owners: Sequence[int]) -> Origins:
         """Gives each pruner of the next block the mask of its matrix in place of its pattern. Returns ``origins`` of the pass."""
@@ -98,8 +100,8 @@ class OfModel:
 def _units(
     pattern: Share, group: str, pruners: dict[Target, Pruner], origins: Origins, owners: Sequence[int], world: World
 ) -> list[Tensor]:
-    """What is compared of each matrix, from the rank whose pruner knows it on all."""
-    dtype, units = torch.float64 if isinstance(pattern, Block) else torch.float32, []
+    """What is compared of each matrix, fp32 or fp64, from the rank whose pruner knows it on all."""
+    units: list[Tensor | None] = []
     for (target, pruner), owner in zip(pruners.items(), owners):
         origin, tokens = origins[target]
         if origin == MAGNITUDE and pruner.gathers:
@@ -108,15 +110,20 @@ def _units(
                 f"give more samples, skip it, or count by the layer"
             )
         if owner != world.rank:
-            units.append(torch.empty(pattern.grid(target.weight.shape), dtype=dtype, device=target.weight.device))
+            units.append(None)
             continue
         try:
-            units.append(pattern.units(pruner.scores(target.weight)).to(dtype))
-            if units[-1].isnan().any():
+            unit = pattern.units(pruner.scores(target.weight))
+            units.append(unit if unit.dtype == torch.float64 else unit.float())
+            if unit.isnan().any():
                 raise ValueError("its scores hold NaN")
         except ValueError as error:
             raise SparsekitError(f"{target.name} cannot be pruned: {error}") from error
-    for unit, owner, pruner in zip(units, owners, pruners.values()):
-        if pruner.gathers:  # else all ranks know it
-            world.broadcast_(unit, owner)
+    wide = world.gather([unit is not None and unit.dtype == torch.float64 for unit in units])
+    for i, (target, owner) in enumerate(zip(pruners, owners)):
+        if units[i] is None:
+            dtype = torch.float64 if wide[owner][i] else torch.float32
+            units[i] = torch.empty(pattern.grid(target.weight.shape), dtype=dtype, device=target.weight.device)
+        if pruners[target].gathers:  # else all ranks know it
+            world.broadcast_(units[i], owner)
     return units
