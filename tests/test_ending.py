@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from test_cli import CALIB, MODEL, assert_refused, content, invoke, process
+from transformers import PreTrainedTokenizerFast
 
 from sparsekit import SparsekitError
 from sparsekit.checkpoint import unfinished
@@ -40,6 +41,18 @@ def test_a_disk_that_is_full_leaves_what_was_there(tmp_path, monkeypatch):
     done = invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude", "--overwrite")
     assert_refused(done, "No space left on device; nothing was written")
     assert content(tmp_path) == {"out": None, "out/config.json": b"mine"}
+
+
+def test_a_disk_that_is_full_when_the_tokenizer_comes(tmp_path, monkeypatch):
+    """All blocks are finished by then. Its library, in Rust, raises an Exception and no OSError; the refusal is the kernel's."""
+    save = PreTrainedTokenizerFast.save_pretrained
+    full = lambda self, folder: self.backend_tokenizer.save("/dev/full")  # noqa: E731
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", full)
+    done = invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude")
+    assert_refused(done, "No space left on device: .*; what was finished is kept in .*, and --resume goes on from there")
+    monkeypatch.setattr(PreTrainedTokenizerFast, "save_pretrained", save)
+    assert invoke("prune", MODEL, "--out", tmp_path / "out", "--method", "magnitude", "--resume").exit_code == 0
+    assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out" / "tokenizer.json").is_file()
 
 
 def test_ctrl_c_while_pruning_leaves_nothing(tmp_path):

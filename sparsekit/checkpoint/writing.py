@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import os
+import re
 import shutil
 import struct
 from collections.abc import Callable, Iterator
@@ -72,9 +73,21 @@ def write_beside(
     if getattr(model, "generation_config", None) is not None:
         model.generation_config.save_pretrained(folder)
     if tokenizer is not None:
-        tokenizer.save_pretrained(folder)
+        with _system_errors(folder):
+            tokenizer.save_pretrained(folder)
     if report is not None:
         write_json(folder / "report.json", report.to_dict())
+
+
+@contextmanager
+def _system_errors(folder: Path) -> Iterator[None]:
+    """Inside, what the system refuses is an OSError, also to a library in Rust, which tells of it in a text alone."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) or not (found := re.search(r"\(os error (\d+)\)", str(error))):
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
 
 
 def check_format(format: str) -> None:
