@@ -1,7 +1,9 @@
 """What tells a criterion of one's own from another of its name, and that a run is not resumed with the other one."""
 
+import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from functools import partial
@@ -104,6 +106,34 @@ def test_helpers_in_modules_of_its_package_tell(was, now, differ):
     assert sum(was in source for source in sources.values()) == 1
     other = {name: source.replace(was, now) for name, source in sources.items()}
     assert differing(whole(sources), whole(sources)) == [] and differing(whole(sources), whole(other)) == differ
+
+
+@pytest.mark.parametrize(
+    "how", ["from .deep import helper", "from . import deep", "import kit_of_mine.deep", "from kit_of_mine.deep import helper"]
+)
+def test_helpers_imported_within_a_body_tell(how, tmp_path, monkeypatch):
+    # Of its own package alone; and before its first run, which imports them, as after it.
+    package, found = tmp_path / "kit_of_mine", []
+    package.mkdir()
+    use = {"from . import deep": "deep.helper", "import kit_of_mine.deep": "kit_of_mine.deep.helper"}.get(how, "helper")
+    (package / "__init__.py").write_text(
+        f"class Own:\n    name, statistics, rowwise = 'own', None, False\n"
+        f"    def scores(self, weight, statistics):\n        import json\n        {how}\n        return {use}(weight)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    for source in ("abs()", "abs()  # a note", "square()"):
+        (package / "deep.py").write_text(f"def helper(w):\n    return w.{source}\n")
+        for name in ("kit_of_mine", "kit_of_mine.deep"):
+            sys.modules.pop(name, None)
+        importlib.invalidate_caches()
+        shutil.rmtree(package / "__pycache__", ignore_errors=True)
+        own = importlib.import_module("kit_of_mine").Own()
+        found.append(identity(own))
+        own.scores(torch.ones(2, 2), None)
+        assert identity(own) == found[-1]
+    assert found[0] == found[1] and found[0] != found[2]
+    for name in ("kit_of_mine", "kit_of_mine.deep"):
+        del sys.modules[name]
 
 
 def test_a_version_stands_for_the_code():

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import dis
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from functools import partial
+from importlib import import_module
+from importlib.util import resolve_name
 from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -108,6 +112,8 @@ def _of_function(function: FunctionType, root: str) -> list[Any]:
     anything."""
     names, spaces = sorted(_names(function.__code__)), {"": function.__globals__}
     used = {}
+    for held in _imported(function, root):
+        spaces[held.__name__], used[f"{held.__name__}."] = vars(held), None
     while spaces:
         where, known = spaces.popitem()
         for name in (name for name in names if name in known):
@@ -134,6 +140,33 @@ def _held(value: Any) -> dict[str, Any]:
 def _names(code: CodeType) -> set[str]:
     """The names that the code and what stands within it looks up."""
     return {*code.co_names}.union(*(_names(held) for held in code.co_consts if isinstance(held, CodeType)))
+
+
+def _imported(function: FunctionType, root: str) -> Iterator[ModuleType]:
+    """The modules of the package ``root`` that an import within the function's body names: brought here, as when it runs, so that
+    before its first run it is told as after it."""
+    package = function.__globals__.get("__package__") or ""
+    for level, name, wanted in _imports(function.__code__):
+        try:
+            whole = resolve_name(f"{'.' * level}{name}", package)
+        except ImportError:  # relative, in what is in no package: it fails as it runs
+            continue
+        if whole.partition(".")[0] != root:
+            continue
+        for each in (whole, *(f"{whole}.{part}" for part in wanted or ())):
+            with suppress(ImportError):  # what it names may be no module, or one that is not there
+                yield import_module(each)
+
+
+def _imports(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...] | None]]:
+    """Of each import in the code, and in what stands within it: the dots before the module, its name, what is taken of it."""
+    steps = list(dis.get_instructions(code))
+    for i, step in enumerate(steps):
+        if step.opname == "IMPORT_NAME":  # behind the two constants that it takes
+            yield steps[i - 2].argval, step.argval, steps[i - 1].argval
+    for held in code.co_consts:
+        if isinstance(held, CodeType):
+            yield from _imports(held)
 
 
 def _named(thing: Any) -> str:
