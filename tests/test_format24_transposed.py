@@ -54,6 +54,20 @@ def test_large_transposed_matrices(dtype, cols, monkeypatch):
         assert all(equal(a, large(b)) for a, b in zip(got, want, strict=True)) and clean(status)
 
 
+@pytest.mark.parametrize("lines", [True, False], ids=["lines", "an odd address"])
+@pytest.mark.parametrize("n, m", [(16, 32), (3, 16), (4, 8)])
+def test_large_masks_of_large_groups(n, m, lines, monkeypatch):
+    """The mask of whole tiles is written where it goes, from 4 MiB on past the caches where that is lines; few values, for ties.
+    1088 columns are 17 words: no tile begins with a row, and groups of many rows are chosen at once."""
+    monkeypatch.setattr(format24_cpu.Output, "lines", lines)
+    generator = torch.Generator().manual_seed(4)
+    few = torch.randint(-20, 20, (256, 1088), generator=generator)
+    for dtype in (torch.bfloat16, torch.int8):
+        small = few.to(dtype)
+        mask, status = mask_nm(small.repeat(16, 1), n, m)
+        assert equal(mask, keep_nm(small, n, m).repeat(16, 1)) and clean(status)
+
+
 def repeated(x, rows):
     """As many rows of x as asked for, one after the other and again from the first."""
     return as_bits(x)[torch.arange(rows) % len(x)].view(x.dtype)

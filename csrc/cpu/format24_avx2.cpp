@@ -291,7 +291,9 @@ struct Avx2 {
                 out += __builtin_popcountll(kept & 255);
             }
     }
-    static uint64_t first(uint64_t bits, int count) { return _pdep_u64(low_bits(count), bits); }
+    static uint64_t first(uint64_t bits, int count) {
+        return _pdep_u64(_bzhi_u64(~uint64_t{0}, static_cast<unsigned>(count)), bits);
+    }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
         for (int i = 0; i < kWord / 8; ++i)
             unpack8(values + 4 * i, kept >> 8 * i & 255, out + 8 * i);

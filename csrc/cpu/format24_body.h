@@ -7,12 +7,12 @@
 // written written once.
 //
 // Isa provides Lanes<Int>, a vector of kLanes signed integers: load, store, stream (a store past the caches, to a whole
-// aligned vector), set, land (and), lor, lxor, min, max, the masks gt (of a > b) and test (of a & b != 0), from_bits
-// (all ones in the lanes of a bit mask), nonzero(a, b) (a where a & b is not zero, else zero), rotate<r>, in which the
-// lane of column j of a group of four has its column (j + r) % 4, order (integers ordered as the numbers are, -0.0 as
-// +0.0) and flipped_abs (|int8| with the sign bit flipped). A mask is bits, or a vector whose lanes are all ones or
-// none: select(mask, a, b) has a where it is, bits(mask) are its bits, word(body) those of 64 columns, of which body(i)
-// gives the mask of the i-th on, store_ones(body, out) makes them bytes, lanes(mask) is the mask as a vector.
+// aligned vector), set, land (and), lor, lxor, min, max, sum, the masks gt (of a > b) and test (of a & b != 0),
+// from_bits (all ones in the lanes of a bit mask), nonzero(a, b) (a where a & b is not zero, else zero), rotate<r>, in
+// which the lane of column j of a group of four has its column (j + r) % 4, order (integers ordered as the numbers are,
+// -0.0 as +0.0) and flipped_abs (|int8| with the sign bit flipped). A mask is bits, or a vector whose lanes are all
+// ones or none: select(mask, a, b) has a where it is, bits(mask) are its bits, word(body) those of 64 columns, of which
+// body(i) gives the mask of the i-th on, store_ones(body, out) makes them bytes, lanes(mask) is the mask as a vector.
 // count(words, body) is how many columns of so many words have the mask. best<m>(v, n) has the n highest keys of every
 // group of m, a tie going to the left, for m = 4 and, from kLeastRanked up to kMostRanked, 2 and 8. Isa::pack gathers
 // the 32 kept of 64 values, each vector of them from the i-th on as clean(v, i) makes it; Isa::unpack puts 32 values at

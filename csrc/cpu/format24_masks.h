@@ -1,11 +1,12 @@
 // The mask that keeps the n best of every m columns, of one instruction set `Isa` (see format24_body.h).
 //
 // The columns of a small group are ranked against one another, m - 1 comparisons a column; of larger ones, 64 at once,
-// the n-th highest is found first, by a sorting network whose lanes are groups. Bound by memory for m up to 4: scores
-// read once, a byte a column written; beyond by the comparisons.
+// the n-th highest is found first (format24_choose.h), while memory is asked for the next span. Bound by memory for m
+// up to 4: scores read once, a byte a column written; beyond about as much by the comparisons.
 #pragma once
 #include "epilogue.h"
 #include "format24_check.h"
+#include "format24_choose.h"
 #include "format24_rows.h"
 
 #include <algorithm>
@@ -15,16 +16,6 @@
 
 namespace sparsekit::cpu {
 namespace {
-
-// A byte a column, of `count` columns.
-template <class Isa> inline void store_mask(uint64_t bits, uint8_t *out, int64_t count) {
-    using L = Lanes<Isa, int8_t>;
-    int8_t copy[kWord], *to = count == kWord ? reinterpret_cast<int8_t *>(out) : copy;
-    for (int i = 0; i < kWord; i += L::kLanes)
-        L::store(to + i, L::land(L::from_bits(bits >> i), L::set(1)));
-    if (to == copy)
-        std::memcpy(out, copy, count);
-}
 
 struct E4M3 {
     uint8_t bits;
@@ -104,210 +95,17 @@ inline uint64_t doubled(uint64_t half) {
     return half | half << 1;
 }
 
-// Batcher's network: these pairs, exchanged in this order where they are out of order, sort kSize of anything.
-template <int kSize> struct Network {
-    int first[64] = {}, second[64] = {}, pairs = 0;
-
-    constexpr Network() {
-        for (int run = 1; run < kSize; run *= 2)
-            for (int apart = run; apart >= 1; apart /= 2)
-                for (int start = apart % run; start + apart < kSize; start += 2 * apart)
-                    for (int i = start; i < start + apart && i + apart < kSize; ++i)
-                        if (i / (2 * run) == (i + apart) / (2 * run)) {
-                            first[pairs] = i;
-                            second[pairs++] = i + apart;
-                        }
-    }
-};
-template <int kSize> constexpr Network<kSize> kNetwork;
-
-// Lane by lane, the highest first.
-template <class L, int kSize, size_t... kPair>
-inline void sort_lanes(typename L::V (&v)[kSize], std::index_sequence<kPair...>) {
-    const auto exchange = [](auto &high, auto &low) {
-        const auto least = L::min(high, low);
-        high = L::max(high, low);
-        low = least;
-    };
-    (exchange(v[kNetwork<kSize>.first[kPair]], v[kNetwork<kSize>.second[kPair]]), ...);
-}
-
-// 64 numbers of few bits, a bit of each a word; they wrap around.
-template <int kBits> class Counters {
-    uint64_t bits_[kBits];
-
-  public:
-    explicit Counters(int start) {
-        for (int i = 0; i < kBits; ++i)
-            bits_[i] = start >> i & 1 ? ~uint64_t{0} : 0;
-    }
-    void add(uint64_t ones) {
-        for (int i = 0; i < kBits; ++i) {
-            const uint64_t carry = bits_[i] & ones;
-            bits_[i] ^= ones;
-            ones = carry;
-        }
-    }
-    uint64_t nonzero() const {
-        uint64_t any = 0;
-        for (int i = 0; i < kBits; ++i)
-            any |= bits_[i];
-        return any;
-    }
-};
-
-// What ranks below no number and above none.
-template <class Key> struct Ends {
-    Key lowest, highest;
-    explicit Ends(const Numbers &n)
-        : lowest(static_cast<Key>(n.integer ? n.lowest : -n.largest)),
-          highest(n.integer ? std::numeric_limits<Key>::max() : static_cast<Key>(n.largest)) {}
-};
-
-// Of 64 groups of m keys, as they lie: a byte a key, one where it is not below its group's n-th highest, of those that
-// equal it the first. Up to a word is read and written past the last group.
-template <class Isa, int kSpan, class Key>
-[[gnu::noinline, gnu::flatten]] void keep_as_they_lie(const Key *keys, const Key *cut, int n, int m, uint8_t *mask) {
-    using L = Lanes<Isa, Key>;
-    constexpr int kGroups = kWord / kSpan; // of a word
-    for (int group = 0; group < kWord; group += kGroups) {
-        const Key *at[kGroups];
-        typename L::V nth[kGroups];
-        for (int i = 0; i < kGroups; ++i) {
-            at[i] = keys + (group + i) * m;
-            nth[i] = L::set(cut[group + i]);
-        }
-        const auto key = [&](int i) { return L::load(at[i / kSpan] + i % kSpan); };
-        const uint64_t under = L::word([&](int i) { return L::gt(nth[i / kSpan], key(i)); });
-        uint64_t kept = 0;
-        bool exact = sizeof(Key) > 1; // of bytes many are equal
-        for (int i = 0; i < kGroups; ++i) {
-            const uint64_t least = ~under >> i * kSpan & low_bits(m);
-            kept |= least << i * kSpan;
-            exact = exact && __builtin_popcountll(least) == n;
-        }
-        if (!exact) {
-            const uint64_t over = L::word([&](int i) { return L::gt(key(i), nth[i / kSpan]); }), ties = kept & ~over;
-            kept = 0;
-            for (int i = 0; i < kGroups; ++i) {
-                const uint64_t higher = over >> i * kSpan & low_bits(m);
-                const int room = n - __builtin_popcountll(higher);
-                kept |= (higher | Isa::first(ties >> i * kSpan & low_bits(m), room)) << i * kSpan;
-            }
-        }
-        uint8_t bytes[kWord], *out = mask + group * m;
-        store_mask<Isa>(kept, m == kSpan ? out : bytes, kWord);
-        for (int i = 0; i < kGroups && m != kSpan; ++i) // what is past a group falls on the next one, written later
-            std::memcpy(out + i * m, bytes + i * kSpan, kSpan);
-    }
-}
-
-// The same of keys that are turned over: a row of 64 groups is a member of each, of which a word says where it is kept.
-template <class Isa, int kMost, class Key>
-[[gnu::noinline, gnu::flatten]] void keep_lanes(const Key *turned, const Key *cut, int n, int m, uint64_t *kept) {
-    using L = Lanes<Isa, Key>;
-    Counters<kMost == 32 ? 6 : kMost == 16 ? 5 : 4> count(-n); // less n: zero where there is no room
-    uint64_t ties[kMost];
-    for (int member = 0; member < m; ++member) {
-        const Key *key = turned + member * kWord;
-        const uint64_t over = L::word([&](int i) { return L::gt(L::load(key + i), L::load(cut + i)); }),
-                       under = L::word([&](int i) { return L::gt(L::load(cut + i), L::load(key + i)); });
-        count.add(over);
-        kept[member] = over;
-        ties[member] = ~(over | under);
-    }
-    for (int member = 0; member < m; ++member) {
-        const uint64_t taken = ties[member] & count.nonzero();
-        count.add(taken);
-        kept[member] |= taken;
-    }
-}
-
-// These as bytes of groups as they lie. Up to 7 bytes are written past the last group.
-template <class Isa, int kMost, class Key>
-[[gnu::noinline, gnu::flatten]] void keep_turned(const Key *turned, const Key *cut, int n, int m, uint8_t *mask) {
-    uint64_t kept[kMost];
-    keep_lanes<Isa, kMost>(turned, cut, n, m, kept);
-    uint8_t bytes[kMost * kWord];
-    for (int member = 0; member < m; ++member)
-        store_mask<Isa>(kept[member], bytes + member * kWord, kWord);
-    // What is past a group's members falls on the next group, which is written later: so the last members first.
-    for (int group = 0; group < kWord; group += kSide)
-        for (int member = (m - 1) / kSide * kSide; member >= 0; member -= kSide)
-            turn_block(bytes + member * kWord + group, kWord, mask + group * m + member, m);
-}
-
-// The n-th highest of each of 64 groups of m <= kMost keys, which are turned over: a lane is a group and a vector the
-// same member of every group; returns a bit for each group that has a NaN. `turned` has room for kMost members. Of a
-// group, each half is sorted; its n-th highest is the largest of min(i-th of one, (n - i)-th of the other).
-template <class Isa, int kMost, class Key>
-[[gnu::noinline, gnu::flatten]] uint64_t find_cuts(Key *turned, int n, int m, const Ends<Key> &ends, Key *cut) {
-    using L = Lanes<Isa, Key>;
-    constexpr int kHalf = kMost / 2;
-    std::fill(turned + m * kWord, turned + kMost * kWord, ends.lowest); // they lose, if by a tie: the last
-
-    Key sorted[2][(kHalf + 1) * L::kLanes];
-    const auto highest = L::set(ends.highest), lowest = L::set(ends.lowest);
-    for (auto &half : sorted)
-        L::store(half, L::set(std::numeric_limits<Key>::max())); // the 0-th
-    uint64_t bad = 0;
-    for (int lane = 0; lane < kWord; lane += L::kLanes) {
-        for (int half = 0; half < 2; ++half) {
-            typename L::V v[kHalf];
-#pragma GCC unroll 16
-            for (int i = 0; i < kHalf; ++i)
-                v[i] = L::load(turned + (half * kHalf + i) * kWord + lane);
-            sort_lanes<L>(v, std::make_index_sequence<kNetwork<kHalf>.pairs>());
-            bad |= L::bits(L::gt(v[0], highest) | L::gt(lowest, v[kHalf - 1])) << lane;
-#pragma GCC unroll 16
-            for (int i = 0; i < kHalf; ++i)
-                L::store(sorted[half] + (i + 1) * L::kLanes, v[i]);
-        }
-        auto nth = L::set(std::numeric_limits<Key>::min());
-        for (int i = n > kHalf ? n - kHalf : 0; i <= n && i <= kHalf; ++i)
-            nth = L::max(nth, L::min(L::load(sorted[0] + i * L::kLanes), L::load(sorted[1] + (n - i) * L::kLanes)));
-        L::store(cut + lane, nth);
-    }
-
-    return bad;
-}
-
-// The n best of each of 64 groups of m <= kMost keys, a byte a key; returns a bit for each group that has a NaN.
-template <class Isa, int kMost, class Key>
-[[gnu::noinline, gnu::flatten]] uint64_t choose(const Key *keys, int n, int m, Ends<Key> ends, uint8_t *mask) {
-    using L = Lanes<Isa, Key>;
-    Key turned[kMost * kWord], cut[kWord];
-    constexpr int kRows = min(L::kLanes, kMost), kCols = min(16 / int(sizeof(Key)), kRows);
-    for (int member = 0; member < m; member += kRows)
-        for (int group = 0; group < kWord; group += kCols)
-            turn_block<kCols, kRows>(keys + group * m + member, m, turned + member * kWord + group, kWord);
-    const uint64_t bad = find_cuts<Isa, kMost>(turned, n, m, ends, cut);
-    constexpr int kSpan = max(kMost, L::kLanes);
-    if (4 * m >= 3 * kSpan)
-        keep_as_they_lie<Isa, kSpan>(keys, cut, n, m, mask);
-    else
-        keep_turned<Isa, kMost>(turned, cut, n, m, mask);
-    return bad;
-}
-
-// The same of groups that are turned over already: a word a member.
-template <class Isa, int kMost, class Key>
-uint64_t choose_lanes(Key *turned, int n, int m, const Ends<Key> &ends, uint64_t *kept) {
-    Key cut[kWord];
-    const uint64_t bad = find_cuts<Isa, kMost>(turned, n, m, ends, cut);
-    keep_lanes<Isa, kMost>(turned, cut, n, m, kept);
-    return bad;
-}
-
 // The rows of a span, of whichever dtype: those of the scores, or turned over.
 struct Rows {
     const char *data;
     int64_t stride; // in bytes
     DType dtype;
+    int64_t next; // bytes from here to the next span, which is in place too
 
     template <class T>
-    Rows(const Tile<T> &tile, DType dtype)
-        : data(reinterpret_cast<const char *>(tile.data)), stride(tile.stride * int64_t(sizeof(T))), dtype(dtype) {}
+    Rows(const Tile<T> &tile, const Matrix &m, const Span &s, const Span &next)
+        : data(reinterpret_cast<const char *>(tile.data)), stride(tile.stride * int64_t(sizeof(T))), dtype(m.dtype),
+          next(m.col_stride == 1 ? ((next.row - s.row) * m.row_stride + next.col - s.col) * int64_t(sizeof(T)) : 0) {}
 };
 
 // A span of groups of 8 or more by keys: 64 groups at once, of as many rows as have them.
@@ -321,6 +119,8 @@ void mask_large_groups(const MaskNM &p, const Span &s, const Rows &from, DType k
     constexpr int kRoomKeys = (kTileSteps + kMostM) * kWord + kWord; // 64 groups are chosen at once, a word is read
     Key keys[kRoomKeys];
     uint8_t mask[kRoomKeys];
+    const bool past = p.rows * p.cols >= kPastBytes,
+               whole = !p.pairs && s.cols % p.m == 0 && (p.m == 8 || p.m == 16 || p.m == 32);
     for (int64_t row = 0; row < s.rows; row += batch) {
         const int64_t rows = min(batch, s.rows - row), all = rows * groups;
         for (int64_t r = 0; r < rows; ++r) {
@@ -329,15 +129,19 @@ void mask_large_groups(const MaskNM &p, const Span &s, const Rows &from, DType k
             std::fill(of_row + members, of_row + groups * p.m, ends.lowest); // past the end: they lose every tie
         }
         std::fill(keys + all * p.m, keys + ceil_div(all, kWord) * kWord * p.m + kWord, ends.lowest);
-        for (int64_t first = 0; first < all; first += kWord)
-            if (const uint64_t bad = some(keys + first * p.m, p.n, p.m, ends, mask + first * p.m)) {
-                const int64_t group = first + __builtin_ctzll(bad);
+        uint8_t *const place = p.mask + (s.row + row) * p.cols + s.col;
+        const bool there = whole && all % kWord == 0 && (rows == 1 || s.cols == p.cols);
+        Target to{there ? place : mask, past && there && whole_lines(place, kWord),
+                  from.data + row * from.stride + from.next, kWord * p.m * width * width_of(from.dtype)};
+        for (int64_t first = 0; first < all; first += kWord, to.mask += kWord * p.m, to.next += to.bytes)
+            if (const int bad = some(keys + first * p.m, p.n, p.m, ends, to); bad < kWord) {
+                const int64_t group = first + bad;
                 nan.report((s.row + row + group / groups) * ceil_div(p.cols, p.m * width) + s.col / (p.m * width) +
                            group % groups);
             }
-        for (int64_t r = 0; r < rows; ++r) {
+        for (int64_t r = 0; r < rows && !there; ++r) {
             const uint8_t *found = mask + r * groups * p.m;
-            uint8_t *out = p.mask + (s.row + row + r) * p.cols + s.col;
+            uint8_t *out = place + r * p.cols;
             if (!p.pairs) {
                 std::memcpy(out, found, s.cols);
                 continue;
@@ -348,6 +152,8 @@ void mask_large_groups(const MaskNM &p, const Span &s, const Rows &from, DType k
                 out[s.cols - 1] = found[s.cols / 2];
         }
     }
+    if (past)
+        Isa::fence();
 }
 
 // The n best of every group of m of 64 keys, ranked in registers.
@@ -445,13 +251,13 @@ template <class Isa, class Int> void mask_columns(const MaskNM &p, const Span &s
     if constexpr (Lanes<Isa, Int>::kMostRanked == 8)
         if (p.m == 8)
             return mask_small_groups<Isa, 8>(p, s, tile, nan);
-    mask_by_keys<Isa, Int>(p, s, Rows(tile, p.scores.dtype), p.scores.dtype, nan, read_keys<Isa, Int>);
+    mask_by_keys<Isa, Int>(p, s, Rows(tile, p.scores, s, next), p.scores.dtype, nan, read_keys<Isa, Int>);
 }
 
 template <class Isa, class T> void mask_pairs(const MaskNM &p, const Span &s, const Span &next, First &nan) {
     using Key = SumKey<T>;
     T room[kRoom<T>];
-    const Rows rows(fetch<Isa>(p.scores, s, room), p.scores.dtype);
+    const Rows rows(fetch<Isa>(p.scores, s, room), p.scores, s, next);
     Ahead<T>(p.scores, next).all();
     mask_by_keys<Isa, Key>(p, s, rows, kSumDType<Key>, nan, read_pair_keys<T, Key>);
 }

@@ -11,45 +11,6 @@
 namespace sparsekit::cpu {
 namespace {
 
-// Bit j of word i and bit i of word j change places, in blocks of `apart` and below.
-template <int apart = 32> inline void turn_bits(uint64_t *words) {
-    constexpr uint64_t low = ~uint64_t{0} / ((uint64_t{1} << apart) + 1); // of every two blocks of bits the lower
-    for (int start = 0; start < kWord; start += 2 * apart)
-#pragma GCC ivdep
-        for (int i = start; i < start + apart; ++i) {
-            const uint64_t change = (words[i] >> apart ^ words[i + apart]) & low;
-            words[i] ^= change << apart;
-            words[i + apart] ^= change;
-        }
-    if constexpr (apart > 1)
-        turn_bits<apart / 2>(words);
-}
-
-// choose_lanes of two of four.
-template <class Isa, class Key>
-[[gnu::noinline, gnu::flatten]] uint64_t choose_two(Key *turned, int, int, const Ends<Key> &ends, uint64_t *kept) {
-    using L = Lanes<Isa, Key>;
-    using Mask = decltype(L::gt(L::set(0), L::set(0)));
-    constexpr int kVectors = kWord / L::kLanes;
-    Mask found[4][kVectors];
-    auto highest = L::load(turned), lowest = highest;
-#pragma GCC unroll 16
-    for (int i = 0; i < kVectors; ++i) {
-        typename L::V key[4];
-        for (int member = 0; member < 4; ++member) {
-            key[member] = L::load(turned + member * kWord + i * L::kLanes);
-            highest = L::max(highest, key[member]);
-            lowest = L::min(lowest, key[member]);
-        }
-        const TwoBest best([&](int right, int left) { return L::gt(key[right], key[left]); });
-        for (int member = 0; member < 4; ++member)
-            found[member][i] = best.kept[member];
-    }
-    for (int member = 0; member < 4; ++member)
-        kept[member] = L::word([&](int i) { return found[member][i / L::kLanes]; });
-    return L::bits(L::gt(highest, L::set(ends.highest)) | L::gt(L::set(ends.lowest), lowest));
-}
-
 // The keys of a member of words of groups: of numbers, or of sums of two columns. Those of a word are `apart`.
 template <class Isa, int width, class T, class Key>
 inline void read_member(const T *from, int64_t stride, DType dtype, int64_t words, Key *keys, int64_t apart) {
@@ -65,15 +26,6 @@ inline void read_member(const T *from, int64_t stride, DType dtype, int64_t word
         }
 }
 
-// Of 64 columns a byte each; past the caches if it is a line of them.
-template <class Isa> inline void write_mask(uint64_t bits, uint8_t *out, int64_t count, bool line) {
-    using L = Lanes<Isa, int8_t>;
-    if (!line)
-        return store_mask<Isa>(bits, out, count);
-    for (int i = 0; i < kWord; i += L::kLanes)
-        L::stream(reinterpret_cast<int8_t *>(out) + i, L::land(L::from_bits(bits >> i), L::set(1)));
-}
-
 // Words of rows of a span, if its columns fill a tile; returns how many rows, or none where something is wrong.
 template <class Isa, int width, class T, class Key>
 [[gnu::flatten]] int64_t mask_turned(const MaskNM &p, const Span &s, const Span &next, int64_t cols) {
@@ -82,10 +34,7 @@ template <class Isa, int width, class T, class Key>
     if (s.cols != cols || words == 0)
         return 0;
     const Ends<Key> ends{numbers(width == 1 ? p.scores.dtype : kSumDType<Key>)};
-    const auto some = p.m == 4 && p.n == 2 ? choose_two<Isa, Key>
-                      : p.m <= 8           ? choose_lanes<Isa, 8, Key>
-                      : p.m <= 16          ? choose_lanes<Isa, 16, Key>
-                                           : choose_lanes<Isa, 32, Key>;
+    const auto some = lanes_chooser<Isa, Key>(p.m);
     const int64_t apart = (p.m <= 8 ? 8 : p.m <= 16 ? 16 : 32) * kWord;
     Key keys[kWords * kMostM * kWord];
     uint64_t bits[kWords][2 * kWord] = {}, kept[kMostM], bad = 0;
@@ -116,7 +65,8 @@ template <class Isa, int width, class T, class Key>
             uint8_t *out = p.mask + (s.row + word * kWord) * p.cols + s.col + col;
             const bool line = past && count == kWord && whole_lines(out, kWord);
             for (int row = 0; row < kWord; ++row)
-                write_mask<Isa>(bits[word][col + row], out + row * p.cols, count, line);
+                line ? store_line<Isa>(bits[word][col + row], out + row * p.cols, true)
+                     : store_mask<Isa>(bits[word][col + row], out + row * p.cols, count);
         }
     if (past)
         Isa::fence();

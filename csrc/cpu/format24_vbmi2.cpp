@@ -25,6 +25,7 @@ struct Bytes : Vector<int8_t>, MasksOfBits<Bytes, Bytes> {
     static V set(int8_t a) { return _mm512_set1_epi8(a); }
     static V min(V a, V b) { return _mm512_min_epi8(a, b); }
     static V max(V a, V b) { return _mm512_max_epi8(a, b); }
+    static V sum(V a, V b) { return _mm512_add_epi8(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi8_mask(a, b); }
     static V select(uint64_t mask, V a, V b) { return _mm512_mask_mov_epi8(b, static_cast<__mmask64>(mask), a); }
     static uint64_t test(V a, V b) { return _mm512_test_epi8_mask(a, b); }
@@ -43,6 +44,7 @@ struct Words : Vector<int16_t>, MasksOfBits<Words, Bytes> {
     static V set(int16_t a) { return _mm512_set1_epi16(a); }
     static V min(V a, V b) { return _mm512_min_epi16(a, b); }
     static V max(V a, V b) { return _mm512_max_epi16(a, b); }
+    static V sum(V a, V b) { return _mm512_add_epi16(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi16_mask(a, b); }
     static V select(uint64_t mask, V a, V b) { return _mm512_mask_mov_epi16(b, static_cast<__mmask32>(mask), a); }
     static uint64_t test(V a, V b) { return _mm512_test_epi16_mask(a, b); }
@@ -61,6 +63,7 @@ struct Doublewords : Vector<int32_t>, MasksOfBits<Doublewords, Bytes> {
     static V set(int32_t a) { return _mm512_set1_epi32(a); }
     static V min(V a, V b) { return _mm512_min_epi32(a, b); }
     static V max(V a, V b) { return _mm512_max_epi32(a, b); }
+    static V sum(V a, V b) { return _mm512_add_epi32(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi32_mask(a, b); }
     static V select(uint64_t mask, V a, V b) { return _mm512_mask_mov_epi32(b, static_cast<__mmask16>(mask), a); }
     static uint64_t test(V a, V b) { return _mm512_test_epi32_mask(a, b); }
@@ -81,6 +84,7 @@ struct Quadwords : Vector<int64_t>, MasksOfBits<Quadwords, Bytes> {
     static V set(int64_t a) { return _mm512_set1_epi64(a); }
     static V min(V a, V b) { return _mm512_min_epi64(a, b); }
     static V max(V a, V b) { return _mm512_max_epi64(a, b); }
+    static V sum(V a, V b) { return _mm512_add_epi64(a, b); }
     static uint64_t gt(V a, V b) { return _mm512_cmpgt_epi64_mask(a, b); }
     static V select(uint64_t mask, V a, V b) { return _mm512_mask_mov_epi64(b, static_cast<__mmask8>(mask), a); }
     static uint64_t test(V a, V b) { return _mm512_test_epi64_mask(a, b); }
@@ -122,7 +126,9 @@ struct Vbmi2 {
             out += __builtin_popcountll(kept >> i & low_bits(L::kLanes));
         }
     }
-    static uint64_t first(uint64_t bits, int count) { return _pdep_u64(low_bits(count), bits); }
+    static uint64_t first(uint64_t bits, int count) {
+        return _pdep_u64(_bzhi_u64(~uint64_t{0}, static_cast<unsigned>(count)), bits);
+    }
     template <class W> static void unpack(const W *values, uint64_t kept, W *out) {
         using L = Lanes<W>;
         constexpr int kHalf = L::kLanes / 2;
