@@ -120,6 +120,10 @@ using Floats = emulator::Lanes<float>;
         const auto x = as<emulator::Lanes<int##bits##_t>>(a), y = as<emulator::Lanes<int##bits##_t>>(b);               \
         return each<int##bits##_t>([&](size_t i) { return x[i] > y[i] ? x[i] : y[i]; });                               \
     }                                                                                                                  \
+    EMULATED __m512i _mm512_add_epi##bits(__m512i a, __m512i b) {                                                      \
+        const auto x = as<emulator::Lanes<uint##bits##_t>>(a), y = as<emulator::Lanes<uint##bits##_t>>(b);             \
+        return each<uint##bits##_t>([&](size_t i) { return x[i] + y[i]; });                                            \
+    }                                                                                                                  \
     EMULATED mask_t _mm512_cmpgt_epi##bits##_mask(__m512i a, __m512i b) {                                              \
         const auto x = as<emulator::Lanes<int##bits##_t>>(a), y = as<emulator::Lanes<int##bits##_t>>(b);               \
         return static_cast<mask_t>(where<int##bits##_t>([&](size_t i) { return x[i] > y[i]; }));                       \
