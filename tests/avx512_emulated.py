@@ -10,7 +10,7 @@ from pathlib import Path
 from sparsekit import _C
 
 ROOT = Path(__file__).resolve().parent.parent
-COMPILER = shutil.which("g++") or shutil.which("clang++")
+COMPILER = shutil.which("g++")
 FLAGS = "-std=c++17 -O0 -DNDEBUG -fPIC -Wall -Wextra -Werror -Wno-psabi -Wno-uninitialized -Wno-maybe-uninitialized".split()
 FLAGS += ["-mavx2", "-mfma", "-mf16c", "-mbmi2", "-D__builtin_cpu_supports(name)=true", "-fno-math-errno", "-fno-trapping-math"]
 EMULATED = ["linear24_avx512", "format24_vbmi2", "obs_avx512"]

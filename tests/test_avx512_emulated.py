@@ -19,7 +19,7 @@ import sparsekit
 from sparsekit import reference
 
 pytestmark = [
-    pytest.mark.skipif(COMPILER is None, reason="no C++ compiler to build the emulator with"),
+    pytest.mark.skipif(COMPILER is None, reason="no g++ to build the emulator with"),
     pytest.mark.skipif("avx2" not in format24_cpu.PATHS, reason="the emulated AVX-512 is compiled for AVX2"),
 ]
 
