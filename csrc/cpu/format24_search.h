@@ -41,7 +41,8 @@ inline uint64_t first_each(uint64_t bits, int64_t count) {
 }
 
 // The columns whose key is above `key`, from the bits of the scores. To bits that are flipped but for the sign, the
-// lower of two negative numbers is the lower integer.
+// lower of two negative numbers is the lower integer. Any key will do, one that no number has too: a search that was
+// given one learns what is so, and ends.
 template <class Isa, class Int> class Above {
     using L = Lanes<Isa, Int>;
     typename L::V flip_, bound_;
@@ -52,7 +53,7 @@ template <class Isa, class Int> class Above {
         const bool negative = key < 0 && !integer;
         all_ = key < std::numeric_limits<Int>::min() + int64_t{negative};
         flip_ = L::set(negative ? std::numeric_limits<Int>::max() : Int{0});
-        bound_ = L::set(static_cast<Int>(all_ ? 0 : key - negative));
+        bound_ = L::set(static_cast<Int>(all_ ? 0 : min(key, std::numeric_limits<Int>::max()) - negative));
     }
     // Whatever they hold; mask() is then of no use.
     bool all() const { return all_; }
