@@ -76,6 +76,31 @@ def test_the_two_largest_of_every_number_of_columns(dtype):
             assert equal(expand24(*want, cols), unpack(*want, cols))
 
 
+@pytest.mark.parametrize("lines", [True, False], ids=["aligned", "at odd addresses"])
+@pytest.mark.parametrize("cols", [1080, 1083], ids=["one long row", "rows that are no lines"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=named)
+def test_large_matrices(dtype, cols, lines, monkeypatch):
+    """From 4 MiB on, what is written goes past the caches, but for the ends of rows that share a line. Such a matrix is 256 times
+    one small enough for the definition, one below the other."""
+    monkeypatch.setattr(format24_cpu.Output, "lines", lines)
+    w = random_bits(((1 << 14) // (cols * dtype.itemsize) + 5, cols), dtype, seed=3)
+    values, meta = pack_largest(w)
+    held = unpack(values, meta, cols)
+    mask = nonzero_groups(torch.ones(w.shape, dtype=torch.uint8), 1)
+
+    def large(x):
+        return x.view(torch.uint8).repeat(256, 1).view(x.dtype)
+
+    for function, x, want in (
+        (prune_compress24, w, (values, meta)),
+        (lambda x: prune_compress24(x, mask=large(mask)), w, pack_masked(w, mask)),
+        (compress24, held, pack_nonzero(held)),
+        (prune24, w, (held,)),
+    ):
+        *got, status = function(large(x))
+        assert all(equal(a, large(b)) for a, b in zip(got, want, strict=True)) and clean(status)
+
+
 @pytest.mark.parametrize("how", VIEWS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=named)
 def test_every_layout_gives_the_same(how, dtype):
@@ -332,6 +357,21 @@ def test_every_sum_of_a_byte_is_that_of_fp32(dtype):
     mask = mask_nm(scores, 1, 2, pairs=True)[0]
     assert torch.equal(mask[:, 0] == 1, left.view(dtype).double() >= right.view(dtype).double())
     assert torch.equal(mask.sum(1), torch.full((len(mask),), 2))
+
+
+@pytest.mark.parametrize("dtype", [d for d in SCORES if d.itemsize == 1], ids=named)
+def test_every_pair_of_bytes_ranks_by_its_sum(dtype):
+    """Each pair against the next higher and the next lower one: in the order of the sums all of them are told apart."""
+    bits = torch.arange(256, dtype=torch.uint8).view(torch.int8)
+    numbers = bits[bits.view(dtype).double().isfinite()]
+    pairs = torch.cartesian_prod(numbers, numbers).contiguous()
+    sums = pairs.view(dtype).double().float().sum(1)
+    up = sums.argsort()
+    for order in (up, up.flip(0)):
+        two = torch.cat([pairs[order[:-1]], pairs[order[1:]]], 1).view(dtype)
+        mask = mask_nm(two, 1, 2, pairs=True)[0]
+        assert torch.equal(mask[:, 0] == 1, sums[order[:-1]] >= sums[order[1:]])
+        assert torch.equal(mask[:, 1:], torch.stack([mask[:, 0], 1 - mask[:, 0], 1 - mask[:, 0]], 1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float8_e5m2], ids=named)

@@ -223,24 +223,64 @@ __m128i load8(const void *p) { return _mm_loadl_epi64(static_cast<const __m128i 
 __m128i load16(const void *p) { return _mm_loadu_si128(static_cast<const __m128i *>(p)); }
 __m256i two(__m128i low, __m128i high) { return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1); }
 
-// Of a vector of columns the half that is kept, by the mask of its first ones.
-void pack_lanes(__m256i v, uint64_t kept, int8_t *out) {
-    const auto half = [&](int i) {
-        const int32_t *second = reinterpret_cast<const int32_t *>(kColumnsOf.kept[kept >> (i + 8) & 255]);
-        return _mm_insert_epi32(load4(kColumnsOf.kept[kept >> i & 255]), *second, 1);
+// By which of eight columns are live, the bytes of the four values that are kept, for lanes of one byte and of two. A
+// value that is not live is zero.
+struct Values {
+    alignas(64) uint8_t bytes[2][256][4] = {}, words[256][8] = {}; // of bytes, for the first and the second eight of 16
+
+    constexpr Values() {
+        for (int live = 0; live < 256; ++live)
+            for (int value = 0; value < 4; ++value) {
+                const int four = live >> value / 2 * 4 & 15, column = value / 2 * 4 + kept(four, value % 2);
+                const bool is = live >> column & 1;
+                for (int half = 0; half < 2; ++half) {
+                    bytes[half][live][value] = is ? static_cast<uint8_t>(8 * half + column) : Columns::kNone;
+                    words[live][2 * value + half] = is ? static_cast<uint8_t>(2 * column + half) : Columns::kNone;
+                }
+            }
+    }
+    // Of four columns the two that are kept: those that are live, then the lowest.
+    static constexpr int kept(int four, int which) {
+        int two[2] = {}, found = 0;
+        for (int live = 1; live >= 0; --live)
+            for (int column = 0; column < 4; ++column)
+                if ((four >> column & 1) == live && found < 2)
+                    two[found++] = column;
+        return (two[0] < two[1]) == (which == 0) ? two[0] : two[1];
+    }
+};
+constexpr Values kValuesOf;
+
+__m256i all64(const void *p) { return _mm256_castpd_si256(_mm256_broadcast_sd(static_cast<const double *>(p))); }
+__m256i all32(const void *p) { return _mm256_castps_si256(_mm256_broadcast_ss(static_cast<const float *>(p))); }
+
+// The quarters 0 and 2 of a, then of b.
+__m256i halves(__m256i a, __m256i b) { return _mm256_permute4x64_epi64(_mm256_unpacklo_epi64(a, b), 0xd8); }
+
+// A vector of the values that are kept of two vectors of columns, by those that are live.
+__m256i pack_lanes(const int8_t *p, const uint8_t *live) {
+    const auto some = [&](int i) {
+        const auto index = [&](int at) { return all32(kValuesOf.bytes[at & 1][live[4 * i + at]]); };
+        const __m256i low = _mm256_blend_epi32(index(0), index(1), 0x22),
+                      high = _mm256_blend_epi32(index(2), index(3), 0x22);
+        return _mm256_shuffle_epi8(Bytes::load(p + 32 * i), _mm256_blend_epi32(low, high, 0xf0));
     };
-    const __m256i index = _mm256_add_epi8(two(half(0), half(16)), _mm256_set1_epi64x(0x0808080800000000));
-    const __m256i found = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, index), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(found));
+    return halves(some(0), some(1));
 }
-void pack_lanes(__m256i v, uint64_t kept, int16_t *out) {
-    const __m256i index = two(load8(kColumnsOf.kept_bytes[kept & 255]), load8(kColumnsOf.kept_bytes[kept >> 8 & 255]));
-    const __m256i found = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(v, index), 0x08);
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(found));
+__m256i pack_lanes(const int16_t *p, const uint8_t *live) {
+    const auto some = [&](int i) {
+        const __m256i low = all64(kValuesOf.words[live[2 * i]]), high = all64(kValuesOf.words[live[2 * i + 1]]);
+        return _mm256_shuffle_epi8(Words::load(p + 16 * i), _mm256_blend_epi32(low, high, 0xf0));
+    };
+    return halves(some(0), some(1));
 }
-void pack_lanes(__m256i v, uint64_t kept, int32_t *out) {
-    const __m256i four = _mm256_permutevar8x32_epi32(v, _mm256_cvtepu8_epi32(load4(kColumnsOf.kept[kept & 255])));
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(out), _mm256_castsi256_si128(four));
+__m256i pack_lanes(const int32_t *p, const uint8_t *live) {
+    const auto some = [&](int i) {
+        const __m256i index = _mm256_cvtepi8_epi32(load4(kValuesOf.bytes[0][live[i]])); // of none: negative
+        const __m256i all = _mm256_permutevar8x32_epi32(Doublewords::load(p + 8 * i), index);
+        return _mm256_andnot_si256(_mm256_srai_epi32(index, 31), all);
+    };
+    return two(_mm256_castsi256_si128(some(0)), _mm256_castsi256_si128(some(1)));
 }
 
 // Of eight columns those that are kept, next to one another; eight are written.
@@ -276,11 +316,14 @@ struct Avx2 {
 
     static void fence() { _mm_sfence(); }
 
-    template <class W, class Clean> static void pack(const W *p, uint64_t kept, const Clean &clean, W *out) {
+    // What is kept follows from what is live.
+    template <class W, class Clean> static void pack(const W *p, uint64_t, uint64_t live, const Clean &clean, W *out) {
         using L = Lanes<W>;
+        uint8_t eights[8];
+        std::memcpy(eights, &live, sizeof live);
 #pragma GCC unroll 8
-        for (int i = 0; i < kWord; i += L::kLanes)
-            pack_lanes(clean(L::load(p + i), i), kept >> i, out + i / 2);
+        for (int i = 0; i < kWord; i += 2 * L::kLanes)
+            L::store(out + i / 2, clean(pack_lanes(p + i, eights + i / 8)));
     }
     template <class W> static void gather(const W *p, uint64_t kept, W *out) {
         if constexpr (sizeof(W) == 8)

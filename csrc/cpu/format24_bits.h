@@ -21,8 +21,6 @@ using Integer = std::conditional_t<
     sizeof(W) == 1, int8_t,
     std::conditional_t<sizeof(W) == 2, int16_t, std::conditional_t<sizeof(W) == 4, int32_t, int64_t>>>;
 
-typedef uint64_t EightWords [[gnu::vector_size(64)]];
-
 constexpr uint64_t low_bits(int64_t count) { return count >= 64 ? ~uint64_t{0} : (uint64_t{1} << count) - 1; }
 
 // By m: the first column of every group of m that a word holds whole.
@@ -199,17 +197,24 @@ inline uint64_t bad_nibbles(uint64_t meta) {
     return ~((n3 & ~n1) | (~(n3 ^ n1) & n2 & ~n0)) & 0x1111111111111111;
 }
 
+// The bytes of a word as they lie in memory, the lowest first.
+inline uint64_t lowest_first(uint64_t word) {
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+    word = __builtin_bswap64(word);
+#endif
+    return word;
+}
+
 // count <= 8 bytes of metadata, the first lowest.
 inline uint64_t load_meta64(const uint8_t *p, int64_t count = 8) {
     uint64_t meta = 0;
-    for (int64_t i = 0; i < count; ++i)
-        meta |= uint64_t{p[i]} << 8 * i;
-    return meta;
+    std::memcpy(&meta, p, count);
+    return lowest_first(meta);
 }
 
 inline void store_meta64(uint64_t meta, uint8_t *p, int64_t count = 8) {
-    for (int64_t i = 0; i < count; ++i)
-        p[i] = static_cast<uint8_t>(meta >> 8 * i);
+    meta = lowest_first(meta);
+    std::memcpy(p, &meta, count);
 }
 
 // The first bad place of a matrix, whoever finds it.

@@ -15,9 +15,9 @@
 // body(i) gives the mask of the i-th on, store_ones(body, out) makes them bytes, lanes(mask) is the mask as a vector.
 // count(words, body) is how many columns of so many words have the mask. best<m>(v, n) has the n highest keys of every
 // group of m, a tie going to the left, for m = 4 and, from kLeastRanked up to kMostRanked, 2 and 8. Isa::pack gathers
-// the 32 kept of 64 values, each vector of them from the i-th on as clean(v, i) makes it; Isa::unpack puts 32 values at
-// the kept of 64 places and zeros elsewhere; Isa::fence ends a run of streamed stores. Unnamed namespace: see
-// epilogue.h.
+// the 32 kept of 64 values, those that are live as clean makes them and zeros for the rest: of every group the first
+// two that are live are kept, then the lowest. Isa::unpack puts 32 values at the kept of 64 places and zeros elsewhere;
+// Isa::fence ends a run of streamed stores. Unnamed namespace: see epilogue.h.
 #pragma once
 #include "format24.h"
 #include "format24_bits.h"
@@ -92,9 +92,11 @@ struct Tiling {
 };
 
 // body(span, next) for every tile and the one after it (of the last, an empty one), on as many threads as `bytes` read
-// and written are worth.
-template <class Body> void for_tiles(const Tiling &t, int64_t bytes, int threads, const Body &body) {
-    const int64_t tiles = t.down * t.across, batch = max(min(t.strip, kStrip), 65536 / max(1, bytes / tiles));
+// and written are worth; done() after some tiles, on the thread that had them.
+template <class Body, class Done>
+void for_tiles(const Tiling &t, int64_t bytes, int threads, const Body &body, const Done &done) {
+    const int64_t tiles = t.down * t.across, of_task = max(1 << 16, min(1 << 18, bytes / (16 * threads)));
+    const int64_t batch = max(min(t.strip, kStrip), of_task / max(1, bytes / tiles));
     const int used = static_cast<int>(min(min(threads, kMaxThreads), 1 + (bytes >> 17)));
     parallel_for(ceil_div(tiles, batch), used, [&](int64_t task, int) {
         Span here = t.span(task * batch);
@@ -103,6 +105,7 @@ template <class Body> void for_tiles(const Tiling &t, int64_t bytes, int threads
             body(here, next);
             here = next;
         }
+        done();
     });
 }
 
@@ -183,26 +186,30 @@ template <class Isa, class Int> Tile<Int> fetch(const Matrix &m, const Span &s, 
     return {room, stride};
 }
 
-// Asks for the next tile where it will be turned over, a column with each word of this one: memory then works while
-// words are chosen and written. Inlined by force: a compiler may take a function that only asks for one without effect.
+// Asks for the next tile, a part of it with each word of this one: memory then works while words are chosen and
+// written. Of one that will be turned over a part is a column, else a word. Inlined by force: a compiler may take a
+// function that only asks for one without effect.
 template <class Int> class Ahead {
     const Int *from_ = nullptr;
-    int64_t stride_ = 0, rows_ = 0, cols_ = 0;
+    int64_t apart_ = 0, size_ = 0, parts_ = 0;
 
   public:
     Ahead(const Matrix &m, const Span &next) {
-        if (m.row_stride != 1 || m.col_stride == 1)
+        const bool row = m.col_stride == 1 && next.rows == 1;
+        if (!row && (m.row_stride != 1 || m.col_stride == 1))
             return;
-        from_ = static_cast<const Int *>(m.data) + next.row + next.col * m.col_stride;
-        stride_ = m.col_stride, rows_ = next.rows, cols_ = next.cols;
+        from_ = static_cast<const Int *>(m.data) + next.row * m.row_stride + next.col * m.col_stride;
+        apart_ = row ? kWord : m.col_stride;
+        size_ = row ? kWord : next.rows;
+        parts_ = row ? ceil_div(next.cols, kWord) : next.cols;
     }
     [[gnu::always_inline]] void word(int64_t word) const {
-        if (word < cols_)
-            for (int64_t row = 0; row < rows_; row += 64 / sizeof(Int))
-                __builtin_prefetch(from_ + word * stride_ + row, 0, 2);
+        if (word < parts_)
+            for (int64_t i = 0; i < size_; i += 64 / sizeof(Int))
+                __builtin_prefetch(from_ + word * apart_ + i, 0, 2);
     }
     [[gnu::always_inline]] void all() const {
-        for (int64_t word = 0; word < cols_; ++word)
+        for (int64_t word = 0; word < parts_; ++word)
             this->word(word);
     }
 };
@@ -248,8 +255,10 @@ template <class Isa, class Int> struct Reader {
 
     bool integer() const { return sizeof(Int) == 1 && int8; }
 
-    uint64_t nonzero(const Int *p) const {
-        return each<Isa>(p, [&](V v) { return L::test(v, magnitude); });
+    // The number; the largest magnitude so far goes to `largest`, a lane each.
+    V seen(V v, V &largest) const {
+        largest = L::max(largest, L::land(v, magnitude));
+        return v;
     }
     uint64_t nan(const Int *p) const {
         return integer() ? 0 : each<Isa>(p, [&](V v) { return L::gt(L::land(v, magnitude), largest); });
@@ -264,41 +273,24 @@ template <class Isa, class Int> struct Reader {
 // ---- prune and compress ----
 
 // What is kept of each word of a tile, two of every four; by mask, of those, the live keep their values, the rest
-// become zeros. Arithmetic on bits goes by eight words, past the last of them too.
+// become zeros. The loops are what a compiler turns into vectors.
 struct Choice {
     uint64_t kept[kTileWords], live[kTileWords], meta[kTileWords];
 
-    static EightWords get(const uint64_t *p) {
-        EightWords words;
-        std::memcpy(&words, p, sizeof words);
-        return words;
-    }
-    // `kept` by each(first of eight words), and its metadata.
-    template <class Each> void keep(int64_t words, const Each &each) {
-        for (int64_t at = 0; at < words; at += 8) {
-            const EightWords some = each(at), code = meta_of(some);
-            std::memcpy(kept + at, &some, sizeof some);
-            std::memcpy(meta + at, &code, sizeof code);
-        }
-    }
     // Of what is kept already.
     void describe(int64_t words) {
-        std::fill(kept + words, kept + ceil_div(words, 8) * 8, 0);
-        keep(words, [&](int64_t at) { return get(kept + at); });
+        for (int64_t i = 0; i < words; ++i)
+            meta[i] = meta_of(kept[i]);
     }
     // Of `live`; returns whether a group has more than two.
     bool keep_live(int64_t words) {
-        std::fill(live + words, live + ceil_div(words, 8) * 8, 0);
-        EightWords over{};
-        keep(words, [&](int64_t at) {
-            const EightWords some = get(live + at);
-            over |= more_than_two(some);
-            return two_of(some);
-        });
-        uint64_t any = 0;
-        for (int word = 0; word < 8; ++word)
-            any |= over[word];
-        return any != 0;
+        uint64_t over = 0;
+        for (int64_t i = 0; i < words; ++i) {
+            over |= more_than_two(live[i]);
+            kept[i] = two_of(live[i]);
+            meta[i] = meta_of(kept[i]);
+        }
+        return over != 0;
     }
 };
 
@@ -338,16 +330,52 @@ inline void choose_live(const Prune24 &p, const Span &s, Choice &choice, Found &
                     p.cols);
 }
 
+// Reports the group of the first NaN of a tile.
+template <class Isa, class W>
+[[gnu::noinline, gnu::flatten]] void report_nan(const Prune24 &p, const Span &s, const Tile<W> &w, Found &found) {
+    const Reader<Isa, W> reader(p.w.dtype);
+    for_words(w, s, W{0}, [&](int64_t row, int64_t col, const W *at, int64_t, int64_t) {
+        report_word(found.nan, reader.nan(at), s.row + row, s.col + col, p.cols);
+    });
+}
+
+// The same where it is not known that there is one.
+template <class Isa, class W>
+[[gnu::flatten]] void check_nan(const Prune24 &p, const Span &s, const Tile<W> &w, Found &found) {
+    const Reader<Isa, W> reader(p.w.dtype);
+    auto largest = Lanes<Isa, W>::set(0);
+    for_words(w, s, W{0}, [&](int64_t, int64_t, const W *at, int64_t, int64_t) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kWord; i += Lanes<Isa, W>::kLanes)
+            reader.seen(Lanes<Isa, W>::load(at + i), largest);
+    });
+    if (reader.past(largest))
+        report_nan<Isa>(p, s, w, found);
+}
+
 // By the numbers themselves: the largest, or those that are not zero, which may be two of a group at most.
 template <class Isa, class W>
 [[gnu::flatten]] void choose_by_weight(const Prune24 &p, const Span &s, const Tile<W> &w, Choice &choice,
                                        Found &found) {
+    using L = Lanes<Isa, W>;
     const Reader<Isa, W> reader(p.w.dtype);
+    auto largest = L::set(0);
+    const auto size = [&](auto v) { return L::land(reader.seen(v, largest), reader.magnitude); };
+    const auto best = [&](const auto &key) { choose_best<Isa>(w, s, W{0}, choice, key, [](auto...) {}); };
+    const auto live = [&](const auto &test) {
+        for_words(w, s, W{0}, [&](int64_t, int64_t, const W *at, int64_t, int64_t word) {
+            choice.live[word] = each<Isa>(at, test);
+        });
+        choose_live(p, s, choice, found);
+    };
     if (p.kind != kByNonzero)
-        return choose_best<Isa>(w, s, W{0}, choice, [&](auto v) { return reader.size(v); }, [](auto...) {});
-    for_words(w, s, W{0},
-              [&](int64_t, int64_t, const W *at, int64_t, int64_t word) { choice.live[word] = reader.nonzero(at); });
-    choose_live(p, s, choice, found);
+        reader.integer() ? best([&](auto v) { return L::flipped_abs(v); }) : best(size);
+    else if (reader.integer())
+        live([&](auto v) { return L::test(v, reader.magnitude); });
+    else
+        live([&](auto v) { return L::gt(size(v), L::set(0)); });
+    if (reader.past(largest))
+        report_nan<Isa>(p, s, w, found);
 }
 
 template <class Isa, class S>
@@ -377,68 +405,89 @@ inline bool whole_lines(const void *to, int64_t bytes) {
     return bytes % 64 == 0 && reinterpret_cast<uintptr_t>(to) % 64 == 0;
 }
 
-// How a tile knows what is kept: by its choice, of which a mask may let fewer live; or by the weights themselves.
+// A copy whose whole lines of the cache go past it: of what fills the caches they would read each from memory first.
+template <class Isa> inline void put_past(void *to, const void *from, int64_t bytes) {
+    using L = Lanes<Isa, int8_t>;
+    int8_t *out = static_cast<int8_t *>(to);
+    const int8_t *at = static_cast<const int8_t *>(from);
+    const int64_t head = min(bytes, -reinterpret_cast<uintptr_t>(to) % 64), end = head + (bytes - head) / 64 * 64;
+    std::memcpy(out, at, head);
+    for (int64_t i = head; i < end; i += L::kLanes)
+        L::stream(out + i, L::load(at + i));
+    std::memcpy(out + end, at + end, bytes - end);
+}
+
+// How a tile of a dense matrix knows what is kept: by its choice, of which a mask may let fewer live; or by the
+// weights.
 enum class Kept { kChosen, kMasked, kLargest };
 
-// A row of a large matrix that was turned over goes past the caches, a tile's part of it a line or more: they would
-// read it from memory first.
 template <Kept kept_by, class Isa, class W>
-[[gnu::flatten]] void write_tile(const Prune24 &p, const Span &s, const Span &next, const Tile<W> &w,
-                                 const Choice &choice, Found &found) {
+[[gnu::flatten]] void write_dense(const Prune24 &p, const Span &s, const Span &next, const Tile<W> &w,
+                                  const Choice &choice, bool past, Found &found) {
     using L = Lanes<Isa, W>;
     const Reader<Isa, W> reader(p.w.dtype);
-    const int64_t bytes = ceil_div(p.cols, 8);
     const Ahead<W> ahead(p.w, next);
-    const bool past = p.w.col_stride != 1 && p.rows * p.cols * int64_t(sizeof(W)) >= kPastBytes;
     auto largest = L::set(0);
     for_words(w, s, W{0}, [&](int64_t row, int64_t col, const W *at, int64_t count, int64_t word) {
         ahead.word(word);
-        row += s.row;
-        col += s.col;
-        const uint64_t kept = kept_by == Kept::kLargest ? 0 : choice.kept[word];
-        const auto clean = [&](auto v, int i) { // columns i on of the word
-            largest = L::max(largest, L::land(v, reader.magnitude));
-            // -0.0 becomes +0.0: compressing what was expanded then gives the same bits.
-            v = L::nonzero(v, reader.magnitude);
-            return kept_by == Kept::kMasked ? L::land(v, L::from_bits(choice.live[word] >> i)) : v;
-        };
         alignas(64) W copy[kWord];
-        if (p.dense) {
-            W *out = static_cast<W *>(p.dense) + row * p.cols + col, *to = count == kWord ? out : copy;
-            const bool lines = past && to == out && whole_lines(out, sizeof copy);
+        W *out = static_cast<W *>(p.dense) + (s.row + row) * p.cols + s.col + col, *to = count == kWord ? out : copy;
+        const bool lines = past && to == out && whole_lines(out, sizeof copy);
 #pragma GCC unroll 16
-            for (int i = 0; i < kWord; i += L::kLanes) {
-                const auto all = L::load(at + i);
-                const auto v = L::land(clean(all, i), kept_by == Kept::kLargest
-                                                          ? L::lanes(L::template best<4>(reader.size(all), 2))
-                                                          : L::from_bits(kept >> i));
-                lines ? L::stream(to + i, v) : L::store(to + i, v);
-            }
-            if (to == copy)
-                std::memcpy(out, copy, count * sizeof(W));
-            return;
+        for (int i = 0; i < kWord; i += L::kLanes) {
+            const auto all = reader.seen(L::load(at + i), largest);
+            auto v = L::nonzero(all, reader.magnitude); // -0.0 becomes +0.0
+            if (kept_by == Kept::kMasked)
+                v = L::land(v, L::from_bits(choice.live[word] >> i));
+            v = L::land(v, kept_by == Kept::kLargest ? L::lanes(L::template best<4>(reader.size(all), 2))
+                                                     : L::from_bits(choice.kept[word] >> i));
+            lines ? L::stream(to + i, v) : L::store(to + i, v);
         }
-        W *values = static_cast<W *>(p.values) + row * (4 * bytes) + col / 2;
-        uint8_t *meta = p.meta + row * bytes + col / 8;
-        if (count == kWord) {
-            const bool lines = past && whole_lines(values, sizeof copy / 2);
-            Isa::pack(at, kept, clean, lines ? copy : values);
-            for (int i = 0; lines && i < kWord / 2; i += L::kLanes)
-                L::stream(values + i, L::load(copy + i));
-            store_meta64(choice.meta[word], meta);
-        } else {
-            const int64_t used = ceil_div(count, 8);
-            Isa::pack(at, kept, clean, copy);
-            std::memcpy(values, copy, 4 * used * sizeof(W));
-            store_meta64(choice.meta[word], meta, used);
-        }
+        if (to == copy)
+            std::memcpy(out, copy, count * sizeof(W));
     });
-    if (past)
-        Isa::fence();
-    if (reader.past(largest)) // a NaN: where?
-        for_words(w, s, W{0}, [&](int64_t row, int64_t col, const W *at, int64_t, int64_t) {
-            report_word(found.nan, reader.nan(at), s.row + row, s.col + col, p.cols);
-        });
+    if (reader.past(largest))
+        report_nan<Isa>(p, s, w, found);
+}
+
+// Of what is kept of a tile the values, zero where they are not live, and the metadata.
+template <class Isa, class W>
+[[gnu::noinline, gnu::flatten]] void write_packed(const Prune24 &p, const Span &s, const Span &next, const Tile<W> &w,
+                                                  const uint64_t *live, const Choice &choice, bool past) {
+    constexpr int kHalf = kWord / 2;
+    const auto magnitude = Lanes<Isa, W>::set(static_cast<W>(numbers(p.w.dtype).magnitude));
+    // -0.0 becomes +0.0: compressing what was expanded then gives the same bits.
+    const auto clean = [&](auto v) { return Lanes<Isa, W>::nonzero(v, magnitude); };
+    const int64_t bytes = ceil_div(p.cols, 8), across = ceil_div(s.cols, kWord), whole = s.cols / kWord;
+    const int64_t used = ceil_div(s.cols, 8), rest = used - 8 * whole;
+    const uint64_t *kept = choice.kept, *codes = choice.meta;
+    const Ahead<W> ahead(p.w, next);
+    alignas(64) W room[kTileWords * kHalf];
+    for (int64_t row = 0; row < s.rows; ++row, kept += across, live += across, codes += across) {
+        W *const out = static_cast<W *>(p.values) + (s.row + row) * (4 * bytes) + s.col / 2,
+                 *values = past ? room : out;
+        uint8_t *const meta = p.meta + (s.row + row) * bytes + s.col / 8;
+        const W *at = w.data + row * w.stride;
+        for (int64_t word = 0; word < whole; ++word) {
+            ahead.word(row * across + word);
+            Isa::pack(at + word * kWord, kept[word], live[word], clean, values + word * kHalf);
+        }
+        if (rest) {
+            W copy[kWord] = {}, some[kHalf];
+            std::copy_n(at + whole * kWord, s.cols - whole * kWord, copy);
+            Isa::pack(copy, kept[whole], live[whole], clean, some);
+            std::memcpy(values + whole * kHalf, some, 4 * rest * sizeof(W));
+        }
+        if (past)
+            put_past<Isa>(out, room, 4 * used * sizeof(W));
+        uint8_t some[8 * kTileWords], *const to = past ? some : meta;
+        for (int64_t word = 0; word < whole; ++word)
+            store_meta64(codes[word], to + 8 * word);
+        if (rest)
+            store_meta64(codes[whole], to + 8 * whole, rest);
+        if (past)
+            put_past<Isa>(meta, some, used);
+    }
 }
 
 // Without gaps, so that all rows are one where they end with a byte of metadata.
@@ -451,15 +500,23 @@ template <class Isa, class W, class Choose>
 void prune_tile(const Prune24 &p, const Span &s, const Span &next, const Choose &choose, Found &found) {
     W room[kRoom<W>];
     const Tile<W> w = fetch<Isa>(p.w, s, room);
+    const bool ranked = p.kind == kByScores || p.kind == kByMask;
+    const bool past = p.rows * p.cols * int64_t(sizeof(W)) >= kPastBytes;
     Choice choice;
-    if (p.dense && p.kind == kByWeight)
-        return write_tile<Kept::kLargest, Isa, W>(p, s, next, w, choice, found);
-    if (p.kind == kByScores || p.kind == kByMask)
+    if (ranked)
         choose(p, s, next, choice, found);
-    else
+    else if (!p.dense)
         choose_by_weight<Isa, W>(p, s, w, choice, found);
-    const auto write = p.kind == kByMask ? write_tile<Kept::kMasked, Isa, W> : write_tile<Kept::kChosen, Isa, W>;
-    write(p, s, next, w, choice, found);
+    if (p.dense) {
+        const auto write = p.kind == kByMask     ? write_dense<Kept::kMasked, Isa, W>
+                           : p.kind == kByScores ? write_dense<Kept::kChosen, Isa, W>
+                                                 : write_dense<Kept::kLargest, Isa, W>;
+        return write(p, s, next, w, choice, past, found);
+    }
+    if (ranked)
+        check_nan<Isa>(p, s, w, found);
+    const bool masked = p.kind == kByMask || p.kind == kByNonzero;
+    write_packed<Isa>(p, s, next, w, masked ? choice.live : choice.kept, choice, past);
 }
 
 // ---- expand ----
@@ -492,8 +549,9 @@ template <class Isa> void expand(const Expand24 &problem, int threads) {
     const auto tile = p.itemsize == 1   ? expand_tile<Isa, int8_t>
                       : p.itemsize == 2 ? expand_tile<Isa, int16_t>
                                         : expand_tile<Isa, int32_t>;
-    for_tiles(Tiling(p.rows, p.cols, kWord, 0), 2 * p.rows * p.cols * p.itemsize, threads,
-              [&](const Span &s, const Span &) { tile(p, s); });
+    for_tiles(
+        Tiling(p.rows, p.cols, kWord, 0), 2 * p.rows * p.cols * p.itemsize, threads,
+        [&](const Span &s, const Span &) { tile(p, s); }, [] {});
 }
 
 } // namespace

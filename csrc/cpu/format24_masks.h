@@ -7,6 +7,7 @@
 #include "epilogue.h"
 #include "format24_check.h"
 #include "format24_choose.h"
+#include "format24_pairs.h"
 #include "format24_rows.h"
 
 #include <algorithm>
@@ -59,9 +60,12 @@ template <class Isa, class Int>
     return cols;
 }
 
-// Keys of the sums of pairs; a column past the end adds nothing.
+// Keys of the sums of pairs; a column past the end adds nothing. Up to 15 more may be written behind them.
 template <class T, class Key> int64_t read_pair_keys(const void *numbers, int64_t cols, DType, Key *keys) {
     const T *row = static_cast<const T *>(numbers);
+    if constexpr (std::is_same_v<T, E4M3>)
+        if (sum_pairs_e4m3(static_cast<const uint8_t *>(numbers), cols, keys))
+            return ceil_div(cols, 2);
     if constexpr (sizeof(T) <= 2) { // as one integer, whose halves a compiler takes apart in vectors
         using Bits = std::make_unsigned_t<Integer<T>>;
         using Both = std::conditional_t<sizeof(T) == 1, uint16_t, uint32_t>;
@@ -152,8 +156,6 @@ void mask_large_groups(const MaskNM &p, const Span &s, const Rows &from, DType k
                 out[s.cols - 1] = found[s.cols / 2];
         }
     }
-    if (past)
-        Isa::fence();
 }
 
 // The n best of every group of m of 64 keys, ranked in registers.
@@ -242,7 +244,8 @@ template <class Isa, int m, class Int>
 template <class Isa, class Int> void mask_columns(const MaskNM &p, const Span &s, const Span &next, First &nan) {
     Int room[kRoom<Int>];
     const Tile<Int> tile = fetch<Isa>(p.scores, s, room);
-    Ahead<Int>(p.scores, next).all();
+    if (p.scores.col_stride != 1)
+        Ahead<Int>(p.scores, next).all();
     if (p.m == 4)
         return mask_small_groups<Isa, 4>(p, s, tile, nan);
     if constexpr (Lanes<Isa, Int>::kLeastRanked == 2)
@@ -258,7 +261,8 @@ template <class Isa, class T> void mask_pairs(const MaskNM &p, const Span &s, co
     using Key = SumKey<T>;
     T room[kRoom<T>];
     const Rows rows(fetch<Isa>(p.scores, s, room), p.scores, s, next);
-    Ahead<T>(p.scores, next).all();
+    if (p.scores.col_stride != 1)
+        Ahead<T>(p.scores, next).all();
     mask_by_keys<Isa, Key>(p, s, rows, kSumDType<Key>, nan, read_pair_keys<T, Key>);
 }
 

@@ -68,8 +68,6 @@ template <class Isa, int width, class T, class Key>
                 line ? store_line<Isa>(bits[word][col + row], out + row * p.cols, true)
                      : store_mask<Isa>(bits[word][col + row], out + row * p.cols, count);
         }
-    if (past)
-        Isa::fence();
     return words * kWord;
 }
 
@@ -105,12 +103,13 @@ template <class Isa> void mask_nm(const MaskNM &problem, int threads) {
     if (lanes)
         tiling.set_rows(kDown / itemsize);
     First nan;
-    for_tiles(tiling, p.rows * p.cols * (itemsize + 1), threads, [&](const Span &s, const Span &next) {
+    const auto tile = [&](const Span &s, const Span &next) {
         if (!lanes)
             return ways.tile(p, s, next, nan);
         for (int64_t row = ways.turned(p, s, next, cols); row < s.rows; row += rows)
             ways.tile(p, {s.row + row, min(rows, s.rows - row), s.col, s.cols}, {}, nan);
-    });
+    };
+    for_tiles(tiling, p.rows * p.cols * (itemsize + 1), threads, tile, Isa::fence);
     p.status[0] = nan.place();
 }
 

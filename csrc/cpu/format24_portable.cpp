@@ -108,10 +108,12 @@ struct Portable {
 
     static void fence() {}
 
-    template <class W, class Clean> static void pack(const W *p, uint64_t kept, const Clean &clean, W *out) {
+    template <class W, class Clean>
+    static void pack(const W *p, uint64_t kept, uint64_t live, const Clean &clean, W *out) {
+        using L = Lanes<W>;
         W copy[kWord];
-        for (int i = 0; i < kWord; i += Lanes<W>::kLanes)
-            Lanes<W>::store(copy + i, clean(Lanes<W>::load(p + i), i));
+        for (int i = 0; i < kWord; i += L::kLanes)
+            L::store(copy + i, L::land(clean(L::load(p + i)), L::from_bits(live >> i)));
         for (; kept; kept &= kept - 1)
             *out++ = copy[__builtin_ctzll(kept)];
     }

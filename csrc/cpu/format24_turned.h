@@ -118,8 +118,6 @@ template <class Isa, class W>
             }
         }
     }
-    if (past)
-        Isa::fence();
 }
 
 // Rows of a span that fill vectors, if its columns fill a tile; returns how many, or none where something is wrong.
@@ -160,13 +158,14 @@ template <class Isa, class W> void prune(Prune24 p, int threads) {
     Tiling tiling(p.rows, p.cols, lanes ? Turned<W>::kCols : kWord, itemsize);
     if (lanes)
         tiling.set_rows(Turned<W>::kRows);
-    for_tiles(tiling, bytes, threads, [&](const Span &s, const Span &next) {
+    const auto tile = [&](const Span &s, const Span &next) {
         if (!lanes)
             return prune_tile<Isa, W>(p, s, next, choose, found);
         constexpr int64_t kRows = kTileWords / Turned<W>::kWords;
         for (int64_t row = turned(p, s, next); row < s.rows; row += kRows)
             prune_tile<Isa, W>(p, {s.row + row, min(kRows, s.rows - row), s.col, s.cols}, {}, choose, found);
-    });
+    };
+    for_tiles(tiling, bytes, threads, tile, Isa::fence);
     p.status[0] = found.nan.place();
     p.status[1] = found.over.place();
 }

@@ -108,12 +108,13 @@ struct Vbmi2 {
     static void fence() { _mm_sfence(); }
 
     // To a register and then a plain store: compressing to memory takes some CPUs a hundred cycles.
-    template <class W, class Clean> static void pack(const W *p, uint64_t kept, const Clean &clean, W *out) {
+    template <class W, class Clean>
+    static void pack(const W *p, uint64_t kept, uint64_t live, const Clean &clean, W *out) {
         using L = Lanes<W>;
         constexpr int kHalf = L::kLanes / 2;
 #pragma GCC unroll 4
         for (int i = 0; i < kWord; i += L::kLanes) {
-            const __m512i all = clean(L::load(p + i), i);
+            const __m512i all = L::land(clean(L::load(p + i)), L::from_bits(live >> i));
             _mm256_storeu_si256(reinterpret_cast<__m256i *>(out + i / L::kLanes * kHalf),
                                 _mm512_castsi512_si256(L::compress(kept >> i, all)));
         }
