@@ -78,7 +78,7 @@ def test_the_two_largest_of_every_number_of_columns(dtype):
 
 @pytest.mark.parametrize("lines", [True, False], ids=["aligned", "at odd addresses"])
 @pytest.mark.parametrize("cols", [1080, 1083], ids=["one long row", "rows that are no lines"])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.int8], ids=named)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8], ids=named)
 def test_large_matrices(dtype, cols, lines, monkeypatch):
     """From 4 MiB on, what is written goes past the caches, but for the ends of rows that share a line. Such a matrix is 256 times
     one small enough for the definition, one below the other."""
@@ -86,7 +86,7 @@ def test_large_matrices(dtype, cols, lines, monkeypatch):
     w = random_bits(((1 << 14) // (cols * dtype.itemsize) + 5, cols), dtype, seed=3)
     values, meta = pack_largest(w)
     held = unpack(values, meta, cols)
-    mask = nonzero_groups(torch.ones(w.shape, dtype=torch.uint8), 1)
+    mask, sums = nonzero_groups(torch.ones(w.shape, dtype=torch.uint8), 1), for_sums(w.shape, dtype, seed=3)
 
     def large(x):
         return x.view(torch.uint8).repeat(256, 1).view(x.dtype)
@@ -96,6 +96,7 @@ def test_large_matrices(dtype, cols, lines, monkeypatch):
         (lambda x: prune_compress24(x, mask=large(mask)), w, pack_masked(w, mask)),
         (compress24, held, pack_nonzero(held)),
         (prune24, w, (held,)),
+        (lambda x: mask_nm(x, 2, 4, pairs=True), sums, (keep_nm(sums, 2, 4, pairs=True),)),
     ):
         *got, status = function(large(x))
         assert all(equal(a, large(b)) for a, b in zip(got, want, strict=True)) and clean(status)
@@ -234,8 +235,8 @@ def test_every_nan_and_nothing_else_is_one(dtype):
         assert prune24(torch.ones(3, 70, dtype=torch.int8), scores)[1].tolist() == want
         if dtype in DTYPES:
             assert prune_compress24(scores)[2].tolist() == want
-            assert prune24(scores, torch.ones(3, 70))[1].tolist() == want
-            assert prune24(scores, mask=torch.zeros(3, 70, dtype=torch.uint8))[1].tolist() == want
+            for rank in ({"scores": torch.ones(3, 70)}, {"mask": torch.zeros(3, 70, dtype=torch.uint8)}):
+                assert prune24(scores, **rank)[1].tolist() == prune_compress24(scores, **rank)[2].tolist() == want
             assert compress24(scores)[2].tolist() == want
 
 

@@ -69,12 +69,15 @@ template <class L, class Int> struct Masks : MasksOfLanes<L, Int, sizeof(Int) ==
     using V = __m256i;
     static constexpr bool kStoresPairs = sizeof(Int) == 2 || sizeof(Int) == 4;
 
-    // Two bytes a column.
-    template <class Body> static void store_pairs(const Body &body, uint8_t *out) {
+    // Two bytes a column; past the caches if they are whole lines.
+    template <class Body> static void store_pairs(const Body &body, uint8_t *out, bool past) {
         constexpr int kAtOnce = 16;
 #pragma GCC unroll 4
-        for (int i = 0; i < kWord; i += kAtOnce)
-            _mm256_storeu_si256(reinterpret_cast<V *>(out + 2 * i), L::words(body, i) & _mm256_set1_epi8(1));
+        for (int i = 0; i < kWord; i += kAtOnce) {
+            const V ones = L::words(body, i) & _mm256_set1_epi8(1);
+            V *to = reinterpret_cast<V *>(out + 2 * i);
+            past ? _mm256_stream_si256(to, ones) : _mm256_storeu_si256(to, ones);
+        }
     }
     template <class Body> static uint64_t word(const Body &body) {
         const auto half = [&](int i) {

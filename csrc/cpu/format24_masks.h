@@ -174,6 +174,8 @@ template <class Isa, class Key>
     const bool integer = numbers(key_dtype).integer;
     const Ends<Key> ends{numbers(key_dtype)};
     const auto top = L::set(ends.highest), bottom = L::set(ends.lowest);
+    const bool past = p.rows * p.cols >= kPastBytes;
+    const int64_t bytes = per * width * width_of(from.dtype), ahead = past && from.next ? bytes : 0; // of a step
     Key keys[kTileSteps * kWord + kWord + kSide]; // a step reads a word and the m - 1 neighbours to its right
     for (int64_t row = 0; row < s.rows; ++row) {
         const int64_t members = read(from.data + row * from.stride, s.cols, from.dtype, keys);
@@ -181,8 +183,11 @@ template <class Isa, class Key>
             *past = ends.lowest; // they lose every tie, as the last
         uint8_t *out = p.mask + (s.row + row) * p.cols + s.col;
         auto highest = bottom, lowest = top;
-        for (int64_t first = 0; first < members; first += per) {
+        const char *next = from.data + row * from.stride + from.next;
+        for (int64_t first = 0; first < members; first += per, next += bytes) {
             const Key *at = keys + first;
+            for (int64_t i = 0; i < ahead; i += 64)
+                __builtin_prefetch(next + i);
             const auto higher = [&](int right) {
                 return L::word([&](int i) { return L::gt(L::load(at + i + right), L::load(at + i)); });
             };
@@ -194,7 +199,8 @@ template <class Isa, class Key>
             const int64_t col = first * width, count = min(per * width, s.cols - col);
             if constexpr (L::kStoresPairs)
                 if (p.pairs && p.m == 4 && count == 2 * kWord) {
-                    L::store_pairs([&](int i) { return L::template best<4>(L::load(at + i), p.n); }, out + col);
+                    L::store_pairs([&](int i) { return L::template best<4>(L::load(at + i), p.n); }, out + col,
+                                   past && whole_lines(out + col, 2 * kWord));
                     continue;
                 }
             const uint64_t kept = p.m == 4 ? best_in_vectors<Isa, 4>(at, p.n) : best<3>(p.m, p.n, higher);
