@@ -227,6 +227,7 @@ def test_a_tile_that_does_not_fit_is_not_offered(shared):
 def test_a_tile_measured_for_the_nearest_tokens_becomes_one_that_fits(shared, monkeypatch):
     """17 tokens are nearest to 16, whose smallest tile they have not; and 5 to 4, whose x is smaller."""
     monkeypatch.setattr(product, "gpu_key", lambda index: "a GPU")
+    monkeypatch.setattr(product, "_has_hopper", lambda index: True)
     for m in range(1, product.DECODE_TOKENS + 1):
         offered = {tile for tile, _ in product.variants(product.DECODE, m, None)}
         for tile in (16, 32, 64, 128, 256):

@@ -37,7 +37,7 @@ def call(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None, activation: 
 
 def check_rows(s: Sparse24) -> None:
     """Raises ValueError where the values have not the rows of the shape, which the op does not hear of."""
-    if s.values.shape[0] != s.shape[0]:
+    if s.values.dim() == 2 and s.values.shape[0] != s.shape[0]:  # of other dimensions the op speaks
         raise ValueError(f"linear24: values must have the {s.shape[0]} rows of shape, got {tuple(s.values.shape)}")
 
 
