@@ -19,7 +19,7 @@ from ranks import Power
 import sparsekit
 from sparsekit import SparsekitError, prune_folder
 from sparsekit.criteria import CRITERIA, Wanda
-from sparsekit.pruners import identity
+from sparsekit.pruners import identity, own
 
 SOURCE = """
 SCALE = 2.0
@@ -200,3 +200,11 @@ def test_a_run_is_not_resumed_with_another_of_its_name(tmp_path):
     assert report.fingerprint["state of the criterion"] == "p = 2.0" and report.sparsity == pytest.approx(0.5, abs=1e-3)
     with pytest.raises(SparsekitError, match="its state of the criterion differs"):  # of one that is finished
         prune_folder(method=Power(3.0), **arguments, resume=True)
+
+
+def test_imports_are_found_in_long_code():
+    """With more than 256 constants and names, what an import takes stands before it with other steps between."""
+    lines = "".join(f"    x{i} = {i + 1000}.5; x{i}.a{i}\n" for i in range(300))
+    space = {}
+    exec(f"def f():\n{lines}    from json import decoder, encoder\n    import math\n", space)
+    assert list(own._imports(space["f"].__code__)) == [(0, "json", ("decoder", "encoder")), (0, "math", None)]

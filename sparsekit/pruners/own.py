@@ -160,7 +160,7 @@ def _imported(function: FunctionType, root: str) -> Iterator[ModuleType]:
 
 def _imports(code: CodeType) -> Iterator[tuple[int, str, tuple[str, ...] | None]]:
     """Of each import in the code, and in what stands within it: the dots before the module, its name, what is taken of it."""
-    steps = list(dis.get_instructions(code))
+    steps = [step for step in dis.get_instructions(code) if step.opname != "EXTENDED_ARG"]  # as long code has before the others
     for i, step in enumerate(steps):
         if step.opname == "IMPORT_NAME":  # behind the two constants that it takes
             yield steps[i - 2].argval, step.argval, steps[i - 1].argval
