@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from fractions import Fraction
 from typing import Any
 
@@ -25,10 +26,8 @@ Groups = Mapping[str, str]
 def read_share(value: str | float, what: str = "the target") -> Fraction:
     """The share of weights that "60%", "0.6" or 0.6 is, exactly. Raises SparsekitError for anything else, and outside 0 to 1."""
     text, share = str(value).strip(), None
-    try:
+    with suppress(ValueError, ZeroDivisionError):
         share = Fraction(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except (ValueError, ZeroDivisionError):
-        pass
     if share is None or not 0 <= share <= 1:
         raise SparsekitError(f'{what} must be a share of the weights, 0 to 1 or a text such as "60%", got {value!r}')
     return share.limit_denominator(10**9)
