@@ -208,3 +208,11 @@ def test_as_a_torch_op(batch):
     w, _, upper = problem(5, 12, batch=batch)
     torch.library.opcheck(torch.ops.sparsekit.obs_block_.default, (w, upper.float(), None, 2, 4, False, True))
     torch.library.opcheck(torch.ops.sparsekit.obs_block_.default, (w, upper.float(), w > 0, 0, 0, False, False))
+
+
+def test_a_gradient_that_needs_the_weight_as_it_was_is_refused():
+    x, w = torch.ones(4, 8, requires_grad=True), torch.randn(4, 8)
+    product = x * w
+    ops.obs_block_(w, torch.eye(8), n=2, m=4)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()

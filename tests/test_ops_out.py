@@ -127,3 +127,18 @@ def test_one_graph():
     w, out = torch.randn(3, 16), torch.empty(3, 16)
     assert equal(torch.compile(function, fullgraph=True, backend="aot_eager")(w, out), ops.prune24(w) + 1)
     assert equal(out, ops.prune24(w))
+
+
+def test_a_gradient_that_needs_what_was_there_is_refused():
+    """Autograd is told of what is written, as of torch's own operators: without that the gradient is wrong and nothing says so."""
+    x = torch.ones(3, 16, requires_grad=True)
+    for op in problems((3, 16), "cpu"):
+        args, out = problems((3, 16), "cpu")[op]
+        before = [t._version for t in out]
+        getattr(ops, op)(*args, out=given(op, (3, 16), out))
+        assert all(t._version > version for t, version in zip(out, before, strict=True)), op
+    exponential = x.exp()
+    with torch.no_grad():
+        ops.prune24(torch.ones(3, 16), out=exponential)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        exponential.sum().backward()

@@ -9,6 +9,7 @@ from importlib import import_module
 import torch
 from torch import Tensor
 from torch._C import DispatchKey
+from torch.autograd.graph import increment_version
 from torch.nn import Parameter
 
 from .. import env
@@ -45,9 +46,7 @@ def define(schema: str, cpu, cuda, fake, gradient=None, into: int = 0, vmap=None
     into: how many tensors it gives, where it can also write to tensors that are there: then NAME_out takes them last and gives
     nothing, and the three functions take them as ``out``, a tuple, and hand it to ``outputs``."""
     name = schema[: schema.index("(")]
-    lib.define(schema)
-    lib.impl(name, cpu, "CPU")
-    lib.impl(name, cuda, "CUDA")
+    _implement(schema, cpu, cuda)
     torch.library.register_fake(f"sparsekit::{name}", fake, lib=lib)
     if "!" not in schema:
         rule = (vmap or _one_by_one)(getattr(torch.ops.sparsekit, name).default)
@@ -57,10 +56,28 @@ def define(schema: str, cpu, cuda, fake, gradient=None, into: int = 0, vmap=None
         torch.library.register_autograd(f"sparsekit::{name}", backward, setup_context=save, lib=lib)
     if into:
         given = ", ".join(f"Tensor({letter}!) out_{letter}" for letter in "ab"[:into])
-        lib.define(f"{name}_out{schema[len(name) : schema.index(') ->')]}, {given}) -> ()")
-        lib.impl(f"{name}_out", _writing(name, cpu, into), "CPU")
-        lib.impl(f"{name}_out", _writing(name, cuda, into), "CUDA")
+        writing = f"{name}_out{schema[len(name) : schema.index(') ->')]}, {given}) -> ()"
+        _implement(writing, _writing(name, cpu, into), _writing(name, cuda, into))
         torch.library.register_fake(f"sparsekit::{name}_out", _writing(name, fake, into, apart=False), lib=lib)
+
+
+def _implement(schema: str, cpu, cuda) -> None:
+    """Defines an op and its kernels. Of what they write to autograd is told, as torch's own operators tell it: it then refuses a
+    gradient that needs what was there, where it would be wrong without a word."""
+    lib.define(schema)
+    name = schema[: schema.index("(")]
+    arguments = getattr(torch.ops.sparsekit, name).default._schema.arguments
+    written = [i for i, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write]
+
+    def telling(kernel):
+        def call(*args):
+            increment_version([args[i] for i in written])
+            return kernel(*args)
+
+        return call if written else kernel
+
+    lib.impl(name, telling(cpu), "CPU")
+    lib.impl(name, telling(cuda), "CUDA")
 
 
 def _one_by_one(op):
