@@ -42,8 +42,10 @@ def tiling(rows: int, cols: int, like: torch.Tensor) -> Tiling:
 
 
 def foldable(unit: int, *matrices: torch.Tensor) -> bool:
-    """Whether the matrices may be read as one long row: no gaps, and no row ends inside a unit of columns."""
-    return matrices[0].shape[1] % unit == 0 and all(m.is_contiguous() for m in matrices)
+    """Whether the matrices may be read as one long row: no gaps, and no row ends inside a unit of columns.
+
+    A single column is contiguous to torch whatever its stride, by which the long row would then be read."""
+    return matrices[0].shape[1] % unit == 0 and all(m.is_contiguous() and m.stride(1) == 1 for m in matrices)
 
 
 def new_status(words: int, device: torch.device) -> torch.Tensor:

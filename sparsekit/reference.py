@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .format import pack_nibbles, unpack_nibbles
+from .format import pack_nibbles, unpack_nibbles, widened
 
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -44,7 +44,7 @@ def expand24(values: Tensor, meta: Tensor, k: int) -> Tensor:
 
 def take24(dense: Tensor, meta: Tensor) -> Tensor:
     """The elements (n, kp/2) of a dense (n, k) at the places that meta keeps: the gradient of expand24."""
-    return groups_of_four(dense).gather(-1, kept_columns(meta)).flatten(1)
+    return groups_of_four(widened(dense)).gather(-1, kept_columns(meta)).flatten(1).to(dense.dtype)  # fp8 cannot be gathered
 
 
 def prune_compress24(

@@ -206,6 +206,24 @@ def test_gradients_of_the_packed_form():
     assert not ops.compress24(w).meta.requires_grad and not ops.mask_nm(w, 2, 4).requires_grad
 
 
+@pytest.mark.parametrize("dtype", [dtype for dtype in FLOATS if dtype != torch.float32], ids=name)
+@pytest.mark.parametrize("masked", [False, True])
+def test_gradients_of_every_dtype(dtype, masked):
+    """Those of fp32 above: small integers, which every dtype holds."""
+    w = few_values((5, 16), torch.float32)
+    mask = nonzero_groups(torch.ones(5, 16, dtype=torch.bool), 1) if masked else None
+    for call in (
+        lambda w: ops.prune24(w, mask=mask),
+        lambda w: ops.prune_compress24(w, mask=mask).values,
+        lambda w: ops.compress24(ops.prune24(w, mask=mask)).values,
+        lambda w: ops.expand24(ops.prune_compress24(w, mask=mask)),
+    ):
+        found, want = w.to(dtype).requires_grad_(), w.clone().requires_grad_()
+        for x in (found, want):
+            call(x).float().square().sum().backward()
+        assert found.grad.dtype == dtype and torch.equal(found.grad.float(), want.grad)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager"])
 def test_gradients_under_compile(backend):
     w = few_values((6, 24), torch.float32).requires_grad_()

@@ -393,6 +393,7 @@ def test_masks_name_the_first_nan(how):
     assert mask_nm(viewed(scores, how), 3, 5)[1].item() == 5 * 10 + 9
     assert mask_nm(viewed(scores, how), 2, 4, pairs=True)[1].item() == 5 * 7 + 6
     assert mask_rows(viewed(scores, how), 7)[1].item() == 5
+    assert mask_nm(scores.to(DEVICE).T[:, 39:], 1, 1)[1].item() == 3  # one column, to torch contiguous whatever its stride
 
 
 def test_a_nan_in_any_part_of_a_long_row():

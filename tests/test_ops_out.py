@@ -75,6 +75,16 @@ def test_another_tensor_is_refused(op, spoil, error, text):
             getattr(ops, op)(*args, out=given(op, (3, 16), [spoil(t) if j == i else t for j, t in enumerate(out)]))
 
 
+@pytest.mark.parametrize("op", problems((1, 4), "cpu"))
+def test_what_holds_no_result_of_the_op_is_refused(op):
+    """A tuple, for one: a NamedTuple of tensors is one too, and a tensor's `values` is a method."""
+    args, out = problems((3, 16), "cpu")[op]
+    wrong = out[0] if op in PACKING else Sparse24(out[0], out[0], (3, 16))
+    for to, kind in ((tuple(out), "tuple"), (wrong, type(wrong).__name__)):
+        with pytest.raises(TypeError, match=f"^{op}: out must be a {'Sparse24' if op in PACKING else 'tensor'}, got a {kind}$"):
+            getattr(ops, op)(*args, out=to)
+
+
 @pytest.mark.parametrize("op", PACKING)
 def test_a_form_of_another_weight_is_refused(op):
     """One column fewer has packed tensors of the same sizes."""

@@ -55,6 +55,8 @@ def _to_sparse24(op: str, out: Sparse24 | None, w: Tensor, *choice) -> Sparse24:
     if out is None:
         values, meta = getattr(torch.ops.sparsekit, op).default(w, *choice)
         return Sparse24(values, meta, (w.shape[0], w.shape[1]))
+    if not isinstance(out, Sparse24):
+        raise TypeError(f"{op}: out must be a Sparse24, got a {type(out).__name__}")
     if out.shape != w.shape:
         raise ValueError(f"{op}: out must be of a weight {tuple(w.shape)} as w is, got one of {tuple(out.shape)}")
     getattr(torch.ops.sparsekit, f"{op}_out").default(w, *choice, out.values, out.meta)
@@ -65,6 +67,8 @@ def _to_dense(op: str, out: Tensor | None, *args) -> Tensor:
     """What an op gives: new, or written to ``out``."""
     if out is None:
         return getattr(torch.ops.sparsekit, op).default(*args)
+    if not isinstance(out, Tensor):
+        raise TypeError(f"{op}: out must be a tensor, got a {type(out).__name__}")
     getattr(torch.ops.sparsekit, f"{op}_out").default(*args, out)
     return out
 
