@@ -233,6 +233,47 @@ def test_gradients_under_compile(backend):
     torch.compiler.reset()
 
 
+@pytest.mark.parametrize("by", ["weight", "scores", "mask"])
+@pytest.mark.parametrize("k", [16, 13])
+def test_transforms(by, k):
+    """torch.func and forward mode find what the columns that are kept give: nothing else, and not a silent zero."""
+    w, along = few_values((5, k), torch.float32), torch.arange(5 * k).view(5, k).float() + 1
+    mask = nonzero_groups(torch.ones(5, k, dtype=torch.bool), 1)
+    chosen = {"weight": {}, "scores": {"scores": few_values((5, k), torch.float32, seed=1)}, "mask": {"mask": mask}}[by]
+    kept = torch.zeros(5, 16, dtype=torch.bool).scatter(1, slots(ops.prune_compress24(w, **chosen)), True)[:, :k]
+    if by == "mask":
+        kept &= mask
+    pruned = ops.prune24(w, **chosen)
+    for call in (
+        lambda w: ops.prune24(w, **chosen),
+        lambda w: ops.expand24(ops.prune_compress24(w, **chosen)),
+    ):
+        found, tangent = torch.func.jvp(call, (w,), (along,))
+        assert equal(found, pruned) and found.is_contiguous() and torch.equal(tangent, torch.where(kept, along, 0))
+        with torch.autograd.forward_ad.dual_level():
+            dual = call(torch.autograd.forward_ad.make_dual(w, along))
+            assert torch.equal(torch.autograd.forward_ad.unpack_dual(dual).tangent, torch.where(kept, along, 0))
+        gradient = torch.func.grad(lambda w, call=call: (call(w) * along).sum())(w)
+        assert torch.equal(gradient, torch.where(kept, along, 0))
+        assert equal(torch.func.vmap(call)(torch.stack([w, w])), torch.stack([pruned, pruned]))
+    held = ops.prune24(w)
+    packed = ops.compress24(held)
+    found, tangent = torch.func.jvp(lambda w: ops.compress24(w).values, (held,), (along,))
+    assert equal(found, packed.values) and torch.equal(
+        tangent, torch.nn.functional.pad(along, (0, 16 - k)).gather(1, slots(packed))
+    )
+
+
+def test_transforms_refuse_what_the_ops_refuse():
+    nan = torch.full((3, 8), torch.nan)
+    for op in (ops.prune24, ops.prune_compress24, ops.compress24):
+        with pytest.raises(ValueError, match=f"^{op.__name__}: w must hold no NaN, got one in row 0, column 0"):
+            torch.func.jvp(lambda w, op=op: op(w)[0], (nan,), (nan,))
+    s = ops.prune_compress24(torch.ones(3, 8))
+    with pytest.raises(ValueError, match=r"^expand24: for k = 16 values must be \(n, 8\)"):
+        torch.func.vmap(lambda v: ops.expand24(s._replace(values=v, shape=(3, 16))))(torch.stack([s.values]))
+
+
 # ---- properties ----
 
 

@@ -2,7 +2,7 @@
 
 A kernel that reads a user's weights or scores returns, beside its result, the first place where they are not what they must be;
 the reference then runs on the row of that place and raises, naming it. Gradients: a kept place has that of the value which it went
-to or came from, every other none, and the choice of places none.
+to or came from, every other none, and the choice of places none; in forward mode and under torch.func too.
 
 ``out``: a tensor (a Sparse24) of the result's sizes, contiguous, to write to and return. A new one costs a CPU as much again as the
 op: its memory has to be given and cleared by the system first. It shares no memory with what is read; no gradients go through it;
@@ -16,7 +16,19 @@ from torch import Tensor
 
 from .. import reference
 from ..errors import listed
-from ..format import DTYPES, Fragments24, Sparse24, check_fragments, check_layout, check_shape, from_fragments, padded_columns
+from ..format import (
+    DTYPES,
+    Fragments24,
+    Sparse24,
+    check_fragments,
+    check_layout,
+    check_shape,
+    from_fragments,
+    in_transform,
+    padded_columns,
+    widened,
+)
+from .gradient import in_forward_mode, written_out
 from .registry import _C, DTYPE_CODE, define, launch, outputs, threads
 
 LARGEST_M = 32  # columns (or pairs) a group of a mask may have
@@ -53,7 +65,8 @@ def _packed(op: str, w: Tensor, out: _Out) -> tuple[Tensor, Tensor]:
 def _to_sparse24(op: str, out: Sparse24 | None, w: Tensor, *choice) -> Sparse24:
     """What an op packs of w: new, or written to ``out``."""
     if out is None:
-        values, meta = getattr(torch.ops.sparsekit, op).default(w, *choice)
+        packed = getattr(torch.ops.sparsekit, op).default
+        values, meta = _packed_in_torch(packed, w, *choice) if _in_torch(w) else packed(w, *choice)
         return Sparse24(values, meta, (w.shape[0], w.shape[1]))
     if not isinstance(out, Sparse24):
         raise TypeError(f"{op}: out must be a Sparse24, got a {type(out).__name__}")
@@ -71,6 +84,23 @@ def _to_dense(op: str, out: Tensor | None, *args) -> Tensor:
         raise TypeError(f"{op}: out must be a tensor, got a {type(out).__name__}")
     getattr(torch.ops.sparsekit, f"{op}_out").default(*args, out)
     return out
+
+
+def _in_torch(t: Tensor) -> bool:
+    """Whether a derivative by t may be asked for in a way that an op has none of, forward mode or a transform of torch.func. torch
+    says nothing of it and takes 0 for the one of forward mode; so its own operators then do what the op does, and have theirs."""
+    return (in_forward_mode() or in_transform()) and t.dtype.is_floating_point
+
+
+def _packed_in_torch(op, w: Tensor, *choice: Tensor | None) -> tuple[Tensor, Tensor]:
+    _, meta = op(*_detached(w, *choice))
+    mask = choice[1] if choice else None
+    kept = widened(w) if mask is None else torch.where(mask != 0, widened(w), 0)
+    return reference.take24(kept + 0.0, meta).to(w.dtype), meta  # -0.0 + 0.0 is 0.0
+
+
+def _detached(*given: Tensor | None) -> list[Tensor | None]:
+    return [t if t is None else t.detach() for t in given]
 
 
 def _matrix(t: Tensor) -> tuple[int, int, int, int, int]:
@@ -94,6 +124,9 @@ def expand24(s: Sparse24, *, out: Tensor | None = None) -> Tensor:
     """The dense weight (n, k) of a Sparse24, in its dtype. Raises TypeError or ValueError for other dtypes and sizes; what the
     nibbles are is not looked at, validate24 does that."""
     _check_rows("expand24", s)
+    if out is None and _in_torch(s.values):
+        check_layout("expand24", s.values, s.meta, s.shape[1])
+        return written_out(s.values, s.meta, s.shape[1]).contiguous()
     return _to_dense("expand24", out, s.values, s.meta, s.shape[1])
 
 
@@ -219,6 +252,11 @@ def prune24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None,
     """The weight (n, k) with two of every four columns kept and zeros elsewhere: expand24 of prune_compress24, in one pass.
 
     Takes what prune_compress24 takes, refuses what it refuses, and returns a contiguous tensor in w's dtype. -0.0 becomes 0.0."""
+    if out is None and _in_torch(w):
+        torch.ops.sparsekit.prune24.default(
+            w.detach(), None if scores is None else scores.detach(), mask
+        )  # may refuse, by its name
+        return expand24(prune_compress24(w, scores, mask))
     return _to_dense("prune24", out, w, scores, mask)
 
 

@@ -13,7 +13,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 from .. import reference
-from ..format import Fragments24, Sparse24, from_fragments, to_fragments
+from ..format import Fragments24, Sparse24, from_fragments, to_fragments, widened
 
 
 def in_forward_mode() -> bool:
@@ -123,7 +123,12 @@ def in_plain_torch(x: Tensor, s: Sparse24 | Fragments24, bias: Tensor | None) ->
     """The product by torch's own operators on a weight written out by them, for forward mode: it has their derivatives."""
     if isinstance(s, Fragments24):
         s = from_fragments(s)
-    kept = reference.kept_columns(s.meta)
-    groups = torch.zeros(*kept.shape[:2], 4, dtype=s.values.dtype, device=s.values.device)
-    weight = groups.scatter(-1, kept, s.values.reshape(kept.shape)).flatten(1)[:, : s.shape[1]]
-    return F.linear(x, weight.to(x.dtype), bias)
+    return F.linear(x, written_out(s.values, s.meta, s.shape[1]).to(x.dtype), bias)
+
+
+def written_out(values: Tensor, meta: Tensor, k: int) -> Tensor:
+    """The dense weight (n, k) of values (n, kp/2) and meta (n, kp/8) by torch's own operators, not contiguous."""
+    kept = reference.kept_columns(meta)
+    numbers = widened(values)  # fp8 cannot be scattered
+    groups = torch.zeros(*kept.shape[:2], 4, dtype=numbers.dtype, device=numbers.device)
+    return groups.scatter(-1, kept, numbers.reshape(kept.shape)).flatten(1)[:, :k].to(values.dtype)
