@@ -139,6 +139,20 @@ def test_one_graph():
     assert equal(out, ops.prune24(w))
 
 
+@pytest.mark.parametrize("op", ["prune24", "compress24"])
+def test_a_transform_is_refused(op):
+    """It would take 0 for the derivative."""
+    (held,), out = problems((3, 16), "cpu")["compress24"]
+    out = given(op, (3, 16), out if op in PACKING else [torch.empty_like(held)])
+
+    def written(w):
+        return tensors(getattr(ops, op)(w, out=out))[0].sum()
+
+    for transform in (lambda: torch.func.jvp(written, (held,), (held,)), lambda: torch.func.grad(written)(held)):
+        with pytest.raises(ValueError, match=f"^{op}: out= must not be given in forward mode or under torch.func"):
+            transform()
+
+
 def test_a_gradient_that_needs_what_was_there_is_refused():
     """Autograd is told of what is written, as of torch's own operators: without that the gradient is wrong and nothing says so."""
     x = torch.ones(3, 16, requires_grad=True)

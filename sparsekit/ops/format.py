@@ -70,6 +70,7 @@ def _to_sparse24(op: str, out: Sparse24 | None, w: Tensor, *choice) -> Sparse24:
         return Sparse24(values, meta, (w.shape[0], w.shape[1]))
     if not isinstance(out, Sparse24):
         raise TypeError(f"{op}: out must be a Sparse24, got a {type(out).__name__}")
+    _check_no_transform(op, w)
     if out.shape != w.shape:
         raise ValueError(f"{op}: out must be of a weight {tuple(w.shape)} as w is, got one of {tuple(out.shape)}")
     getattr(torch.ops.sparsekit, f"{op}_out").default(w, *choice, out.values, out.meta)
@@ -82,6 +83,7 @@ def _to_dense(op: str, out: Tensor | None, *args) -> Tensor:
         return getattr(torch.ops.sparsekit, op).default(*args)
     if not isinstance(out, Tensor):
         raise TypeError(f"{op}: out must be a tensor, got a {type(out).__name__}")
+    _check_no_transform(op, args[0])
     getattr(torch.ops.sparsekit, f"{op}_out").default(*args, out)
     return out
 
@@ -90,6 +92,13 @@ def _in_torch(t: Tensor) -> bool:
     """Whether a derivative by t may be asked for in a way that an op has none of, forward mode or a transform of torch.func. torch
     says nothing of it and takes 0 for the one of forward mode; so its own operators then do what the op does, and have theirs."""
     return (in_forward_mode() or in_transform()) and t.dtype.is_floating_point
+
+
+def _check_no_transform(op: str, t: Tensor) -> None:
+    if _in_torch(t):
+        raise ValueError(
+            f"{op}: out= must not be given in forward mode or under torch.func, where it has no derivative; leave it out"
+        )
 
 
 def _packed_in_torch(op, w: Tensor, *choice: Tensor | None) -> tuple[Tensor, Tensor]:
