@@ -1,6 +1,7 @@
 """What the tests share: hypothesis without chance, the devices, and weights that hold 2:4."""
 
 import os
+import signal
 import sys
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,10 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))  # for the benchmarks;
 from benchmarks import gpu_evidence  # first: it takes a source tree without the extension off the path, where `python -m` put it
 
 import sparsekit  # isort: skip
+
+# A shell that starts the tests in the background, or nohup, has them ignore what some tests send to processes, which would inherit it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # What is timed fails on a busy machine.
 timed = [HealthCheck.too_slow]
