@@ -7,7 +7,8 @@ that the op reached, and each rival's time.
 On a CPU the two sides of a share do the same with memory. The goal, half of a copy's bandwidth, is of_copy: copy and op write to
 memory that is there (``out=``), and neither finds its data in a cache, for each call takes the next of so many inputs and outputs
 that no cache holds them. of_fresh_copy is the other pair: both return a new tensor, whose memory the system first gives and clears,
-which costs as much again as the work; new_us is the op's time, fresh_copy_us the copy's.
+which costs as much again as the work; new_us is the op's time, fresh_copy_us the copy's. Where the input is transposed the row has
+turned_copy_us besides: torch's copy of as many bytes that does no more than turn such a matrix over.
 """
 
 from __future__ import annotations
@@ -111,6 +112,8 @@ def row(make: Maker, device: str, name: str, label: str, transposed: bool) -> di
     found = {"layer": name, "n": n, "k": k, "dtype": label, "layout": "transposed" if transposed else "row-major"}
     found["bytes"] = problem.nbytes
     if device == "cpu":
+        if transposed:
+            problem.rivals |= {"turned_copy": turned_copy_of(problem.nbytes, w)}
         times = cpu_times(problem, [make(w.clone()) for _ in range(uncached(problem.nbytes) - 1)])
         us, copy = times["op"], times["copy"]
     else:
@@ -157,6 +160,14 @@ def copy_of(nbytes: int, device: str) -> Callable[[], object]:
     """A copy that reads and writes nbytes in all."""
     source = torch.ones(nbytes // 2, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def turned_copy_of(nbytes: int, w: torch.Tensor) -> Callable[[], object]:
+    """A copy that reads and writes nbytes in all: of a matrix with the rows of w, laid out as w is, into a row-major one."""
+    rows, cols = w.shape[0], nbytes // (2 * w.shape[0] * w.itemsize)
+    source = torch.ones(cols, rows, dtype=w.dtype).t()
+    target = torch.empty(rows, cols, dtype=w.dtype)
     return lambda: target.copy_(source)
 
 

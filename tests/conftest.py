@@ -16,7 +16,7 @@ from benchmarks import gpu_evidence  # first: it takes a source tree without the
 
 import sparsekit  # isort: skip
 
-# A shell that starts the tests in the background, or nohup, has them ignore what some tests send to processes, which would inherit it.
+# In the background of a shell, or under nohup, they ignore what some tests send to processes, which would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

@@ -40,6 +40,7 @@ def test_rows(op, monkeypatch):
         if op not in ("expand_fragments", "validate24"):
             assert row["new_us"] == row["fresh_copy_us"] == 2 and row["of_fresh_copy"] == 1
         assert row["gbps"] == row["copy_gbps"] == round(row["bytes"] / 2e3, 2)
+        assert ("turned_copy_us" in row) == (row["layout"] == "transposed")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -66,6 +67,14 @@ def test_both_sides_of_a_share_use_memory_alike(op):
     for name in ("new", "fresh") if problems[0].writes else ():
         assert len({t.data_ptr() for t in seen[name]}) == 6, name
     assert ("new" in seen) == problems[0].writes
+
+
+def test_a_copy_that_turns_over_moves_as_many_bytes():
+    from benchmarks.memory_bound import turned_copy_of, weight
+
+    w = weight(32, 64, torch.bfloat16, "cpu", transposed=True)
+    made = turned_copy_of(32 * 48 * 4, w)()
+    assert made.shape == (32, 48) and made.is_contiguous() and made.dtype == w.dtype and (made == 1).all()
 
 
 def test_no_cache_holds_half_of_the_problems():
