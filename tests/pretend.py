@@ -61,6 +61,14 @@ class OnGpu(torch.Tensor):
     def tolist(self):
         return self.held.tolist()
 
+    def __deepcopy__(self, memo):
+        made = memo.setdefault(id(self), OnGpu(self.held.clone()).requires_grad_(self.requires_grad))
+        made.__dict__ |= {key: value for key, value in self.__dict__.items() if key == "_is_param"}
+        return made
+
+    def __reduce_ex__(self, protocol):
+        return OnGpu, (self.held,)
+
     def __repr__(self) -> str:
         return f"OnGpu({self.held!r})"
 

@@ -63,8 +63,9 @@ def test_rows_of_a_gpu():
 def test_tests_of_a_gpu():
     """Of the ops, their dispatch, every kernel of the product at a small shape, and a model pruned there."""
     chosen = "test_gram or test_variants or 3-7-17-torch.float16-linear24_sm80 or 3-7-17-torch.float16-expand or llama-wanda-2"
-    chosen += " or (test_within and silu and float16)"  # dtypes that differ
+    chosen += " or (test_within and silu and float16) or another_place or canonical_files"  # dtypes that differ; modules
 
-    files = [str(TESTS / f"test_{name}.py") for name in ("gram", "linear24_dispatch", "linear24_gpu", "ops", "pipeline_gpu")]
+    names = ("gram", "linear", "linear24_dispatch", "linear24_gpu", "ops", "pipeline_gpu")
+    files = [str(TESTS / f"test_{name}.py") for name in names]
     done = pretending("-m", "pytest", "-p", "pretend", "-q", "-m", "gpu", "-p", "no:cacheprovider", "-k", chosen, *files)
     assert done.returncode == 0 and " skipped" not in done.stdout, done.stdout[-3000:]
