@@ -44,15 +44,19 @@ def demo(result: dict) -> str:
 def speed(folder: Path) -> str:
     """What a folder's files say of every kernel, as Markdown; what is in none of them is left out."""
     head = ("bf16", "time", "against, and times as fast", "of a copy's speed (transposed)")
-    machines, rows = {}, [head, ("---", "--:", "---", "--:")]
+    machines, rows, turned = {}, [head, ("---", "--:", "---", "--:")], []
     for make, names in ((_linear, ("linear24",)), (_decode, ("decode",)), (_sparsegpt, ("sparsegpt",)), (_format, FORMAT_OPS)):
         for name in names:
             machine, found = read(folder, name)
             if lines := list(make(name, found)):
                 machines[_said(machine)] = machines.get(_said(machine), []) + [name]
                 rows += lines
+                turned += [row["copy_us"] / row["turned_copy_us"] for row in found if row.get("turned_copy_us")]
     of = "; ".join(f"{machine}" + (f": {', '.join(names)}" if len(machines) > 1 else "") for machine, names in machines.items())
-    return "\n".join([_table(rows), "", f"{of}. All rows are in [{folder.name}]({folder.relative_to(ROOT).as_posix()})."])
+    said = [f"{of}. All rows are in [{folder.name}]({folder.relative_to(ROOT).as_posix()})."]
+    if turned:
+        said.append(f"torch's copy that only turns a transposed matrix over: {min(turned):.2f} to {max(turned):.2f} of a copy's speed.")
+    return "\n".join([_table(rows), "", *said])
 
 
 def read(folder: Path, name: str) -> tuple[dict, list[dict]]:
