@@ -55,7 +55,8 @@ def speed(folder: Path) -> str:
     of = "; ".join(f"{machine}" + (f": {', '.join(names)}" if len(machines) > 1 else "") for machine, names in machines.items())
     said = [f"{of}. All rows are in [{folder.name}]({folder.relative_to(ROOT).as_posix()})."]
     if turned:
-        said.append(f"torch's copy that only turns a transposed matrix over: {min(turned):.2f} to {max(turned):.2f} of a copy's speed.")
+        reached = f"{min(turned):.2f} to {max(turned):.2f} of a copy's speed."
+        said.append(f"torch's copy that only turns a transposed matrix over: {reached}")
     return "\n".join([_table(rows), "", *said])
 
 
