@@ -130,6 +130,14 @@ def test_mask_rows(shape, dtype, device):
                 assert torch.equal(found.cpu(), keep_rows(scores, kept) != 0)
 
 
+def test_a_nan_that_is_not_checked_for(device):
+    """The rows without one are kept as ever."""
+    scores = few_values((4, 70), torch.float32)
+    scores[2, 5] = torch.nan
+    found, rest = ops.mask_rows(scores.to(device), 30, check=False).cpu(), [0, 1, 3]
+    assert torch.equal(found[rest], keep_rows(scores[rest], 30) != 0)
+
+
 @pytest.mark.parametrize("k", [72, 70, 65, 1, 0])
 def test_validate24(k, device):
     s = ops.prune_compress24(random_bits((9, k), torch.float16).to(device))
