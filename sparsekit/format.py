@@ -65,7 +65,8 @@ class Sparse24(NamedTuple):
     def to(self, *args, **kwargs) -> Sparse24:
         """As ``torch.Tensor.to``; the metadata follows to the device and keeps its dtype."""
         values = self.values.to(*args, **kwargs)
-        return Sparse24(values, self.meta.to(values.device), self.shape)
+        how = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        return Sparse24(values, self.meta.to(values.device, **how), self.shape)
 
     def validate(self) -> None:
         """Raises ValueError, naming the first bad place, where the layout above does not hold."""
@@ -237,7 +238,8 @@ class Fragments24(NamedTuple):
         values = self.values.to(*args, **kwargs)
         if values.dtype.itemsize != self.values.dtype.itemsize:
             raise TypeError(f"Fragments24: the dtype must stay {self.values.dtype.itemsize} bytes wide, got {values.dtype}")
-        return Fragments24(values, self.meta.to(values.device), self.shape)
+        how = {name: kwargs[name] for name in ("non_blocking", "copy") if name in kwargs}
+        return Fragments24(values, self.meta.to(values.device, **how), self.shape)
 
 
 FRAGMENT_DTYPES = (torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.int8)

@@ -304,5 +304,7 @@ def test_to_moves_both_and_casts_values_alone():
     s = ops.compress24(random_weight(4, 16, torch.float32))
     half = s.to(torch.float16)
     assert same_bits(half.values, s.values.half()) and half.meta is s.meta and half.shape == s.shape
+    apart = s.to("cpu", copy=True)
+    assert torch.equal(apart.meta, s.meta) and apart.meta.data_ptr() != s.meta.data_ptr()
     far = s.to("meta")
     assert far.values.device.type == far.meta.device.type == "meta" and far.meta.dtype == torch.uint8

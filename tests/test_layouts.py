@@ -142,6 +142,7 @@ def test_what_fragment_order_says_of_itself():
     far = f.to("meta")
     assert far.values.device.type == far.meta.device.type == "meta" and far.shape == f.shape
     assert same(f.to(torch.bfloat16).values, f.values.bfloat16()) and f.to(torch.bfloat16).meta is f.meta
+    assert f.to("cpu", copy=True).meta.data_ptr() != f.meta.data_ptr()
     with pytest.raises(TypeError, match=r"Fragments24: the dtype must stay 2 bytes wide, got torch.float32"):
         f.to(torch.float32)
     eight = format.to_fragments(any_sparse(48, 512, torch.int8))

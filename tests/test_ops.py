@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from sparsekit import Sparse24, env, ops
 from sparsekit.format import to_fragments
+from sparsekit.ops import registry
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 HALF_ULP = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -210,6 +211,7 @@ def test_the_same_bits_for_every_number_of_threads(m, dtype, weight24, monkeypat
     results = []
     for threads in (1, 2, 3, 5, None):
         monkeypatch.setattr(env, "THREADS", threads)
+        assert registry.threads() == (threads or torch.get_num_threads())
         results += [ops.linear24(x, s, None, "silu") for _ in range(2)]
     assert all(same_bits(y, results[0]) for y in results)
 
