@@ -38,9 +38,10 @@ $(VENV)/test: Makefile pyproject.toml | $(VENV)/installed
 	touch $@
 
 # A process for each core, up to eight; one alone where there is a GPU, which what is timed there has to itself. Torch then has a
-# thread in each, and the CPU kernels two, so that what threads share is tested everywhere.
+# thread in each, and the CPU kernels two, so that what threads share is tested everywhere; one that waits sleeps, since a core on
+# which it span would be another process's.
 WORKERS ?= $(if $(shell command -v nvidia-smi),0,$(shell cores=$$(env -u OMP_NUM_THREADS nproc); echo $$((cores < 8 ? cores : 8))))
-PYTEST = OMP_NUM_THREADS=1 SPARSEKIT_THREADS=2 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
+PYTEST = OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive SPARSEKIT_THREADS=2 $(BIN)/pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 test: $(VENV)/installed $(VENV)/test
 	$(PYTEST) $(PYTEST_ARGS)
 
