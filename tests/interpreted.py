@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,15 +48,15 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True, scope="module")
 def patched_once():
-    """The interpreter puts its own functions into Triton's language at each call of a device function, which is half of its time:
-    here at the first of each launch."""
+    """The interpreter puts its own functions into Triton's language at each call of a device function and takes them out after each
+    launch, which is half of its time: here they come once, and stay until the module is done."""
     if os.environ.get("TRITON_INTERPRET") != "1":
         yield
         return
     from triton import language
     from triton.runtime import interpreter
 
-    patch, patch_language, patched = pytest.MonkeyPatch(), interpreter._patch_lang, set()
+    patch, patch_language, scopes = pytest.MonkeyPatch(), interpreter._patch_lang, {}
 
     @cache
     def modules(fn):
@@ -63,18 +64,15 @@ def patched_once():
         return frozenset(id(held) for held in fn.__globals__.values() if held is language or held is language.core)
 
     def once(fn):
-        if modules(fn) in patched:
-            return None  # only a launch, the first to come, looks at what it gets
-        scope = patch_language(fn)
-        if not patched:
-            restore = scope.restore
-            scope.restore = lambda: (patched.clear(), restore())
-        patched.add(modules(fn))
-        return scope
+        if modules(fn) not in scopes:
+            scopes[modules(fn)] = patch_language(fn)
+        return SimpleNamespace(restore=lambda: None)
 
     patch.setattr(interpreter, "_patch_lang", once)
     yield
     patch.undo()
+    for scope in reversed(scopes.values()):
+        scope.restore()
 
 
 @pytest.fixture
