@@ -29,14 +29,18 @@ settings.load_profile("sparsekit")
 # comes first, so that no process ends with it alone.
 FIRST = (
     ("test_kernels_aot.py",),
+    ("test_world.py",),
     ("test_resources.py", "test_cuda_sass.py", "test_cuda_hopper_sass.py"),
     ("test_cuda_hopper.py",),
+    ("test_forecast.py",),
+    ("test_cli.py",),
     ("test_kernels_triton.py",),
-    ("test_cuda_emulated.py", "test_cuda_decode.py"),
-    ("test_prune_triton.py",),
     ("test_memory.py",),
-    ("test_world.py",),
+    ("test_avx512_emulated.py",),
+    ("test_pretend.py",),
     ("test_resume.py",),
+    ("test_prune_triton.py",),
+    ("test_cuda_emulated.py", "test_cuda_decode.py"),
 )
 
 
