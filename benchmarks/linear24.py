@@ -14,7 +14,6 @@ import argparse
 from collections.abc import Iterator
 from pathlib import Path
 
-import pytest
 import torch
 
 from benchmarks.gpu import clocks, gpu_copy_gbps, rivals_of
@@ -150,7 +149,10 @@ def main() -> None:
     write(rows(args.device, args.quick), args.json, args.out, args.device)
 
 
-@pytest.mark.parametrize("m", [1, 32], ids=["decode", "short prompt"])
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("m", [1, 32], ids=["decode", "short prompt"])
+
+
 def test_linear24(benchmark, m):
     x, _, s = problem(m, *CPU_SHAPES["SmolLM2-135M up"], torch.bfloat16)
     benchmark(ops.linear24, x, s)

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 from functools import partial
 
-import pytest
 import torch
 
 from benchmarks.memory_bound import PYTEST_SHAPE, Problem, kernel_of, main, sorted_mask, weight
@@ -34,7 +33,10 @@ def problem(scores: torch.Tensor, n: int = 2, m: int = 4, pairs: bool = False) -
     return Problem(scores.nbytes + scores.numel(), partial(ops.mask_nm, scores, n, m, pairs), kernel, rivals)
 
 
-@pytest.mark.parametrize("n, m", [(2, 4), (4, 8), (16, 32)], ids=["2:4", "4:8", "16:32"])
+def pytest_generate_tests(metafunc):
+    metafunc.parametrize("n, m", [(2, 4), (4, 8), (16, 32)], ids=["2:4", "4:8", "16:32"])
+
+
 def test_mask_nm(benchmark, n, m):
     benchmark(ops.mask_nm, weight(*PYTEST_SHAPE, torch.bfloat16, "cpu"), n, m)
 
