@@ -282,8 +282,8 @@ template <class Isa, class Int> void mask_rows(const MaskRows &p, int threads) {
         return;
     }
     const int64_t stride = ceil_div(p.cols, kWord) * kWord + kWord; // not a multiple of a page: see linear24_body.h
-    // Turned over, two lines of the cache: of more rows so much is written that the caches have lost the first of it. To
-    // read down the columns, with no work done, takes as long as a copy of all that is read and written (Zen 3, two
+    // Turned over, two lines of the cache: of more rows so much is written that the caches have lost the first of it.
+    // To read down the columns, with no work done, takes as long as a copy of all that is read and written (Zen 3, two
     // threads). No faster: to count down the columns, a lane a row; to turn over a byte a number, where it stands about
     // a sampled cut, and fetch the few at the cut.
     const int64_t most = turned ? max(1, min(128 / sizeof(Int), (4 << 20) / (stride * sizeof(Int))))
