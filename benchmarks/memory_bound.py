@@ -113,7 +113,7 @@ def row(make: Maker, device: str, name: str, label: str, transposed: bool) -> di
     found["bytes"] = problem.nbytes
     if device == "cpu":
         if transposed:
-            problem.rivals |= {"turned_copy": turned_copy_of(problem.nbytes, w)}
+            problem.rivals["turned_copy"] = turned_copy_of(problem.nbytes, w)
         times = cpu_times(problem, [make(w.clone()) for _ in range(uncached(problem.nbytes) - 1)])
         us, copy = times["op"], times["copy"]
     else:

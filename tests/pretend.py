@@ -63,7 +63,7 @@ class OnGpu(torch.Tensor):
 
     def __deepcopy__(self, memo):
         made = memo.setdefault(id(self), OnGpu(self.held.clone()).requires_grad_(self.requires_grad))
-        made.__dict__ |= {key: value for key, value in self.__dict__.items() if key == "_is_param"}
+        made._is_param = getattr(self, "_is_param", False)
         return made
 
     def __reduce_ex__(self, protocol):

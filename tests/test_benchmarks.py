@@ -71,10 +71,8 @@ def test_both_sides_of_a_share_use_memory_alike(op):
 
 def test_what_is_installed_to_use_the_package_is_enough_for_a_benchmark():
     """cases.py runs tests."""
-    folder = Path(__file__).resolve().parents[1] / "benchmarks"
-    assert [path.name for path in folder.glob("*.py") if re.search(r"^(import|from) pytest", path.read_text(), re.M)] == [
-        "cases.py"
-    ]
+    files = (ROOT / "benchmarks").glob("*.py")
+    assert [path.name for path in files if re.search(r"^(import|from) pytest", path.read_text(), re.M)] == ["cases.py"]
 
 
 def test_a_copy_that_turns_over_moves_as_many_bytes():

@@ -179,8 +179,8 @@ template <class Isa, class Key>
     Key keys[kTileSteps * kWord + kWord + kSide]; // a step reads a word and the m - 1 neighbours to its right
     for (int64_t row = 0; row < s.rows; ++row) {
         const int64_t members = read(from.data + row * from.stride, s.cols, from.dtype, keys);
-        for (Key *past = keys + members; past < keys + ceil_div(members, per) * per + kWord + kSide; ++past)
-            *past = ends.lowest; // they lose every tie, as the last
+        // What is past the end loses every tie, as the last.
+        std::fill(keys + members, keys + ceil_div(members, per) * per + kWord + kSide, ends.lowest);
         uint8_t *out = p.mask + (s.row + row) * p.cols + s.col;
         auto highest = bottom, lowest = top;
         const char *next = from.data + row * from.stride + from.next;

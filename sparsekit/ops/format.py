@@ -262,9 +262,7 @@ def prune24(w: Tensor, scores: Tensor | None = None, mask: Tensor | None = None,
 
     Takes what prune_compress24 takes, refuses what it refuses, and returns a contiguous tensor in w's dtype. -0.0 becomes 0.0."""
     if out is None and _in_torch(w):
-        torch.ops.sparsekit.prune24.default(
-            w.detach(), None if scores is None else scores.detach(), mask
-        )  # may refuse, by its name
+        torch.ops.sparsekit.prune24.default(*_detached(w, scores, mask))  # may refuse, by its name
         return expand24(prune_compress24(w, scores, mask))
     return _to_dense("prune24", out, w, scores, mask)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -145,10 +146,8 @@ def _check_builds(model: nn.Module) -> None:
 def parse_amount(part: str, amount: Amount) -> int | float:
     """A count (int) or a share (float) from a number or its text. Raises SparsekitError for none and for all."""
     text, found = str(amount).strip(), None
-    try:
+    with suppress(ValueError):
         found = float(text[:-1]) / 100 if text.endswith("%") else int(text) if text.isdecimal() else float(text)
-    except ValueError:
-        pass
     if isinstance(amount, bool) or found is None or not (found >= 1 if isinstance(found, int) else 0 < found < 1):
         raise SparsekitError(
             f"{part} to remove must be a count of at least 1, such as 4, or a share between 0 and 1, such as 25% or 0.25, "
